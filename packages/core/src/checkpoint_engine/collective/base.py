@@ -1,0 +1,59 @@
+"""Moving tensors between ranks. A communicator is one group of ranks; the registry says which kinds there are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+from checkpoint_engine.errors import SettingError
+
+
+class Communicator(Protocol):
+    """A group of ranks of our own; the caller's default group is never touched."""
+
+    rank: int
+    world_size: int
+
+    def broadcast(self, tensor: torch.Tensor, source: int) -> None:
+        """Fills `tensor` with that of rank `source`; queued behind the current stream where the device has streams."""
+        ...
+
+    def all_reduce(self, tensor: torch.Tensor, op: dist.ReduceOp.RedOpType) -> None:
+        """Combines `tensor` over all ranks, in place."""
+        ...
+
+    def abort(self) -> None:
+        """Makes every call that hangs in another thread fail; the communicator is of no further use."""
+        ...
+
+    def close(self) -> None:
+        """Frees the communicator; all ranks do so together."""
+        ...
+
+
+CommunicatorFactory = Callable[[dist.Store, int, int, timedelta, torch.device], Communicator]
+"""Makes a communicator from a store that only this group uses, rank, world size, time-out and device."""
+
+_FACTORIES: dict[str, CommunicatorFactory] = {}
+
+
+def register_communicator(backend: str, factory: CommunicatorFactory) -> None:
+    """Makes another kind of communicator known, or replaces one."""
+    _FACTORIES[backend] = factory
+
+
+def open_communicator(
+    backend: str, store: dist.Store, rank: int, world_size: int, timeout: timedelta, device: torch.device
+) -> Communicator:
+    """Opens a communicator; every rank of the group calls this with a store of the same content.
+
+    Raises:
+        SettingError: no communicator of that name is registered.
+    """
+    if backend not in _FACTORIES:
+        raise SettingError(f"no communicator {backend!r} is registered; there are {', '.join(sorted(_FACTORIES))}")
+    return _FACTORIES[backend](store, rank, world_size, timeout, device)

@@ -1,0 +1,64 @@
+"""A notice board in the store: ranks exchange small messages on it, and learn that one of them failed."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from checkpoint_engine.deadline import Cancel, Deadline
+
+_SLICE = timedelta(milliseconds=200)
+
+
+class Board:
+    """Exchanges bytes between ranks under keys that nobody else uses. No collective library is started for it."""
+
+    def __init__(self, store: dist.Store, rank: int, world_size: int) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self._store = store
+
+    def gather(self, key: str, mine: bytes, deadline: Deadline, cancel: Cancel, waiting_for: str) -> list[bytes]:
+        """Puts up `mine` and returns what all ranks put up under the same key, in order of rank.
+
+        Raises:
+            DeadlineError: a rank did not come in time; the message says which.
+            CheckpointEngineError: the cause with which `cancel` was set meanwhile.
+        """
+        self._store.set(f"{key}/{self.rank}", mine)
+        if self._store.add(f"{key}/count", 1) == self.world_size:
+            self._store.set(f"{key}/all", b"1")
+        while not self._wait(f"{key}/all"):
+            cancel.check()
+            if deadline.expired:
+                absent = [str(r) for r in range(self.world_size) if not self._store.check([f"{key}/{r}"])]
+                deadline.check(f"{waiting_for} (rank {', '.join(absent)} did not come)")
+        return [self._store.get(f"{key}/{rank}") for rank in range(self.world_size)]
+
+    def post(self, key: str, text: bytes) -> None:
+        """Puts something up unless it is there already; the first one wins."""
+        self._store.compare_set(key, "", text.decode())
+
+    def read(self, key: str) -> bytes | None:
+        """What was posted, or None."""
+        return self._store.get(key) if self._store.check([key]) else None
+
+    def beat(self, count: int) -> None:
+        """Shows that this rank is alive."""
+        self._store.set(f"alive/{self.rank}", str(count))
+
+    def beat_of(self, rank: int) -> bytes | None:
+        """The last sign of life of a rank, or None if there never was one."""
+        return self.read(f"alive/{rank}")
+
+    def for_other_thread(self) -> Board:
+        """The same board over a connection of its own, so that a long wait here does not block it."""
+        return Board(self._store.clone(), self.rank, self.world_size)
+
+    def _wait(self, key: str) -> bool:
+        try:
+            self._store.wait([key], _SLICE)
+        except dist.DistStoreError:
+            return False
+        return True

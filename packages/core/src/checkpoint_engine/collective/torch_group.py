@@ -1,0 +1,87 @@
+"""Communicators over torch's own process groups, made directly so that no global state is involved."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from checkpoint_engine.collective.base import register_communicator
+from checkpoint_engine.errors import MissingDependencyError, RankError
+
+
+class TorchGroup:
+    """A gloo or NCCL group. Failures of a peer surface as `RankError`."""
+
+    def __init__(self, group: dist.ProcessGroup, backend: str) -> None:
+        self.rank = group.rank()
+        self.world_size = group.size()
+        self._group = group
+        self._backend = backend
+
+    def broadcast(self, tensor: torch.Tensor, source: int) -> None:
+        """Fills `tensor` with that of rank `source`.
+
+        Raises:
+            RankError: a peer is gone, or did not take part in time.
+        """
+        options = dist.BroadcastOptions()
+        options.rootRank = source
+        options.rootTensor = 0
+        with self._peer_errors("broadcast"):
+            self._group.broadcast([tensor], options).wait()
+
+    def all_reduce(self, tensor: torch.Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> None:
+        """Combines `tensor` over all ranks, in place.
+
+        Raises:
+            RankError: a peer is gone, or did not take part in time.
+        """
+        options = dist.AllreduceOptions()
+        options.reduceOp = op
+        with self._peer_errors("all-reduce"):
+            self._group.allreduce([tensor], options).wait()
+
+    def abort(self) -> None:
+        """Makes calls that hang fail."""
+        with contextlib.suppress(RuntimeError):  # it may have failed by itself, which is what we want
+            self._group.abort()
+
+    def close(self) -> None:
+        """Frees the group."""
+        with contextlib.suppress(RuntimeError):  # peers that are gone already do not matter here
+            self._group.shutdown()
+        del self._group  # gloo closes its connections only now
+
+    @contextlib.contextmanager
+    def _peer_errors(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise RankError(f"the {self._backend} {what} failed on rank {self.rank}: {_first_line(error)}") from error
+
+
+def _open_gloo(store: dist.Store, rank: int, world_size: int, timeout: timedelta, device: torch.device) -> TorchGroup:
+    del device
+    return TorchGroup(dist.ProcessGroupGloo(store, rank, world_size, timeout), "gloo")
+
+
+def _open_nccl(store: dist.Store, rank: int, world_size: int, timeout: timedelta, device: torch.device) -> TorchGroup:
+    if not dist.is_nccl_available():
+        raise MissingDependencyError("this torch has no NCCL; install a CUDA build of torch")
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = timeout
+    group = dist.ProcessGroupNCCL(store, rank, world_size, options)
+    group.eager_connect_single_device(device)
+    return TorchGroup(group, "nccl")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n", 1)[0]
+
+
+register_communicator("gloo", _open_gloo)
+register_communicator("nccl", _open_nccl)

@@ -1,0 +1,126 @@
+"""What the pipeline and the receiver need from a device."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+import torch
+
+from checkpoint_engine.link.messages import CudaMemory, HostMemory
+
+Memory = HostMemory | CudaMemory
+
+
+class Event(Protocol):
+    """A point on a stream."""
+
+    def synchronize(self) -> None:
+        """Blocks the calling thread until the device has come to this point."""
+        ...
+
+    def seconds_since(self, earlier: Event) -> float:
+        """Time on the device between two events of one stream; both must have been reached."""
+        ...
+
+
+class Stream(Protocol):
+    """An ordered queue of work on the device."""
+
+    def active(self) -> AbstractContextManager[object]:
+        """Within it, other libraries' work goes to this stream."""
+        ...
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Copies bytes; both are 1-D uint8 of the same length. Returns before the copy is done, where it can."""
+        ...
+
+    def wait(self, event: Event) -> None:
+        """Later work on this stream starts after `event`."""
+        ...
+
+    def record(self) -> Event:
+        """An event behind all work queued so far."""
+        ...
+
+
+class Staging(Protocol):
+    """Device memory that an engine worker in another process can map."""
+
+    tensor: torch.Tensor
+    """1-D uint8 over the whole of it."""
+
+    memory: Memory
+    """How it is described on the link."""
+
+    descriptors: tuple[int, ...]
+    """File descriptors that travel with the description."""
+
+    def close(self) -> None:
+        """Frees it."""
+        ...
+
+
+class Mapped(Protocol):
+    """Another process's staging memory, mapped here."""
+
+    tensor: torch.Tensor
+
+    def close(self) -> None:
+        """Unmaps it; `tensor` and its views must not be used any more."""
+        ...
+
+
+class Pinned(Protocol):
+    """Host memory that the device can copy from at full speed."""
+
+    def close(self) -> None:
+        """Lets go of the memory."""
+        ...
+
+
+class Device(Protocol):
+    """One device of this process, or the CPU acting as one."""
+
+    torch_device: torch.device
+    identity: str
+    """Names the same physical device in every process of the host: `GPU-<uuid>`, or `cpu:<rank>`."""
+
+    backend: str
+    """The collective backend that moves tensors of this device, such as `nccl` or `gloo`."""
+
+    def memory(self) -> tuple[int, int]:
+        """Free and total bytes."""
+        ...
+
+    def allocate(self, nbytes: int) -> Staging:
+        """Allocates staging memory.
+
+        Raises:
+            DeviceMemoryError: there is not enough.
+        """
+        ...
+
+    def map(self, memory: Memory, descriptors: tuple[int, ...]) -> Mapped:
+        """Maps staging memory of another process; takes over the descriptors.
+
+        Raises:
+            LinkError: it cannot be mapped here.
+        """
+        ...
+
+    def pin(self, buffer: torch.Tensor) -> Pinned:
+        """Registers host memory, given as 1-D uint8, for copies to this device.
+
+        Raises:
+            HostMemoryError: the driver refuses; the message says why.
+        """
+        ...
+
+    def stream(self) -> Stream:
+        """A new stream."""
+        ...
+
+    def synchronize(self) -> None:
+        """Blocks until the calling thread's current stream has run dry."""
+        ...

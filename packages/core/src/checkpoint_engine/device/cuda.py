@@ -1,0 +1,249 @@
+"""NVIDIA GPUs. What torch does not wrap goes through NVIDIA's own `cuda-bindings`.
+
+Staging is allocated outside torch's caching allocator: its handle then stands for exactly this allocation, whatever
+allocator settings the two environments have, and freeing it gives the memory back to the driver.
+"""
+
+from __future__ import annotations
+
+import importlib
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+from checkpoint_engine.device.base import Event, Memory
+from checkpoint_engine.device.cpu import CpuMapped, map_host_memory
+from checkpoint_engine.errors import (
+    CheckpointEngineError,
+    DeviceMemoryError,
+    HostMemoryError,
+    LinkError,
+    MissingDependencyError,
+    SettingError,
+)
+from checkpoint_engine.link.messages import CudaMemory, HostMemory
+
+
+class CudaDevice:
+    """One GPU of this process."""
+
+    backend = "nccl"
+
+    def __init__(self, index: int) -> None:
+        count = torch.cuda.device_count()
+        if not 0 <= index < count:
+            raise SettingError(f"there is no CUDA device {index}; torch sees {count} (CUDA_VISIBLE_DEVICES?)")
+        self._runtime = load_runtime()
+        self.torch_device = torch.device("cuda", index)
+        torch.cuda.set_device(self.torch_device)
+        self.identity = f"GPU-{torch.cuda.get_device_properties(index).uuid}"
+
+    def memory(self) -> tuple[int, int]:
+        """Free and total bytes; what torch caches in this process but does not use is given back first."""
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(self.torch_device)
+
+    def allocate(self, nbytes: int) -> CudaStaging:
+        """Allocates memory that another process can map.
+
+        Raises:
+            DeviceMemoryError: there is not enough.
+        """
+        with torch.cuda.device(self.torch_device):
+            return CudaStaging(self._runtime, self.torch_device, nbytes)
+
+    def map(self, memory: Memory, descriptors: tuple[int, ...]) -> CudaMapped | CpuMapped:
+        """Maps staging of another process, on the GPU or in host memory.
+
+        Raises:
+            LinkError: it cannot be mapped here.
+        """
+        if isinstance(memory, HostMemory):
+            return map_host_memory(memory, descriptors)
+        with torch.cuda.device(self.torch_device):
+            return CudaMapped(self._runtime, self.torch_device, memory)
+
+    def pin(self, buffer: torch.Tensor) -> CudaPinned:
+        """Registers host memory with the driver.
+
+        Raises:
+            HostMemoryError: the driver refuses.
+        """
+        with torch.cuda.device(self.torch_device):
+            return CudaPinned(self._runtime, buffer)
+
+    def stream(self) -> CudaStream:
+        """A new stream of this GPU."""
+        return CudaStream(self._runtime, self.torch_device)
+
+    def synchronize(self) -> None:
+        """Waits for the current stream only."""
+        torch.cuda.current_stream(self.torch_device).synchronize()
+
+
+class CudaStaging:
+    """An allocation of the driver and its IPC handle."""
+
+    def __init__(self, runtime: Any, device: torch.device, nbytes: int) -> None:
+        self._runtime = runtime
+        error, self._pointer = runtime.cudaMalloc(max(nbytes, 1))
+        if error != runtime.cudaError_t.cudaSuccess:
+            free, total = torch.cuda.mem_get_info(device)
+            raise DeviceMemoryError(
+                f"cannot allocate {nbytes} bytes of staging on {device}: {free} of {total} bytes are free "
+                f"({_describe(runtime, error)})"
+            )
+        handle = _check(runtime, runtime.cudaIpcGetMemHandle(self._pointer), "making the GPU memory shareable")
+        self.memory = CudaMemory(nbytes, bytes(handle.reserved))
+        self.descriptors: tuple[int, ...] = ()
+        self.tensor = _as_tensor(self._pointer, nbytes, device)
+
+    def close(self) -> None:
+        """Gives the memory back to the driver."""
+        if self._pointer:
+            pointer, self._pointer = self._pointer, 0
+            self.tensor = torch.empty(0, dtype=torch.uint8)
+            _check(self._runtime, self._runtime.cudaFree(pointer), "freeing the staging memory")
+
+
+class CudaMapped:
+    """GPU memory of another process."""
+
+    def __init__(self, runtime: Any, device: torch.device, memory: CudaMemory) -> None:
+        self._runtime = runtime
+        handle = runtime.cudaIpcMemHandle_t()
+        handle.reserved = memory.handle
+        error, self._pointer = runtime.cudaIpcOpenMemHandle(handle, runtime.cudaIpcMemLazyEnablePeerAccess)
+        if error != runtime.cudaError_t.cudaSuccess:
+            raise LinkError(
+                f"cannot map the parameter server's staging memory on {device}: {_describe(runtime, error)}; both sides "
+                "must see the same GPU, and share the IPC and PID namespaces if they run in containers"
+            )
+        self.tensor = _as_tensor(self._pointer, memory.nbytes, device)
+
+    def close(self) -> None:
+        """Unmaps it."""
+        if self._pointer:
+            pointer, self._pointer = self._pointer, 0
+            self.tensor = torch.empty(0, dtype=torch.uint8)
+            _check(self._runtime, self._runtime.cudaIpcCloseMemHandle(pointer), "unmapping the staging memory")
+
+
+class CudaPinned:
+    """Host memory registered with the driver, as a whole: no copy may straddle two registrations."""
+
+    def __init__(self, runtime: Any, buffer: torch.Tensor) -> None:
+        self._runtime = runtime
+        self._buffer = buffer  # keeps the mapping alive for as long as the driver knows of it
+        self._pointer = buffer.data_ptr() if buffer.nbytes else 0
+        if not self._pointer:
+            return
+        (error,) = runtime.cudaHostRegister(self._pointer, buffer.nbytes, runtime.cudaHostRegisterPortable)
+        if error != runtime.cudaError_t.cudaSuccess:
+            runtime.cudaGetLastError()  # the error is sticky and would be blamed on the next kernel
+            raise HostMemoryError(
+                f"the CUDA driver cannot pin {buffer.nbytes} bytes of host memory: {_describe(runtime, error)}; "
+                "raise the memlock limit (ulimit -l) or free host memory"
+            )
+
+    def close(self) -> None:
+        """Unregisters it."""
+        if self._pointer:
+            pointer, self._pointer = self._pointer, 0
+            _check(self._runtime, self._runtime.cudaHostUnregister(pointer), "unpinning host memory")
+
+
+class CudaEvent:
+    """A timed event."""
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self.event = torch.cuda.Event(enable_timing=True)
+        self.event.record(stream)
+
+    def synchronize(self) -> None:
+        """Blocks until the GPU has come here."""
+        self.event.synchronize()
+
+    def seconds_since(self, earlier: Event) -> float:
+        """Seconds on the GPU between the two."""
+        return earlier.event.elapsed_time(self.event) / 1000 if isinstance(earlier, CudaEvent) else 0.0
+
+
+class CudaStream:
+    """A stream of one GPU."""
+
+    def __init__(self, runtime: Any, device: torch.device) -> None:
+        self._runtime = runtime
+        self._stream = torch.cuda.Stream(device)
+
+    def active(self) -> AbstractContextManager[object]:
+        """Makes it torch's current stream."""
+        return torch.cuda.stream(self._stream)
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Queues one plain memory copy; torch's own `copy_` would check and record far more than is needed."""
+        _check(
+            self._runtime,
+            self._runtime.cudaMemcpyAsync(
+                target.data_ptr(),
+                source.data_ptr(),
+                source.nbytes,
+                self._runtime.cudaMemcpyKind.cudaMemcpyDefault,
+                self._stream.cuda_stream,
+            ),
+            f"copying {source.nbytes} bytes to the GPU",
+        )
+
+    def wait(self, event: Event) -> None:
+        """Later work starts after the event."""
+        if isinstance(event, CudaEvent):
+            self._stream.wait_event(event.event)
+
+    def record(self) -> CudaEvent:
+        """An event behind all work queued so far."""
+        return CudaEvent(self._stream)
+
+
+class _DeviceArray:
+    """Lets torch see memory that it did not allocate (CUDA Array Interface, version 3)."""
+
+    def __init__(self, pointer: int, nbytes: int) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (nbytes,),
+            "typestr": "|u1",
+            "data": (pointer, False),
+            "strides": None,
+            "version": 3,
+        }
+
+
+def load_runtime() -> Any:
+    """The module `cuda.bindings.runtime`.
+
+    Raises:
+        MissingDependencyError: it is not installed.
+    """
+    try:
+        return importlib.import_module("cuda.bindings.runtime")
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"GPUs need NVIDIA's cuda-bindings ({error}): pip install 'checkpoint-engine-core[cuda]'"
+        ) from error
+
+
+def _as_tensor(pointer: int, nbytes: int, device: torch.device) -> torch.Tensor:
+    return torch.as_tensor(_DeviceArray(int(pointer), nbytes), device=device)
+
+
+def _check(runtime: Any, result: tuple[Any, ...], doing: str) -> Any:
+    error = result[0]
+    if error != runtime.cudaError_t.cudaSuccess:
+        raise CheckpointEngineError(f"CUDA failed while {doing}: {_describe(runtime, error)}")
+    return result[1] if len(result) > 1 else None
+
+
+def _describe(runtime: Any, error: Any) -> str:
+    _, name = runtime.cudaGetErrorName(error)
+    _, text = runtime.cudaGetErrorString(error)
+    return f"{name.decode()}: {text.decode()}"

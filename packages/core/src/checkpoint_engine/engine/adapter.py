@@ -1,0 +1,62 @@
+"""What a plugin implements for its engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What a tensor will look like when it comes."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Update:
+    """One update as the engine sees it: where it comes from, and every tensor that will be delivered."""
+
+    id: str
+    checkpoint: str
+    version: str
+    tensors: Mapping[str, TensorSpec]
+
+
+class Adapter(Protocol):
+    """Puts tensors into one worker of an engine.
+
+    Calls come from one thread in the order `begin`, `load` …, `finish`; or `abort` at any point after `begin` was
+    entered. All calls run on the worker's device with its current stream. Whatever a method raises ends the update.
+    """
+
+    def begin(self, update: Update) -> None:
+        """Prepares for an update; nothing of the engine's weights may have changed if this raises."""
+        ...
+
+    def load(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+        """Takes tensors over, by their names in the checkpoint.
+
+        Their memory is used again once this returns and the current stream has run dry: what is needed for longer
+        must be copied.
+
+        Raises:
+            WeightsRejectedError: a tensor is unknown to the engine or has the wrong shape.
+        """
+        ...
+
+    def finish(self) -> Mapping[str, str | int | float]:
+        """Completes the update; returns figures worth showing to people.
+
+        Raises:
+            WeightsRejectedError: tensors that the engine needs are missing.
+        """
+        ...
+
+    def abort(self) -> bool:
+        """Gives the update up; returns whether the engine holds exactly the weights that it held before."""
+        ...

@@ -1,0 +1,230 @@
+"""The control channel between one parameter-server rank and one engine worker.
+
+A Unix stream socket in a directory of mode 0700. The kernel vouches for the peer's user, hands over file
+descriptors, and closes the channel the moment the other process dies, so nobody waits for a corpse. Messages are
+MessagePack with a length in front; every wait has a deadline and can be cancelled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import os
+import secrets
+import select
+import shutil
+import socket
+import struct
+import tempfile
+from pathlib import Path
+from types import TracebackType
+from typing import Generic, TypeVar
+from urllib.parse import urlsplit
+
+import msgspec
+
+from checkpoint_engine.deadline import Cancel, Deadline
+from checkpoint_engine.errors import DeadlineError, LinkClosedError, LinkError, LinkRefusedError, SettingError
+from checkpoint_engine.link.messages import PROTOCOL, FromReceiver, FromSender, Hello
+
+_HEADER = struct.Struct("!Q")
+_CREDENTIALS = struct.Struct("3i")
+_LARGEST_MESSAGE = 1 << 30
+_LARGEST_HELLO = 1 << 12
+"""A stranger may not make us allocate more than this before it has shown its token."""
+_MOST_DESCRIPTORS = 16
+_POLL_MS = 100
+_SCHEME = "ce-link"
+
+Sent = TypeVar("Sent")
+Received = TypeVar("Received")
+
+
+class Channel(Generic[Sent, Received]):
+    """One end of a connected channel. Not for use by several threads at once."""
+
+    def __init__(self, connection: socket.socket, receives: object, cancel: Cancel | None = None) -> None:
+        connection.setblocking(False)
+        self._socket = connection
+        self._decoder: msgspec.msgpack.Decoder[Received] = msgspec.msgpack.Decoder(receives)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        self._encoder = msgspec.msgpack.Encoder()
+        self._cancel = cancel or Cancel()
+        self._descriptors: list[int] = []
+        _check_peer_user(connection)
+
+    def send(self, message: Sent, deadline: Deadline, descriptors: tuple[int, ...] = ()) -> None:
+        """Sends one message, with open file descriptors if given; they stay open here.
+
+        Raises:
+            LinkClosedError: the other side is gone.
+            DeadlineError: it does not read.
+        """
+        body = self._encoder.encode(message)
+        pending = memoryview(_HEADER.pack(len(body)) + body)
+        while pending:
+            self._wait(select.POLLOUT, deadline, "sending to the other side")
+            try:
+                if descriptors:
+                    sent = socket.send_fds(self._socket, [pending], list(descriptors))
+                    descriptors = ()
+                else:
+                    sent = self._socket.send(pending)
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                raise LinkClosedError(f"the other side of the link is gone ({error.strerror})") from error
+            pending = pending[sent:]
+
+    def receive(self, deadline: Deadline, waiting_for: str, *, largest: int = _LARGEST_MESSAGE) -> Received:
+        """Waits for the next message.
+
+        Raises:
+            LinkClosedError: the other side is gone.
+            DeadlineError: nothing came in time.
+            LinkError: what came is not a message.
+        """
+        (length,) = _HEADER.unpack(self._receive_bytes(_HEADER.size, deadline, waiting_for))
+        if length > largest:
+            raise LinkError(f"a message of {length} bytes was announced, at most {largest} are taken")
+        body = self._receive_bytes(length, deadline, waiting_for)
+        try:
+            return self._decoder.decode(body)
+        except msgspec.MsgspecError as error:
+            raise LinkError(f"not a message of protocol {PROTOCOL}: {error}") from error
+
+    def ready(self) -> bool:
+        """Whether `receive` would find something at once."""
+        return bool(_poll(self._socket, select.POLLIN, 0))
+
+    def take_descriptors(self) -> tuple[int, ...]:
+        """The file descriptors that came with the messages received so far; the caller closes them."""
+        taken, self._descriptors = tuple(self._descriptors), []
+        return taken
+
+    def close(self) -> None:
+        """Closes the channel; the other side notices at once."""
+        for descriptor in self.take_descriptors():
+            os.close(descriptor)
+        self._socket.close()
+
+    def __enter__(self) -> Channel[Sent, Received]:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _receive_bytes(self, length: int, deadline: Deadline, waiting_for: str) -> bytearray:
+        received = bytearray()
+        while len(received) < length:
+            self._wait(select.POLLIN, deadline, waiting_for)
+            try:
+                piece, descriptors, _, _ = socket.recv_fds(
+                    self._socket, min(length - len(received), 1 << 20), _MOST_DESCRIPTORS
+                )
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                raise LinkClosedError(f"the other side of the link is gone ({error.strerror})") from error
+            self._descriptors.extend(descriptors)
+            if not piece:
+                raise LinkClosedError(f"the other side closed the link or died; waited for {waiting_for}")
+            received += piece
+        return received
+
+    def _wait(self, event: int, deadline: Deadline, waiting_for: str) -> None:
+        while not _poll(self._socket, event, deadline.milliseconds(_POLL_MS)):
+            self._cancel.check()
+            deadline.check(waiting_for)
+
+
+SenderChannel = Channel[FromSender, FromReceiver]
+ReceiverChannel = Channel[FromReceiver, FromSender]
+
+
+class Listener:
+    """Waits for one engine worker. `handle` tells the worker where to connect, and proves that we told it."""
+
+    def __init__(self, directory: Path | None = None) -> None:
+        self._directory = Path(tempfile.mkdtemp(prefix="checkpoint-engine-", dir=directory))
+        self._token = secrets.token_urlsafe(32)
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        path = self._directory / "link"
+        try:
+            self._socket.bind(str(path))
+        except OSError as error:
+            self.close()
+            raise SettingError(f"cannot bind the link at {path}: {error}; set TMPDIR to a short, writable path") from error
+        self._socket.listen()
+        self.handle = f"{_SCHEME}://{path}#{self._token}"
+
+    def accept(self, deadline: Deadline, cancel: Cancel, waiting_for: str) -> tuple[SenderChannel, Hello]:
+        """Waits for a worker that shows the token; others are turned away and the wait goes on.
+
+        Raises:
+            DeadlineError: none came in time.
+            LinkRefusedError: the worker holds the token but speaks another protocol.
+        """
+        while True:
+            while not _poll(self._socket, select.POLLIN, deadline.milliseconds(_POLL_MS)):
+                cancel.check()
+                deadline.check(waiting_for)
+            connection, _ = self._socket.accept()
+            try:
+                channel = SenderChannel(connection, FromReceiver, cancel)
+                hello = channel.receive(Deadline(min(5.0, deadline.remaining)), "a greeting", largest=_LARGEST_HELLO)
+            except (LinkError, DeadlineError):
+                connection.close()
+                continue
+            if isinstance(hello, Hello) and hmac.compare_digest(hello.token.encode(), self._token.encode()):
+                if hello.protocol != PROTOCOL:
+                    channel.close()
+                    raise LinkRefusedError(
+                        f"the engine worker on {hello.device} speaks link protocol {hello.protocol} (checkpoint-engine-core "
+                        f"{hello.library}), this side {PROTOCOL}; install matching versions in both environments"
+                    )
+                return channel, hello
+            channel.close()
+
+    def close(self) -> None:
+        """Stops listening and removes the socket."""
+        self._socket.close()
+        with contextlib.suppress(OSError):
+            shutil.rmtree(self._directory)
+
+
+def connect(handle: str, deadline: Deadline, cancel: Cancel | None = None) -> tuple[ReceiverChannel, str]:
+    """Connects to the listener that made `handle`; returns the channel and the token to show.
+
+    Raises:
+        LinkError: the handle is malformed, or nobody listens there.
+        LinkRefusedError: the listener belongs to another user.
+    """
+    parts = urlsplit(handle)
+    if parts.scheme != _SCHEME or not parts.path or not parts.fragment:
+        raise LinkError(f"{handle.split('#')[0]!r} is not a handle of this checkpoint-engine; is the sender the same version?")
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        connection.settimeout(max(deadline.remaining, 0.001))
+        connection.connect(parts.path)
+        return ReceiverChannel(connection, FromSender, cancel), parts.fragment
+    except LinkRefusedError:
+        connection.close()
+        raise
+    except OSError as error:
+        connection.close()
+        raise LinkError(
+            f"cannot reach the parameter server at {parts.path}: {error}; sender and engine must share a host and its /tmp"
+        ) from error
+
+
+def _check_peer_user(connection: socket.socket) -> None:
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    _, user, _ = _CREDENTIALS.unpack(credentials)
+    if user != os.geteuid():
+        raise LinkRefusedError(f"the other side of the link runs as user {user}, this one as {os.geteuid()}")
+
+
+def _poll(connection: socket.socket, event: int, milliseconds: int) -> bool:
+    poller = select.poll()
+    poller.register(connection, event)
+    return bool(poller.poll(milliseconds))

@@ -1,0 +1,124 @@
+"""What a parameter-server rank (the sender) and an engine worker (the receiver) say to each other.
+
+One update, in order:
+
+    receiver                     sender
+    Hello              ->
+                       <-        Begin           (with the descriptor of host staging, if any)
+    Accepted           ->
+                       <-        Load            one for each bucket, several may be under way
+    Loaded             ->                        one for each Load, in the same order
+                       <-        Finish          once every rank has loaded everything
+    Finished           ->
+    Failed             ->                        instead of any answer
+                       <-        Abort           instead of any request
+    Aborted            ->                        answers Abort
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+PROTOCOL = 1
+"""Raised whenever a message changes its meaning; both sides must state the same."""
+
+
+class TensorSlice(msgspec.Struct, frozen=True, array_like=True):
+    """A whole tensor, `offset` bytes into its bucket."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+
+class HostMemory(msgspec.Struct, frozen=True, tag=True):
+    """Staging in host memory; its file descriptor comes with the message."""
+
+    nbytes: int
+
+
+class CudaMemory(msgspec.Struct, frozen=True, tag=True):
+    """Staging on the GPU that both sides share: a raw `cudaIpcMemHandle_t` of 64 bytes."""
+
+    nbytes: int
+    handle: bytes
+
+
+class Hello(msgspec.Struct, frozen=True, tag=True):
+    """The receiver introduces itself."""
+
+    protocol: int
+    token: str
+    device: str
+    library: str
+    torch: str
+    pid: int
+
+
+class Begin(msgspec.Struct, frozen=True, tag=True):
+    """Starts an update and says all that will come: `buckets[i]` lists the tensors of bucket i."""
+
+    protocol: int
+    library: str
+    torch: str
+    update_id: str
+    checkpoint: str
+    version: str
+    staging: HostMemory | CudaMemory
+    buckets: tuple[tuple[TensorSlice, ...], ...]
+
+
+class Load(msgspec.Struct, frozen=True, tag=True):
+    """Bucket `bucket` now lies `offset` bytes into the staging memory."""
+
+    bucket: int
+    offset: int
+
+
+class Finish(msgspec.Struct, frozen=True, tag=True):
+    """Everything was sent, and every worker has loaded it."""
+
+
+class Abort(msgspec.Struct, frozen=True, tag=True):
+    """The update will not be completed."""
+
+    reason: str
+
+
+class Accepted(msgspec.Struct, frozen=True, tag=True):
+    """The receiver is ready for buckets."""
+
+
+class Loaded(msgspec.Struct, frozen=True, tag=True):
+    """The bucket was taken; its memory may be used again. `seconds` is the time spent in the engine's loader."""
+
+    bucket: int
+    seconds: float
+
+
+class Finished(msgspec.Struct, frozen=True, tag=True):
+    """The engine holds exactly this version. `details` are the adapter's own figures, for people."""
+
+    version: str
+    seconds: float
+    details: dict[str, str | int | float]
+
+
+class Failed(msgspec.Struct, frozen=True, tag=True):
+    """The receiver gave up. `dirty` says that its weights may be a mixture of old and new."""
+
+    phase: str
+    error: str
+    message: str
+    dirty: bool
+
+
+class Aborted(msgspec.Struct, frozen=True, tag=True):
+    """The receiver has followed an Abort."""
+
+    dirty: bool
+
+
+FromReceiver = Hello | Accepted | Loaded | Finished | Failed | Aborted
+FromSender = Begin | Load | Finish | Abort

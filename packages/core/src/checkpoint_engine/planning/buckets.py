@@ -1,0 +1,107 @@
+"""Cuts a catalog into buckets.
+
+A bucket is one contiguous range of one segment, so bringing it to a device is a single copy. Tensors are never
+split. The result is a pure function of the catalog and the bucket size: every rank computes the same plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import zip_longest
+
+import msgspec
+
+from checkpoint_engine.catalog import Catalog, Holding, TensorEntry
+from checkpoint_engine.errors import TensorTooLargeError
+
+ALIGNMENT = 256
+"""Bytes; device copies and vectorised kernels like addresses that are multiples of this."""
+
+
+def align_up(nbytes: int) -> int:
+    """The next multiple of `ALIGNMENT`."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def align_down(nbytes: int) -> int:
+    """The multiple of `ALIGNMENT` at or below."""
+    return nbytes // ALIGNMENT * ALIGNMENT
+
+
+class Bucket(msgspec.Struct, frozen=True):
+    """Bytes `start` to `start + nbytes` of the owner's segment, and the tensors in them.
+
+    `tensors` keep their offset in the segment; in the bucket a tensor lies at `tensor.offset - start`.
+    """
+
+    owner: int
+    segment: int
+    start: int
+    nbytes: int
+    tensors: tuple[TensorEntry, ...]
+
+
+class BucketPlan(msgspec.Struct, frozen=True):
+    """The buckets of one update in the order in which they are sent, and the size of the largest."""
+
+    bucket_size: int
+    buckets: tuple[Bucket, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that travel, padding between tensors included."""
+        return sum(bucket.nbytes for bucket in self.buckets)
+
+
+def plan_buckets(catalog: Catalog, bucket_size: int, *, largest_allowed: int | None = None) -> BucketPlan:
+    """Cuts every segment into buckets and lets the owners take turns.
+
+    Args:
+        catalog: What is to be sent.
+        bucket_size: Bytes of a bucket; raised to the largest tensor where that is larger.
+        largest_allowed: Bytes beyond which the bucket size may not be raised; no bound if None.
+
+    Raises:
+        TensorTooLargeError: a tensor needs a bucket larger than `largest_allowed`.
+    """
+    size = max(align_up(bucket_size), largest_bucket_needed(catalog, largest_allowed))
+    per_owner = [list(_cut_holding(holding, size)) for holding in catalog.holdings]
+    # Owners take turns so that all of them bring buckets to their devices at the same time.
+    in_turn = tuple(bucket for turn in zip_longest(*per_owner) for bucket in turn if bucket is not None)
+    return BucketPlan(bucket_size=size, buckets=in_turn)
+
+
+def largest_bucket_needed(catalog: Catalog, largest_allowed: int | None = None) -> int:
+    """Bytes of the smallest bucket that can hold any tensor of the catalog.
+
+    Raises:
+        TensorTooLargeError: that is more than `largest_allowed`.
+    """
+    needed, largest = 0, None
+    for tensor in catalog.tensors():
+        span = align_up(tensor.offset + tensor.nbytes) - align_down(tensor.offset)
+        if span > needed:
+            needed, largest = span, tensor
+    if largest is not None and largest_allowed is not None and needed > largest_allowed:
+        raise TensorTooLargeError(
+            f"tensor {largest.name!r} needs a bucket of {needed} bytes, at most {largest_allowed} are allowed; "
+            "raise PS_MAX_BUCKET_SIZE_GB or free device memory"
+        )
+    return needed
+
+
+def _cut_holding(holding: Holding, bucket_size: int) -> Iterator[Bucket]:
+    for index, segment in enumerate(holding.segments):
+        tensors: list[TensorEntry] = []
+        start = end = 0
+        for tensor in segment.tensors:
+            tensor_end = align_up(tensor.offset + tensor.nbytes)
+            if tensors and tensor_end - start > bucket_size:
+                yield Bucket(holding.rank, index, start, end - start, tuple(tensors))
+                tensors = []
+            if not tensors:
+                start = align_down(tensor.offset)
+            tensors.append(tensor)
+            end = min(tensor_end, segment.nbytes)
+        if tensors:
+            yield Bucket(holding.rank, index, start, end - start, tuple(tensors))
