@@ -6,6 +6,7 @@ allocator settings the two environments have, and freeing it gives the memory ba
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 from contextlib import AbstractContextManager
 from typing import Any
@@ -23,6 +24,9 @@ from checkpoint_engine.errors import (
     SettingError,
 )
 from checkpoint_engine.link.messages import CudaMemory, HostMemory
+
+
+_HANDLE_BYTES = 64  # sizeof(cudaIpcMemHandle_t), which the bindings keep opaque
 
 
 class CudaDevice:
@@ -95,7 +99,7 @@ class CudaStaging:
                 f"({_describe(runtime, error)})"
             )
         handle = _check(runtime, runtime.cudaIpcGetMemHandle(self._pointer), "making the GPU memory shareable")
-        self.memory = CudaMemory(nbytes, bytes(handle.reserved))
+        self.memory = CudaMemory(nbytes, ctypes.string_at(handle.getPtr(), _HANDLE_BYTES))
         self.descriptors: tuple[int, ...] = ()
         self.tensor = _as_tensor(self._pointer, nbytes, device)
 
@@ -112,8 +116,10 @@ class CudaMapped:
 
     def __init__(self, runtime: Any, device: torch.device, memory: CudaMemory) -> None:
         self._runtime = runtime
+        if len(memory.handle) != _HANDLE_BYTES:
+            raise LinkError(f"a CUDA IPC handle has {_HANDLE_BYTES} bytes, {len(memory.handle)} came")
         handle = runtime.cudaIpcMemHandle_t()
-        handle.reserved = memory.handle
+        ctypes.memmove(handle.getPtr(), memory.handle, _HANDLE_BYTES)
         error, self._pointer = runtime.cudaIpcOpenMemHandle(handle, runtime.cudaIpcMemLazyEnablePeerAccess)
         if error != runtime.cudaError_t.cudaSuccess:
             raise LinkError(

@@ -42,10 +42,18 @@ class Bucket(msgspec.Struct, frozen=True):
 
 
 class BucketPlan(msgspec.Struct, frozen=True):
-    """The buckets of one update in the order in which they are sent, and the size of the largest."""
+    """The buckets of one update in the order in which they are sent.
+
+    `bucket_size` is the most that several tensors fill together; a tensor larger than that has a bucket of its own.
+    """
 
     bucket_size: int
     buckets: tuple[Bucket, ...]
+
+    @property
+    def largest(self) -> int:
+        """Bytes of the largest bucket."""
+        return max((bucket.nbytes for bucket in self.buckets), default=0)
 
     @property
     def nbytes(self) -> int:
@@ -58,13 +66,14 @@ def plan_buckets(catalog: Catalog, bucket_size: int, *, largest_allowed: int | N
 
     Args:
         catalog: What is to be sent.
-        bucket_size: Bytes of a bucket; raised to the largest tensor where that is larger.
-        largest_allowed: Bytes beyond which the bucket size may not be raised; no bound if None.
+        bucket_size: Bytes of a bucket; a tensor larger than that gets a bucket of its own.
+        largest_allowed: Bytes that no bucket may exceed; no bound if None.
 
     Raises:
         TensorTooLargeError: a tensor needs a bucket larger than `largest_allowed`.
     """
-    size = max(align_up(bucket_size), largest_bucket_needed(catalog, largest_allowed))
+    size = align_up(bucket_size)
+    largest_bucket_needed(catalog, largest_allowed)
     per_owner = [list(_cut_holding(holding, size)) for holding in catalog.holdings]
     # Owners take turns so that all of them bring buckets to their devices at the same time.
     in_turn = tuple(bucket for turn in zip_longest(*per_owner) for bucket in turn if bucket is not None)

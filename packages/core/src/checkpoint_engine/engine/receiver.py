@@ -1,0 +1,241 @@
+"""The engine worker's side of an update: takes buckets from the link and drives the engine's adapter."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version as distribution_version
+
+import torch
+
+from checkpoint_engine.deadline import Deadline
+from checkpoint_engine.device import Device, Mapped
+from checkpoint_engine.dtypes import torch_dtype
+from checkpoint_engine.engine.adapter import Adapter, TensorSpec, Update
+from checkpoint_engine.errors import CheckpointEngineError, LinkError, LinkRefusedError, WorkerError
+from checkpoint_engine.link.channel import ReceiverChannel, connect
+from checkpoint_engine.link.messages import (
+    PROTOCOL,
+    Abort,
+    Aborted,
+    Accepted,
+    Begin,
+    Failed,
+    Finish,
+    Finished,
+    FromSender,
+    Hello,
+    Load,
+    Loaded,
+    TensorSlice,
+)
+
+LIBRARY_VERSION = distribution_version("checkpoint-engine-core")
+_GOODBYE_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Received:
+    """What an update brought: bytes, tensors, and seconds in all and in the engine's own loader."""
+
+    version: str
+    nbytes: int
+    tensors: int
+    seconds: float
+    load_seconds: float
+    details: Mapping[str, str | int | float]
+
+
+def pick_handle(handles: Mapping[str, str], device: Device, rank: int, world_size: int) -> str:
+    """The handle meant for this worker.
+
+    A GPU is found by its identity. CPU workers have none that both sides know, so there the order of ranks counts.
+
+    Args:
+        handles: Device identity -> handle, for the workers of one engine, in order of rank.
+        device: The worker's device.
+        rank: The worker's rank in its engine.
+        world_size: Number of workers of the engine.
+
+    Raises:
+        WorkerError: no handle is meant for this worker.
+    """
+    if len(handles) != world_size:
+        raise WorkerError(
+            f"the update brings weights for {len(handles)} workers, this engine has {world_size}: "
+            f"pass --tensor-parallel-size {world_size} (or give this engine's ranks only)"
+        )
+    if device.torch_device.type == "cpu":
+        return list(handles.values())[rank]
+    if device.identity not in handles:
+        raise WorkerError(
+            f"worker {rank} runs on {device.identity}, the update is for {', '.join(handles)}: start the parameter "
+            "server on the GPUs of this engine, rank by rank"
+        )
+    return handles[device.identity]
+
+
+def receive_update(handle: str, adapter: Adapter, device: Device, *, timeout: float = 600.0) -> Received:
+    """Takes one update from the parameter server that gave out `handle`.
+
+    Args:
+        handle: Where to connect, as given by the parameter server.
+        adapter: Puts the tensors into the engine.
+        device: Where the engine's weights live.
+        timeout: Seconds for the whole update.
+
+    Raises:
+        CheckpointEngineError: the update did not complete. The adapter was aborted, and the sender was told.
+    """
+    deadline = Deadline(timeout)
+    channel, token = connect(handle, deadline)
+    with channel:
+        channel.send(
+            Hello(PROTOCOL, token, device.identity, LIBRARY_VERSION, torch.__version__, os.getpid()), deadline
+        )
+        return _Reception(channel, adapter, device, deadline).run()
+
+
+class _Reception:
+    """One update under way."""
+
+    def __init__(self, channel: ReceiverChannel, adapter: Adapter, device: Device, deadline: Deadline) -> None:
+        self._channel = channel
+        self._adapter = adapter
+        self._device = device
+        self._deadline = deadline
+        self._phase = "begin"
+        self._begun = False
+        self._load_seconds = 0.0
+
+    def run(self) -> Received:
+        start = time.perf_counter()
+        try:
+            with self._mapped_staging() as (begin, staging):
+                self._begin(begin)
+                self._load_all(begin, staging)
+                details = self._finish(begin.version)
+        except Exception as error:
+            self._give_up(error)
+            raise
+        return Received(
+            version=begin.version,
+            nbytes=sum(_nbytes(tensor) for bucket in begin.buckets for tensor in bucket),
+            tensors=sum(len(bucket) for bucket in begin.buckets),
+            seconds=time.perf_counter() - start,
+            load_seconds=self._load_seconds,
+            details=details,
+        )
+
+    @contextlib.contextmanager
+    def _mapped_staging(self) -> Iterator[tuple[Begin, Mapped]]:
+        begin = self._receive("the start of the update")
+        if not isinstance(begin, Begin):
+            raise LinkError(f"an update starts with Begin, {type(begin).__name__} came")
+        if begin.protocol != PROTOCOL:
+            raise LinkRefusedError(
+                f"the parameter server speaks link protocol {begin.protocol} (checkpoint-engine-core {begin.library}), "
+                f"this engine {PROTOCOL}; install matching versions in both environments"
+            )
+        staging = self._device.map(begin.staging, self._channel.take_descriptors())
+        try:
+            yield begin, staging
+        finally:
+            # The engine may still be reading; the memory may go only after that.
+            self._device.synchronize()
+            staging.close()
+
+    def _begin(self, begin: Begin) -> None:
+        tensors = {
+            tensor.name: TensorSpec(torch_dtype(tensor.dtype), tensor.shape)
+            for bucket in begin.buckets
+            for tensor in bucket
+        }
+        self._begun = True
+        self._adapter.begin(Update(begin.update_id, begin.checkpoint, begin.version, tensors))
+        self._send(Accepted())
+
+    def _load_all(self, begin: Begin, staging: Mapped) -> None:
+        self._phase = "load"
+        done = 0
+        while True:
+            message = self._receive("the next bucket")
+            if isinstance(message, Finish):
+                break
+            if not isinstance(message, Load) or not 0 <= message.bucket < len(begin.buckets):
+                raise LinkError(f"expected a bucket, {message} came")
+            seconds = self._load(begin.buckets[message.bucket], staging.tensor, message.offset)
+            self._load_seconds += seconds
+            done += 1
+            self._send(Loaded(message.bucket, seconds))
+        if done != len(begin.buckets):
+            raise LinkError(f"the parameter server finished after {done} of {len(begin.buckets)} buckets")
+
+    def _load(self, bucket: Sequence[TensorSlice], staging: torch.Tensor, offset: int) -> float:
+        start = time.perf_counter()
+        self._adapter.load([(entry.name, view_tensor(staging, entry, offset)) for entry in bucket])
+        self._device.synchronize()
+        return time.perf_counter() - start
+
+    def _finish(self, version: str) -> Mapping[str, str | int | float]:
+        self._phase = "finish"
+        start = time.perf_counter()
+        details = self._adapter.finish()
+        self._device.synchronize()
+        self._send(Finished(version, time.perf_counter() - start, dict(details)))
+        return details
+
+    def _give_up(self, error: BaseException) -> None:
+        """Puts the engine into a known state first, then tells the sender, who may be gone already."""
+        restored = self._adapter.abort() if self._begun else True
+        answer = (
+            Aborted(dirty=not restored)
+            if isinstance(error, UpdateAbortedError)
+            else Failed(self._phase, type(error).__name__, str(error), dirty=not restored)
+        )
+        with contextlib.suppress(CheckpointEngineError):  # the error under way says more than a lost goodbye
+            self._channel.send(answer, Deadline(_GOODBYE_SECONDS))
+
+    def _receive(self, waiting_for: str) -> FromSender:
+        message = self._channel.receive(self._deadline, waiting_for)
+        if isinstance(message, Abort):
+            raise UpdateAbortedError(f"the parameter server gave the update up: {message.reason}")
+        return message
+
+    def _send(self, message: Accepted | Loaded | Finished) -> None:
+        self._channel.send(message, self._deadline)
+
+
+class UpdateAbortedError(WorkerError):
+    """The parameter server told this worker to give the update up."""
+
+
+def view_tensor(staging: torch.Tensor, entry: TensorSlice, bucket_offset: int) -> torch.Tensor:
+    """The tensor that lies in the staging memory.
+
+    A file used in place may hold tensors at addresses that their dtype does not allow; those are copied out.
+
+    Raises:
+        LinkError: it would leave the staging memory.
+    """
+    begin = bucket_offset + entry.offset
+    end = begin + _nbytes(entry)
+    if begin < 0 or end > staging.numel() or any(size < 0 for size in entry.shape):
+        raise LinkError(f"tensor {entry.name!r} at bytes {begin} to {end} leaves the staging memory of {staging.numel()}")
+    dtype = torch_dtype(entry.dtype)
+    piece = staging[begin:end]
+    if piece.numel() == 0:
+        return torch.empty(entry.shape, dtype=dtype, device=staging.device)
+    if piece.data_ptr() % dtype.itemsize:
+        piece = piece.clone()
+    return piece.view(dtype).view(entry.shape)
+
+
+def _nbytes(entry: TensorSlice) -> int:
+    elements = 1
+    for size in entry.shape:
+        elements *= size
+    return elements * torch_dtype(entry.dtype).itemsize

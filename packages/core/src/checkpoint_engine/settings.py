@@ -1,0 +1,71 @@
+"""What can be set from the environment, under the names that existing users know."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from checkpoint_engine.errors import SettingError
+
+MIB = 1 << 20
+GIB = 1 << 30
+DEFAULT_BUCKET_SIZE = 256 * MIB
+DEFAULT_MEM_FRACTION = 0.9
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How an update uses device memory and which device it uses.
+
+    Attributes:
+        bucket_size: Bytes that several tensors may fill together (`PS_MAX_BUCKET_SIZE_GB`).
+        mem_fraction: Share of the free device memory that staging may take (`PS_MEM_FRACTION`).
+        device: `cpu`, `cuda` or `auto` (`CHECKPOINT_ENGINE_DEVICE`).
+    """
+
+    bucket_size: int
+    mem_fraction: float
+    device: str
+
+    @classmethod
+    def from_environment(cls, mem_fraction: float | None = None, device: str | None = None) -> Settings:
+        """Reads the environment; arguments that are given win.
+
+        Raises:
+            SettingError: a value is not a number, or out of range.
+        """
+        gigabytes = _number("PS_MAX_BUCKET_SIZE_GB", DEFAULT_BUCKET_SIZE / GIB)
+        fraction = mem_fraction if mem_fraction is not None else _number("PS_MEM_FRACTION", DEFAULT_MEM_FRACTION)
+        if gigabytes <= 0:
+            raise SettingError(f"PS_MAX_BUCKET_SIZE_GB is {gigabytes:g}; it must be above 0")
+        if not 0 < fraction <= 1:
+            raise SettingError(f"the memory fraction is {fraction:g}; it must be above 0 and at most 1")
+        chosen = device or os.environ.get("CHECKPOINT_ENGINE_DEVICE", "auto")
+        return cls(bucket_size=int(gigabytes * GIB), mem_fraction=fraction, device=chosen)
+
+
+def rank_from_environment(given: int | None, variable: str) -> int:
+    """An argument if it is given, 0 included; else the environment variable that torchrun sets.
+
+    Raises:
+        SettingError: neither is there, or it is not a number.
+    """
+    if given is not None:
+        return given
+    text = os.environ.get(variable)
+    if text is None:
+        raise SettingError(f"{variable} is not set; start with torchrun, or pass {variable.lower()}")
+    try:
+        return int(text)
+    except ValueError:
+        raise SettingError(f"{variable} is {text!r}, which is not a whole number") from None
+
+
+def _number(variable: str, default: float) -> float:
+    text = os.environ.get(variable)
+    if not text:
+        return default
+    try:
+        return float(text)
+    except ValueError:
+        raise SettingError(f"{variable} is {text!r}, which is not a number") from None
