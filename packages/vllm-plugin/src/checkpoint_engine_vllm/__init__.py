@@ -1,0 +1,29 @@
+"""New weights reach a serving vLLM in place.
+
+In vLLM's environment: `WorkerExtension`. In that of the parameter server, which needs no vLLM: `VllmClient`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from checkpoint_engine_vllm.client import VllmClient
+    from checkpoint_engine_vllm.extension import WorkerExtension
+    from checkpoint_engine_vllm.extension import WorkerExtension as VllmColocateWorkerExtension
+
+__version__ = "0.1.0"
+__all__ = ["VllmClient", "VllmColocateWorkerExtension", "WorkerExtension", "__version__"]
+
+
+def __getattr__(name: str) -> object:
+    # vLLM imports this package in each of its processes, also in those that need none of it.
+    if name == "VllmClient":
+        from checkpoint_engine_vllm.client import VllmClient
+
+        return VllmClient
+    if name in ("WorkerExtension", "VllmColocateWorkerExtension"):
+        from checkpoint_engine_vllm.extension import WorkerExtension
+
+        return WorkerExtension
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

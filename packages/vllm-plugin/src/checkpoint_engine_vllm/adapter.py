@@ -1,0 +1,205 @@
+"""Puts the tensors of an update into one vLLM worker."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from checkpoint_engine.engine.adapter import TensorSpec, Update
+from checkpoint_engine.errors import CheckpointStateError, WeightsRejectedError
+from checkpoint_engine_vllm import compat
+from checkpoint_engine_vllm.draft import DraftReload, open_draft
+from checkpoint_engine_vllm.loadplan import LoadPlan, make_plan
+from checkpoint_engine_vllm.reload import Reload
+from checkpoint_engine_vllm.repairs import CpuRepairs, Repairs
+
+logger = logging.getLogger(__name__)
+
+ALLOW_MISSING = "CHECKPOINT_ENGINE_VLLM_ALLOW_MISSING"
+"""Environment variable: `1` accepts a checkpoint that leaves parameters without weights, as vLLM itself may."""
+
+_MOST_NAMED = 8
+
+
+class VllmAdapter:
+    """The adapter of one worker; lives as long as the worker. See `checkpoint_engine.engine.adapter.Adapter`."""
+
+    def __init__(self, worker: Any) -> None:
+        self._worker = worker
+        self.dirty = False
+        """Whether the weights may be a mixture of old and new."""
+        self.version = ""
+        """Of the weights held, as far as they came through here."""
+        self._plan: tuple[str, LoadPlan | None] | None = None
+        self._target: Reload | None = None
+        self._draft: DraftReload | None = None
+        self._update: Update | None = None
+        self._delivered: set[str] = set()
+        self._seconds = {"check": 0.0, "load": 0.0, "finish": 0.0}
+
+    # -- the protocol
+
+    def begin(self, update: Update) -> None:
+        """Checks the announced tensors, then makes the models ready for them.
+
+        Raises:
+            WeightsRejectedError: a tensor is unknown to the model, or the model would be left without weights.
+            MissingDependencyError: this vLLM cannot reload weights.
+        """
+        compat.layerwise()
+        self._update, self._delivered = update, set()
+        self._seconds = dict.fromkeys(self._seconds, 0.0)
+        start = time.perf_counter()
+        with compat.engine_context(self._worker):
+            model = compat.target_model(self._worker)
+            draft = open_draft(self._worker, update.tensors)
+            served = {name: spec for name, spec in update.tensors.items() if draft is None or not draft.only(name)}
+            plan = self._planned(served)
+            if plan is not None:
+                self._refuse_missing(missing_parameters(plan, model, quantised=self._is_quantised()))
+            self._seconds["check"] = time.perf_counter() - start
+            self._target = Reload(model, self._worker.model_config, self._repairs())
+            self._draft = draft
+            self._target.begin()
+            if draft is not None:
+                draft.begin(self._repairs())
+
+    def load(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+        """Gives tensors to vLLM's loaders: those of the served model and of its draft model."""
+        target, draft = self._target, self._draft
+        if target is None:
+            raise CheckpointStateError("load was called outside of an update")
+        start = time.perf_counter()
+        with compat.engine_context(self._worker):
+            target.load(tensors if draft is None else [pair for pair in tensors if not draft.only(pair[0])])
+            if draft is not None:
+                draft.load(tensors)
+        self._delivered.update(name for name, _ in tensors)
+        self._seconds["load"] += time.perf_counter() - start
+
+    def finish(self) -> Mapping[str, str | int | float]:
+        """Checks that everything came, and completes the models.
+
+        Raises:
+            WeightsRejectedError: tensors are missing; nothing was completed.
+        """
+        target, draft, update = self._target, self._draft, self._update
+        if target is None or update is None:
+            raise CheckpointStateError("finish was called outside of an update")
+        start = time.perf_counter()
+        lost = [name for name in update.tensors if name not in self._delivered]
+        if lost:
+            raise WeightsRejectedError(f"announced but not delivered: {_listed(lost)}")
+        with compat.engine_context(self._worker):
+            if self._plan is None or self._plan[1] is None:
+                self._refuse_missing(target.incomplete())
+            if draft is not None:
+                self._refuse_missing(draft.incomplete())
+            target.finish()
+            if draft is not None:
+                draft.finish()
+            self._after_new_weights()
+        self._seconds["finish"] = time.perf_counter() - start
+        details = self._details(target, draft)
+        self.dirty, self.version = False, update.version
+        self._target = self._draft = None
+        return details
+
+    def abort(self) -> bool:
+        """Puts the old weights back where layers are not complete; returns whether all weights are the old ones."""
+        target, draft, update = self._target, self._draft, self._update
+        self._target = self._draft = self._update = None
+        if target is None:
+            was_finished = update is not None and bool(self._delivered)
+            return not self.dirty and not was_finished
+        intact = False
+        try:
+            with compat.engine_context(self._worker):
+                # The served model first: layers that it shares with the draft model are its own to put back.
+                target_intact = target.abort()
+                intact = (draft is None or draft.abort()) and target_intact
+        finally:
+            # A worker that held a mixture before holds one still.
+            self.dirty = self.dirty or not intact
+        return not self.dirty
+
+    # -- inside
+
+    def _planned(self, tensors: Mapping[str, TensorSpec]) -> LoadPlan | None:
+        """The plan for these tensors; kept, because the next update mostly brings the same."""
+        digest = hashlib.sha256()
+        for name, spec in sorted(tensors.items()):
+            digest.update(f"{name}\0{spec.dtype}\0{spec.shape}\n".encode())
+        key = digest.hexdigest()
+        if self._plan is None or self._plan[0] != key:
+            self._plan = None
+            self._plan = (key, make_plan(self._worker.vllm_config, self._worker.model_config, tensors))
+        return self._plan[1]
+
+    def _repairs(self) -> Repairs:
+        return CpuRepairs() if compat.on_cpu(self._worker) else Repairs()
+
+    def _is_quantised(self) -> bool:
+        return getattr(self._worker.vllm_config, "quant_config", None) is not None
+
+    def _refuse_missing(self, missing: Sequence[str]) -> None:
+        if not missing:
+            return
+        message = f"the checkpoint does not fill these parameters of the model: {_listed(missing)}"
+        if os.environ.get(ALLOW_MISSING) == "1":
+            logger.warning("%s (accepted, %s=1)", message, ALLOW_MISSING)
+            return
+        raise WeightsRejectedError(
+            f"{message}; is the checkpoint complete, and of this model? ({ALLOW_MISSING}=1 in the engine's environment "
+            "accepts it: these parameters then keep what they hold)"
+        )
+
+    def _after_new_weights(self) -> None:
+        """What vLLM itself does after it has replaced weights."""
+        reset = getattr(self._worker.model_runner, "reset_lora_state", None)
+        if reset is not None:
+            reset()
+
+    def _details(self, target: Reload, draft: DraftReload | None) -> dict[str, str | int | float]:
+        return {
+            "vllm": compat.version(),
+            "tensors": len(self._delivered),
+            "draft_tensors": 0 if draft is None else draft.tensors,
+            "cloned_bytes": target.cloned_bytes + (0 if draft is None else draft.cloned_bytes),
+            **{f"{step}_seconds": round(seconds, 6) for step, seconds in self._seconds.items()},
+        }
+
+
+def missing_parameters(plan: LoadPlan, model: torch.nn.Module, *, quantised: bool) -> list[str]:
+    """Parameters that a checkpoint would leave without (some of) their weights, with what they would get."""
+    covered = {name for name, coverage in plan.parameters.items() if coverage.complete}
+    addresses: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.numel():
+            addresses.setdefault(parameter.untyped_storage().data_ptr(), set()).add(name)
+    # vLLM may have tied parameters after it loaded its first checkpoint.
+    tied = {name for names in addresses.values() if names & covered for name in names}
+    return [
+        f"{name} (nothing)"
+        if not coverage.filled
+        else f"{name} ({coverage.filled} of {coverage.elements} elements, from {', '.join(sorted(coverage.tensors))})"
+        for name, coverage in plan.parameters.items()
+        if not coverage.complete and name not in tied and not (quantised and _is_optional(name))
+    ]
+
+
+def _is_optional(parameter: str) -> bool:
+    """Whether a quantised checkpoint may lack it: vLLM has a default for it."""
+    own_name = parameter.rpartition(".")[2]
+    return "weight" not in own_name or own_name.endswith(("shape", "g_idx", "zero_point", "sort_indices"))
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - _MOST_NAMED
+    return ", ".join(names[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,210 @@
+"""Everything of vLLM that differs between 0.16 and 0.33, or that is not its public interface, in one place.
+
+Decisions rest on what the installed vLLM offers, not on its version number. vLLM is imported only when a function
+here is called, so the client works in an environment without it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+
+from checkpoint_engine.errors import MissingDependencyError
+
+_RELOAD = "vllm.model_executor.model_loader.reload.layerwise"
+
+
+@dataclass(frozen=True)
+class Layerwise:
+    """vLLM's layerwise reload (0.16 and newer)."""
+
+    initialize: Callable[[torch.nn.Module], None]
+    finalize: Callable[[torch.nn.Module, Any], None]
+    info: Callable[[torch.nn.Module], Any]
+    """The state of one module's reload."""
+
+
+@cache
+def layerwise() -> Layerwise:
+    """The reload functions of the installed vLLM.
+
+    Raises:
+        MissingDependencyError: vLLM is missing, or older than 0.16.
+    """
+    try:
+        module = importlib.import_module(_RELOAD)
+        return Layerwise(
+            initialize=module.initialize_layerwise_reload,
+            finalize=module.finalize_layerwise_reload,
+            info=module.get_layerwise_info,
+        )
+    except (ImportError, AttributeError) as error:
+        raise MissingDependencyError(
+            f"vLLM {version()} cannot reload weights layer by layer ({error}); checkpoint-engine-vllm needs vLLM 0.16 or "
+            "newer: pip install --upgrade 'vllm>=0.16'"
+        ) from error
+
+
+@cache
+def version() -> str:
+    """The installed vLLM's version, or `(not installed)`."""
+    try:
+        return str(importlib.import_module("vllm").__version__)
+    except (ImportError, AttributeError):
+        return "(not installed)"
+
+
+@contextlib.contextmanager
+def engine_context(worker: Any) -> Iterator[None]:
+    """What vLLM's loaders expect around them."""
+    set_config = importlib.import_module("vllm.config").set_current_vllm_config
+    with torch.no_grad(), set_config(worker.vllm_config), torch.device(worker.device):
+        yield
+
+
+def on_cpu(worker: Any) -> bool:
+    """Whether the worker computes on the CPU."""
+    return worker.device.type == "cpu"
+
+
+# -- models ---------------------------------------------------------------------------------------------------------
+
+
+def target_model(worker: Any) -> torch.nn.Module:
+    """The served model, without wrappers for CUDA graphs."""
+    return worker.model_runner.get_model()
+
+
+def draft_model(worker: Any) -> torch.nn.Module | None:
+    """The model that speculative decoding drafts with, if it is one; both model runners."""
+    runner = worker.model_runner
+    if hasattr(runner, "get_draft_model"):
+        model = runner.get_draft_model()
+    else:
+        drafter = getattr(runner, "drafter", None) or getattr(runner, "speculator", None)
+        model = getattr(drafter, "model", None)
+        unwrap = None if model is None else getattr(type(model), "unwrap", None)
+        model = unwrap(model) if unwrap else model
+    return model if isinstance(model, torch.nn.Module) else None
+
+
+def draft_config(worker: Any) -> Any:
+    """The configuration that the draft model was built from."""
+    runner = worker.model_runner
+    drafter = getattr(runner, "drafter", None) or getattr(runner, "speculator", None)
+    make = getattr(drafter, "_create_draft_vllm_config", None)
+    return worker.vllm_config if make is None else make()
+
+
+def draft_model_config(worker: Any) -> Any:
+    """The model configuration of the draft model; None if it has none of its own."""
+    return getattr(worker.vllm_config.speculative_config, "draft_model_config", None)
+
+
+def draft_shares_checkpoint(worker: Any) -> bool:
+    """Whether the draft model's weights lie in the served model's checkpoint, as those of MTP layers do."""
+    config = draft_model_config(worker)
+    return config is not None and config.model == worker.model_config.model
+
+
+def is_attention(layer: torch.nn.Module) -> bool:
+    """Whether a layer is completed only at the end of a reload; its scales may be missing from a checkpoint."""
+    try:
+        attention = importlib.import_module("vllm.model_executor.layers.attention")
+    except ImportError:
+        return hasattr(layer, "kv_cache")
+    if hasattr(attention, "is_deferred_attention_layer"):
+        return bool(attention.is_deferred_attention_layer(layer))
+    kinds = tuple(
+        getattr(attention, name) for name in ("Attention", "MLAAttention", "MMEncoderAttention") if hasattr(attention, name)
+    )
+    return isinstance(layer, kinds)
+
+
+# -- MTP ------------------------------------------------------------------------------------------------------------
+
+
+def bucketed_load() -> AbstractContextManager[None]:
+    """Lets MTP models take their weights in several calls (0.32 and newer)."""
+    switch = _mtp_switch()
+    return contextlib.nullcontext() if switch is None else switch()
+
+
+def can_load_mtp_in_buckets() -> bool:
+    """Whether `bucketed_load` does anything; without it, an MTP model must get all its weights in one call."""
+    return _mtp_switch() is not None
+
+
+@cache
+def _mtp_switch() -> Callable[[], AbstractContextManager[None]] | None:
+    try:
+        return importlib.import_module("vllm.model_executor.model_loader.mtp_validation").disable_mtp_completeness_check
+    except (ImportError, AttributeError):
+        return None
+
+
+# -- a second model without data -----------------------------------------------------------------------------------
+
+
+def build_without_data(config: Any, model_config: Any) -> torch.nn.Module:
+    """Builds a model on the meta device beside the live one, sharing nothing with it.
+
+    Args:
+        config: vLLM's configuration; a copy of it is used.
+        model_config: The model's own, where that differs from the one in `config`.
+    """
+    config = copy.copy(config)
+    config.compilation_config = compilation = copy.copy(config.compilation_config)
+    # Layers register themselves here by name; those of the live model must stay who they are.
+    compilation.static_forward_context = {}
+    if hasattr(compilation, "static_all_moe_layers"):
+        compilation.static_all_moe_layers = []
+    _switch_off_compilation(compilation)
+    vllm_config = importlib.import_module("vllm.config")
+    initialize = importlib.import_module("vllm.model_executor.model_loader.utils").initialize_model
+    with (
+        torch.no_grad(),
+        vllm_config.set_current_vllm_config(config),
+        _default_dtype(model_config.dtype),
+        _own_rotary_embeddings(),
+        torch.device("meta"),
+    ):
+        return initialize(vllm_config=config, model_config=model_config)
+
+
+def _switch_off_compilation(compilation: Any) -> None:
+    modes = getattr(importlib.import_module("vllm.config"), "CompilationMode", None)
+    if modes is not None and hasattr(compilation, "mode"):
+        compilation.mode = modes.NONE
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextlib.contextmanager
+def _own_rotary_embeddings() -> Iterator[None]:
+    """vLLM caches rotary embeddings for the process: neither take the live ones nor leave any without data."""
+    module = importlib.import_module("vllm.model_executor.layers.rotary_embedding")
+    cached: dict[Any, Any] = getattr(module, "_ROPE_DICT", {})
+    before = dict(cached)
+    cached.clear()
+    try:
+        yield
+    finally:
+        cached.clear()
+        cached.update(before)

@@ -1,0 +1,120 @@
+"""The draft model of speculative decoding, fed from the same stream as the served model.
+
+The draft model shares modules with the served model (MTP and EAGLE: embedding and output layer). Both reloads are open
+at once; a tensor that goes only into shared modules is left to the served model's reload. Where a draft model must get
+its tensors in one call, or where it is unknown which it needs, they are kept in host memory until the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from checkpoint_engine.engine.adapter import TensorSpec
+from checkpoint_engine.errors import WeightsRejectedError
+from checkpoint_engine_vllm import compat
+from checkpoint_engine_vllm.loadplan import LoadPlan, make_plan
+from checkpoint_engine_vllm.reload import Reload
+from checkpoint_engine_vllm.repairs import Repairs
+
+PREFIX = "draft_model."
+"""Tensors whose names begin so are the draft model's alone; it gets them without the prefix."""
+
+
+def open_draft(worker: Any, tensors: Mapping[str, TensorSpec]) -> DraftReload | None:
+    """The draft model's part in an update; None if there is no draft model, or the update has nothing for it.
+
+    Raises:
+        WeightsRejectedError: the update has tensors for a draft model that does not take them.
+    """
+    own = {name.removeprefix(PREFIX): spec for name, spec in tensors.items() if name.startswith(PREFIX)}
+    model = compat.draft_model(worker)
+    if model is None:
+        if own:
+            first = PREFIX + next(iter(own))
+            raise WeightsRejectedError(f"tensor {first!r} is for a draft model, but this engine has none")
+        return None
+    if not own and not compat.draft_shares_checkpoint(worker):
+        return None
+    return DraftReload(worker, model, own or tensors, prefixed=bool(own))
+
+
+class DraftReload:
+    """The reload of the draft model, next to that of the served model."""
+
+    def __init__(
+        self, worker: Any, model: torch.nn.Module, tensors: Mapping[str, TensorSpec], *, prefixed: bool
+    ) -> None:
+        self._model_config = compat.draft_model_config(worker) or worker.model_config
+        self._prefixed = prefixed
+        self._model = model
+        self._lent = frozenset(compat.target_model(worker).modules())
+        self._plan = make_plan(compat.draft_config(worker), self._model_config, tensors)
+        self._needed = None if self._plan is None else self._needs(self._plan)
+        self._at_once = self._needed is None or not compat.can_load_mtp_in_buckets()
+        self._kept: list[tuple[str, torch.Tensor]] = []
+        self._reload: Reload | None = None
+        self._repairs = Repairs()
+        self.tensors = 0
+        """How many tensors the draft model got."""
+
+    @property
+    def cloned_bytes(self) -> int:
+        """Bytes that were copied because they are needed for longer than their bucket lives."""
+        kept = sum(tensor.nbytes for _, tensor in self._kept)
+        return kept + (0 if self._reload is None else self._reload.cloned_bytes)
+
+    def only(self, name: str) -> bool:
+        """Whether a tensor is the draft model's alone."""
+        return self._prefixed and name.startswith(PREFIX)
+
+    def begin(self, repairs: Repairs) -> None:
+        """Called after the served model's reload has begun."""
+        self._repairs = repairs
+        if not self._at_once:
+            self._open()
+
+    def load(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+        """Takes what the draft model needs of these."""
+        mine = [(name.removeprefix(PREFIX), tensor) for name, tensor in tensors if not self._prefixed or self.only(name)]
+        mine = [(name, tensor) for name, tensor in mine if self._needed is None or name in self._needed]
+        self.tensors += len(mine)
+        if self._reload is not None:
+            self._reload.load(mine)
+        else:
+            self._kept.extend((name, tensor.to("cpu", copy=True)) for name, tensor in mine)
+
+    def incomplete(self) -> list[str]:
+        """Parameters of the draft model's own that lack weights; asked before the served model finishes."""
+        return [] if self._reload is None else [f"{name} of the draft model" for name in self._reload.incomplete()]
+
+    def finish(self) -> None:
+        """Called after the served model has finished.
+
+        Raises:
+            WeightsRejectedError: the draft model does not take what was kept for it.
+        """
+        reload = self._reload
+        if reload is None:
+            reload = self._open()
+            reload.load(self._kept)
+        reload.finish()
+
+    def abort(self) -> bool:
+        """Gives the reload up; returns whether the draft model holds its old weights."""
+        return self._reload is None or self._reload.abort()
+
+    def _open(self) -> Reload:
+        self._reload = Reload(self._model, self._model_config, self._repairs, self._lent)
+        self._reload.begin()
+        return self._reload
+
+    def _needs(self, plan: LoadPlan) -> frozenset[str]:
+        """Tensors that go into modules of the draft model's own."""
+        own: set[str] = set()
+        for name, module in self._model.named_modules():
+            if module not in self._lent:
+                own.update(f"{name}.{parameter}" if name else parameter for parameter in module._parameters)  # noqa: SLF001
+        return frozenset(name for name, parameters in plan.destinations.items() if not parameters.isdisjoint(own))

@@ -1,0 +1,125 @@
+"""The methods that vLLM's workers get: `--worker-extension-cls checkpoint_engine_vllm.WorkerExtension`."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any, cast
+
+from checkpoint_engine.device import Device, open_device
+from checkpoint_engine.engine.receiver import Received, pick_handle, receive_update
+from checkpoint_engine.errors import CheckpointEngineError, CheckpointStateError
+from checkpoint_engine_vllm import compat
+from checkpoint_engine_vllm.adapter import VllmAdapter
+
+logger = logging.getLogger(__name__)
+
+_DEFAULT_TIMEOUT = 600.0
+_STATE = "_checkpoint_engine_state"
+
+
+class WorkerExtension:
+    """Mixed into vLLM's worker class, whose attributes it must not share; it has no constructor of its own."""
+
+    def checkpoint_engine_update(
+        self, handles: Mapping[str, str], version: str = "", timeout: float = _DEFAULT_TIMEOUT
+    ) -> dict[str, Any]:
+        """Takes the update that one of `handles` (device identity -> handle) offers to this worker.
+
+        Returns a report: `ok`, `dirty` (the weights may be a mixture), `version` held now, `error`, `phase`, `seconds`.
+        """
+        del version  # the sender says it as well
+        return _state_of(self).update(handles, float(timeout))
+
+    def checkpoint_engine_status(self) -> dict[str, Any]:
+        """What this worker holds: `version`, `dirty`, `updating`, `error` of the last update, and library versions."""
+        return _state_of(self).status()
+
+    def update_weights_from_ipc(self, handles: Mapping[str, str]) -> None:
+        """Takes the update that one of `handles` (device identity -> handle) offers to this worker.
+
+        Raises:
+            CheckpointEngineError: it did not succeed.
+        """
+        _state_of(self).receive(handles, _DEFAULT_TIMEOUT)
+
+
+class WorkerState:
+    """What is kept beside a worker from one update to the next."""
+
+    def __init__(self, worker: Any) -> None:
+        self._worker = worker
+        self._adapter = VllmAdapter(worker)
+        self._busy = threading.Lock()
+        self._error = ""
+
+    def status(self) -> dict[str, Any]:
+        """See `WorkerExtension.checkpoint_engine_status`."""
+        return {
+            "version": self._adapter.version,
+            "dirty": self._adapter.dirty,
+            "updating": self._busy.locked(),
+            "error": self._error,
+            "rank": int(self._worker.rank),
+            "vllm": compat.version(),
+        }
+
+    def update(self, handles: Mapping[str, str], timeout: float) -> dict[str, Any]:
+        """See `WorkerExtension.checkpoint_engine_update`."""
+        start = time.perf_counter()
+        try:
+            received = self.receive(handles, timeout)
+        except Exception as error:  # noqa: BLE001 - the report carries it to whoever asked; raising would end the worker
+            return {**self.status(), "ok": False, "phase": "update", "seconds": time.perf_counter() - start}
+        return {**received.details, **self.status(), "ok": True, "phase": "", "seconds": received.seconds}
+
+    def receive(self, handles: Mapping[str, str], timeout: float) -> Received:
+        """Takes an update.
+
+        Raises:
+            CheckpointEngineError: it did not succeed.
+        """
+        if not self._busy.acquire(blocking=False):
+            raise CheckpointStateError("this worker is taking another update; wait for it to end")
+        try:
+            device, rank, world_size = _place_of(self._worker, len(handles))
+            handle = pick_handle(handles, device, rank, world_size)
+            received = receive_update(handle, self._adapter, device, timeout=timeout)
+        except Exception as error:
+            self._error = f"{type(error).__name__}: {error}"
+            logger.exception("update of the weights failed; the worker %s", self._describe())
+            raise
+        finally:
+            self._busy.release()
+        self._error = ""
+        return received
+
+    def _describe(self) -> str:
+        if self._adapter.dirty:
+            return "may hold a mixture of old and new weights until a complete update succeeds"
+        return f"still holds version {self._adapter.version!r}"
+
+
+def _state_of(worker: Any) -> WorkerState:
+    state = cast("WorkerState | None", getattr(worker, _STATE, None))
+    if state is None:
+        state = WorkerState(worker)
+        setattr(worker, _STATE, state)
+    return state
+
+
+def _place_of(worker: Any, handles: int) -> tuple[Device, int, int]:
+    """The worker's device, its rank among all workers that one call reaches, and how many those are."""
+    parallel = worker.vllm_config.parallel_config
+    rank, world_size = int(worker.rank), int(parallel.world_size)
+    replica = int(getattr(parallel, "data_parallel_index", getattr(parallel, "data_parallel_rank", 0)))
+    if replica and not getattr(parallel, "data_parallel_external_lb", False):
+        # One call reaches all replicas behind one server. A dense model's configuration does not say how many.
+        replicas = max(int(parallel.data_parallel_size), handles // world_size)
+        rank, world_size = replica * world_size + rank, replicas * world_size
+    elif not getattr(parallel, "data_parallel_external_lb", False):
+        world_size *= max(int(parallel.data_parallel_size), 1)
+    kind = worker.device.type
+    return open_device(kind, index=worker.device.index or 0, rank=rank), rank, world_size

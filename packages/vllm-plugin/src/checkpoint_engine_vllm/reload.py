@@ -1,0 +1,168 @@
+"""One layerwise reload of one model: vLLM's, with what it lacks.
+
+vLLM keeps references to the tensors of layers that are not complete yet; here they are detached from memory that will
+be used again. vLLM cannot give a reload up; here the layers that are not complete get their old weights back.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from checkpoint_engine.engine.adapter import TensorSpec
+from checkpoint_engine.errors import CheckpointEngineError, WorkerError
+from checkpoint_engine_vllm import compat
+from checkpoint_engine_vllm.loadplan import Watched, rejection
+from checkpoint_engine_vllm.repairs import Repairs
+
+logger = logging.getLogger(__name__)
+
+_REJECTIONS = (KeyError, ValueError, AssertionError, AttributeError, IndexError)
+"""What vLLM's loaders raise for a tensor that is unknown or of the wrong shape."""
+
+
+class Reload:
+    """Replaces the weights of one model. Everything here runs inside `compat.engine_context`."""
+
+    def __init__(
+        self, model: torch.nn.Module, model_config: Any, repairs: Repairs, lent: frozenset[torch.nn.Module] = frozenset()
+    ) -> None:
+        """Makes the reload of `model`; modules in `lent` belong to another model, whose reload fills them."""
+        self.model = model
+        self._lent = lent
+        self._model_config = model_config
+        self._layerwise = compat.layerwise()
+        self._repairs = repairs
+        self._opened: list[tuple[torch.nn.Module, Any]] = []
+        """Layers that take weights in this reload, and vLLM's state of them."""
+        self._written_in_place: list[tuple[Any, torch.Tensor, torch.Tensor]] = []
+        """State of a layer, a tensor of it that vLLM overwrites while the layer is incomplete, and its old values."""
+        self.cloned_bytes = 0
+
+    def begin(self) -> None:
+        """Makes the model ready for new weights."""
+        already_open = {layer for layer in self.model.modules() if self._layerwise.info(layer).can_load()}
+        self._repairs.before(self.model)
+        self._layerwise.initialize(self.model)
+        for layer in self.model.modules():
+            info = self._layerwise.info(layer)
+            if layer not in already_open and info.can_load() and info.load_numel_total > 0:
+                self._opened.append((layer, info))
+                self._remember_what_is_written_in_place(layer, info)
+
+    def load(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+        """Gives tensors to vLLM's loader; their memory may be used again afterwards.
+
+        Raises:
+            WeightsRejectedError: the loader does not know a tensor, or not in this shape.
+            WorkerError: the loader failed otherwise.
+        """
+        watched = Watched(tensors)
+        try:
+            with compat.bucketed_load():
+                self.model.load_weights(iter(watched))  # pyright: ignore[reportCallIssue, reportUnknownMemberType]
+        except CheckpointEngineError:
+            raise
+        except Exception as error:
+            if isinstance(error, _REJECTIONS):
+                found = dict(tensors).get(watched.last)
+                spec = None if found is None else TensorSpec(found.dtype, tuple(found.shape))
+                raise rejection(watched.last, spec, error) from error
+            raise WorkerError(f"vLLM's loader failed at tensor {watched.last!r}: {type(error).__name__}: {error}") from error
+        self._detach({tensor.untyped_storage().data_ptr() for _, tensor in tensors})
+
+    def incomplete(self) -> list[str]:
+        """Parameters that got nothing, or only some of their parts, as far as vLLM's own book-keeping shows."""
+        names = {layer: name for name, layer in self.model.named_modules()}
+        served = {_address(parameter) for layer, parameter in self._finished_parameters()} - {0}
+        found: list[str] = []
+        for layer, info in self._opened:
+            if not info.can_load() or layer in self._lent or compat.is_attention(layer):
+                continue
+            loaded: dict[str, list[Any]] = {}
+            for parameter, arguments in info.loaded_weights:
+                loaded.setdefault(parameter, []).append(arguments.arguments)
+            shared = {name for name, old in info.kernel_tensors[0].items() if _address(old) in served}
+            for parameter in layer._parameters:  # noqa: SLF001 - only the layer's own
+                if parameter not in loaded and parameter not in shared:
+                    found.append(f"{names[layer]}.{parameter}")
+                elif parameter in loaded and _lacks_parts(layer, loaded[parameter]):
+                    found.append(f"{names[layer]}.{parameter} (some parts)")
+        return found
+
+    def finish(self) -> None:
+        """Completes all layers."""
+        self._layerwise.finalize(self.model, self._model_config)
+        self._repairs.after(self.model)
+
+    def abort(self) -> bool:
+        """Puts the old weights back into layers that are not complete; returns whether those were all."""
+        intact = all(info.can_load() for _, info in self._opened)
+        for layer in self.model.modules():
+            info = self._layerwise.info(layer)
+            if not info.can_load():
+                continue
+            # A layer that was filled in place, without a buffer, cannot be put back.
+            intact = intact and not (getattr(info, "runtime_bound", False) and info.load_numel > 0)
+            info.loaded_weights.clear()
+            info.load_numel = 0
+        self._repairs.undo(layer for layer, info in self._opened if not info.can_load())
+        for info, tensor, old in self._written_in_place:
+            if info.can_load():
+                tensor.data.copy_(old)
+        self._layerwise.finalize(self.model, self._model_config)
+        return intact
+
+    # -- inside
+
+    def _remember_what_is_written_in_place(self, layer: torch.nn.Module, info: Any) -> None:
+        """vLLM keeps some small tensors, such as biases, where they are: counting a load already overwrites them."""
+        if getattr(info, "runtime_bound", False):
+            return
+        for tensor in (*layer._parameters.values(), *layer._buffers.values()):  # noqa: SLF001 - only the layer's own
+            if tensor is not None and not tensor.is_meta:
+                self._written_in_place.append((info, tensor, tensor.detach().clone()))
+
+    def _detach(self, storages: set[int]) -> None:
+        """Clones the tensors that unfinished layers still need, out of the storages given."""
+        for _, info in self._opened:
+            if info.can_load():
+                for _, bound in info.loaded_weights:
+                    for key, value in bound.arguments.items():
+                        bound.arguments[key] = self._detached(value, storages)
+
+    def _detached(self, value: Any, storages: set[int]) -> Any:
+        if isinstance(value, torch.Tensor):
+            if value.is_meta or not value.numel() or value.untyped_storage().data_ptr() not in storages:
+                return value
+            self.cloned_bytes += value.nbytes
+            return value.clone()
+        if isinstance(value, tuple):
+            return tuple(self._detached(item, storages) for item in value)  # pyright: ignore[reportUnknownVariableType]
+        if isinstance(value, dict):
+            return {key: self._detached(item, storages) for key, item in value.items()}  # pyright: ignore[reportUnknownVariableType]
+        return value
+
+    def _finished_parameters(self) -> Iterator[tuple[torch.nn.Module, torch.Tensor]]:
+        for layer in self.model.modules():
+            if not self._layerwise.info(layer).can_load():
+                for parameter in layer._parameters.values():  # noqa: SLF001 - only the layer's own
+                    if parameter is not None and not parameter.is_meta:
+                        yield layer, parameter
+
+
+def _address(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_meta else tensor.untyped_storage().data_ptr()
+
+
+def _lacks_parts(layer: torch.nn.Module, calls: Sequence[Any]) -> bool:
+    """Whether a fused parameter got fewer parts than it is made of."""
+    parts = {call.get("loaded_shard_id", call.get("shard_id")) for call in calls}
+    experts = {call["expert_id"] for call in calls if call.get("expert_id") is not None}
+    if experts:
+        return len(experts) < int(getattr(layer, "local_num_experts", 0))
+    sizes = getattr(layer, "output_sizes", None)
+    return None not in parts and sizes is not None and len(parts) < len(sizes)

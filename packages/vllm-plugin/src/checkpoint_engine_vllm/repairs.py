@@ -1,0 +1,57 @@
+"""What vLLM's CPU backend forgets when weights are reloaded (seen in 0.32; on a GPU nothing needs repair)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, cast
+
+import torch
+
+
+class Repairs:
+    """Nothing to repair."""
+
+    def before(self, model: torch.nn.Module) -> None:
+        """Called before a reload starts."""
+
+    def after(self, model: torch.nn.Module) -> None:
+        """Called after a reload has finished."""
+
+    def undo(self, renewed: Iterable[torch.nn.Module]) -> None:
+        """Takes back what `before` did, except to layers that have got their new weights."""
+
+
+class CpuRepairs(Repairs):
+    """Two things are packed only at the first load, so that a reload would go on with the old weights.
+
+    - Experts: `moe_kernel` holds their packed copy and is made only while it is None. (On a GPU it must stay: captured
+      CUDA graphs point into it.)
+    - An output layer tied to the embedding: it gets no weights of its own, so its packed copy is never renewed.
+    """
+
+    def __init__(self) -> None:
+        self._kernels: dict[int, tuple[Any, Any]] = {}
+
+    def before(self, model: torch.nn.Module) -> None:
+        """Forgets the packed experts, so that they are packed again."""
+        for layer in model.modules():
+            method: Any = getattr(layer, "quant_method", None)
+            kernel = getattr(method, "moe_kernel", None)
+            if kernel is not None:
+                self._kernels[id(method)] = (method, kernel)
+                method.moe_kernel = None
+
+    def after(self, model: torch.nn.Module) -> None:
+        """Packs tied output layers again."""
+        for layer in model.modules():
+            weight, method = getattr(layer, "weight", None), cast("Any", getattr(layer, "quant_method", None))
+            if hasattr(layer, "cpu_linear") and isinstance(weight, torch.Tensor) and weight.numel():
+                method.process_weights_after_loading(layer)
+
+    def undo(self, renewed: Iterable[torch.nn.Module]) -> None:
+        """Gives layers that keep their old weights their packed experts back."""
+        for layer in renewed:
+            self._kernels.pop(id(getattr(layer, "quant_method", None)), None)
+        for method, kernel in self._kernels.values():
+            method.moe_kernel = kernel
+        self._kernels.clear()
