@@ -35,6 +35,10 @@ class TensorTooLargeError(CheckpointEngineError, ValueError):
     """A single tensor does not fit into the largest bucket that is allowed."""
 
 
+class AccessRefusedError(CheckpointEngineError, PermissionError):
+    """A file or an address lies outside of what this server may touch; the message says who can allow it."""
+
+
 # -- the state of the parameter server ------------------------------------------------------------------------------
 
 
@@ -94,7 +98,7 @@ class RankError(CheckpointEngineError, RuntimeError):
 
 
 class UpdateError(CheckpointEngineError, RuntimeError):
-    """An update did not complete. `rank`, `phase` and `cause` say where; no engine worker serves half of it silently."""
+    """An update did not complete. `rank` and `phase` say where; no engine worker serves half of it silently."""
 
     def __init__(self, message: str, *, rank: int, phase: str) -> None:
         super().__init__(message)

@@ -37,11 +37,18 @@ def open_store(
     host = master_addr or os.environ.get("MASTER_ADDR")
     port = master_port if master_port is not None else _port_from_environment()
     if host is None or port is None:
-        raise SettingError("MASTER_ADDR and MASTER_PORT are not set; start with torchrun, or pass master_addr and master_port")
+        raise SettingError(
+            "MASTER_ADDR and MASTER_PORT are not set; start with torchrun, or pass master_addr and master_port"
+        )
     hosted_by_agent = master_port is None and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
         store = dist.TCPStore(
-            host, port, world_size, is_master=rank == 0 and not hosted_by_agent, timeout=timeout, wait_for_workers=False
+            host,
+            port,
+            world_size,
+            is_master=rank == 0 and not hosted_by_agent,
+            timeout=timeout,
+            wait_for_workers=False,
         )
     except dist.DistNetworkError as error:
         if "EADDRINUSE" in str(error):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import os
+from collections.abc import Generator
 from datetime import timedelta
 
 import torch
@@ -16,7 +17,7 @@ from checkpoint_engine.errors import MissingDependencyError, RankError
 class TorchGroup:
     """A gloo or NCCL group. Failures of a peer surface as `RankError`."""
 
-    def __init__(self, group: dist.ProcessGroup, backend: str) -> None:
+    def __init__(self, group: dist.ProcessGroup | dist.ProcessGroupGloo | dist.ProcessGroupNCCL, backend: str) -> None:
         self.rank = group.rank()
         self.world_size = group.size()
         self._group = group
@@ -41,7 +42,7 @@ class TorchGroup:
             RankError: a peer is gone, or did not take part in time.
         """
         options = dist.AllreduceOptions()
-        options.reduceOp = op
+        options.reduceOp = op  # pyright: ignore[reportAttributeAccessIssue] - the stub lacks the conversion
         with self._peer_errors("all-reduce"):
             self._group.allreduce([tensor], options).wait()
 
@@ -57,7 +58,7 @@ class TorchGroup:
         del self._group  # gloo closes its connections only now
 
     @contextlib.contextmanager
-    def _peer_errors(self, what: str) -> Iterator[None]:
+    def _peer_errors(self, what: str) -> Generator[None]:
         try:
             yield
         except RuntimeError as error:
@@ -74,9 +75,23 @@ def _open_nccl(store: dist.Store, rank: int, world_size: int, timeout: timedelta
         raise MissingDependencyError("this torch has no NCCL; install a CUDA build of torch")
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = timeout
-    group = dist.ProcessGroupNCCL(store, rank, world_size, options)
+    with _environment("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0"):  # else torch ends the whole process on an error
+        group = dist.ProcessGroupNCCL(store, rank, world_size, options)
     group.eager_connect_single_device(device)
     return TorchGroup(group, "nccl")
+
+
+@contextlib.contextmanager
+def _environment(variable: str, value: str) -> Generator[None]:
+    before = os.environ.get(variable)
+    os.environ[variable] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = before
 
 
 def _first_line(error: BaseException) -> str:

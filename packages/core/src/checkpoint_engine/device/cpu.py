@@ -69,9 +69,11 @@ class CpuStaging:
             self.tensor = _view(self._descriptor, nbytes)
         except OSError as error:
             os.close(self._descriptor)
-            raise DeviceMemoryError(f"cannot allocate {nbytes} bytes of staging in host memory: {error.strerror}") from error
-        self.memory = HostMemory(nbytes)
-        self.descriptors = (self._descriptor,)
+            raise DeviceMemoryError(
+                f"cannot allocate {nbytes} bytes of staging in host memory: {error.strerror}"
+            ) from error
+        self.memory: Memory = HostMemory(nbytes)
+        self.descriptors: tuple[int, ...] = (self._descriptor,)
 
     def close(self) -> None:
         """Frees the memory once nobody has it mapped any more."""

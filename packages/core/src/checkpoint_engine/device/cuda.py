@@ -25,7 +25,6 @@ from checkpoint_engine.errors import (
 )
 from checkpoint_engine.link.messages import CudaMemory, HostMemory
 
-
 _HANDLE_BYTES = 64  # sizeof(cudaIpcMemHandle_t), which the bindings keep opaque
 
 
@@ -41,7 +40,8 @@ class CudaDevice:
         self._runtime = load_runtime()
         self.torch_device = torch.device("cuda", index)
         torch.cuda.set_device(self.torch_device)
-        self.identity = f"GPU-{torch.cuda.get_device_properties(index).uuid}"
+        properties: Any = torch.cuda.get_device_properties(index)  # pyright: ignore[reportUnknownMemberType]
+        self.identity = f"GPU-{properties.uuid}"
 
     def memory(self) -> tuple[int, int]:
         """Free and total bytes; what torch caches in this process but does not use is given back first."""
@@ -99,7 +99,7 @@ class CudaStaging:
                 f"({_describe(runtime, error)})"
             )
         handle = _check(runtime, runtime.cudaIpcGetMemHandle(self._pointer), "making the GPU memory shareable")
-        self.memory = CudaMemory(nbytes, ctypes.string_at(handle.getPtr(), _HANDLE_BYTES))
+        self.memory: Memory = CudaMemory(nbytes, ctypes.string_at(handle.getPtr(), _HANDLE_BYTES))
         self.descriptors: tuple[int, ...] = ()
         self.tensor = _as_tensor(self._pointer, nbytes, device)
 
@@ -123,8 +123,8 @@ class CudaMapped:
         error, self._pointer = runtime.cudaIpcOpenMemHandle(handle, runtime.cudaIpcMemLazyEnablePeerAccess)
         if error != runtime.cudaError_t.cudaSuccess:
             raise LinkError(
-                f"cannot map the parameter server's staging memory on {device}: {_describe(runtime, error)}; both sides "
-                "must see the same GPU, and share the IPC and PID namespaces if they run in containers"
+                f"cannot map the parameter server's staging memory on {device}: {_describe(runtime, error)}; both "
+                "sides must see the same GPU, and share the IPC and PID namespaces if they run in containers"
             )
         self.tensor = _as_tensor(self._pointer, memory.nbytes, device)
 

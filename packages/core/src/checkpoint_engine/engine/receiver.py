@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version as distribution_version
 
 import torch
 
@@ -32,8 +31,8 @@ from checkpoint_engine.link.messages import (
     Loaded,
     TensorSlice,
 )
+from checkpoint_engine.version import __version__
 
-LIBRARY_VERSION = distribution_version("checkpoint-engine-core")
 _GOODBYE_SECONDS = 5.0
 
 
@@ -93,9 +92,7 @@ def receive_update(handle: str, adapter: Adapter, device: Device, *, timeout: fl
     deadline = Deadline(timeout)
     channel, token = connect(handle, deadline)
     with channel:
-        channel.send(
-            Hello(PROTOCOL, token, device.identity, LIBRARY_VERSION, torch.__version__, os.getpid()), deadline
-        )
+        channel.send(Hello(PROTOCOL, token, device.identity, __version__, torch.__version__, os.getpid()), deadline)
         return _Reception(channel, adapter, device, deadline).run()
 
 
@@ -131,7 +128,7 @@ class _Reception:
         )
 
     @contextlib.contextmanager
-    def _mapped_staging(self) -> Iterator[tuple[Begin, Mapped]]:
+    def _mapped_staging(self) -> Generator[tuple[Begin, Mapped]]:
         begin = self._receive("the start of the update")
         if not isinstance(begin, Begin):
             raise LinkError(f"an update starts with Begin, {type(begin).__name__} came")
@@ -224,7 +221,9 @@ def view_tensor(staging: torch.Tensor, entry: TensorSlice, bucket_offset: int) -
     begin = bucket_offset + entry.offset
     end = begin + _nbytes(entry)
     if begin < 0 or end > staging.numel() or any(size < 0 for size in entry.shape):
-        raise LinkError(f"tensor {entry.name!r} at bytes {begin} to {end} leaves the staging memory of {staging.numel()}")
+        raise LinkError(
+            f"tensor {entry.name!r} at bytes {begin} to {end} leaves the staging memory of {staging.numel()}"
+        )
     dtype = torch_dtype(entry.dtype)
     piece = staging[begin:end]
     if piece.numel() == 0:

@@ -1,0 +1,1 @@
+"""The control channel between a parameter-server rank and an engine worker."""

@@ -22,6 +22,7 @@ from typing import Generic, TypeVar
 from urllib.parse import urlsplit
 
 import msgspec
+from typing_extensions import Self
 
 from checkpoint_engine.deadline import Cancel, Deadline
 from checkpoint_engine.errors import DeadlineError, LinkClosedError, LinkError, LinkRefusedError, SettingError
@@ -107,10 +108,12 @@ class Channel(Generic[Sent, Received]):
             os.close(descriptor)
         self._socket.close()
 
-    def __enter__(self) -> Channel[Sent, Received]:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def _receive_bytes(self, length: int, deadline: Deadline, waiting_for: str) -> bytearray:
@@ -153,7 +156,9 @@ class Listener:
             self._socket.bind(str(path))
         except OSError as error:
             self.close()
-            raise SettingError(f"cannot bind the link at {path}: {error}; set TMPDIR to a short, writable path") from error
+            raise SettingError(
+                f"cannot bind the link at {path}: {error}; set TMPDIR to a short, writable path"
+            ) from error
         self._socket.listen()
         self.handle = f"{_SCHEME}://{path}#{self._token}"
 
@@ -179,8 +184,9 @@ class Listener:
                 if hello.protocol != PROTOCOL:
                     channel.close()
                     raise LinkRefusedError(
-                        f"the engine worker on {hello.device} speaks link protocol {hello.protocol} (checkpoint-engine-core "
-                        f"{hello.library}), this side {PROTOCOL}; install matching versions in both environments"
+                        f"the engine worker on {hello.device} speaks link protocol {hello.protocol} ("
+                        f"checkpoint-engine-core {hello.library}), this side {PROTOCOL}; install matching versions in "
+                        "both environments"
                     )
                 return channel, hello
             channel.close()
@@ -201,7 +207,10 @@ def connect(handle: str, deadline: Deadline, cancel: Cancel | None = None) -> tu
     """
     parts = urlsplit(handle)
     if parts.scheme != _SCHEME or not parts.path or not parts.fragment:
-        raise LinkError(f"{handle.split('#')[0]!r} is not a handle of this checkpoint-engine; is the sender the same version?")
+        raise LinkError(
+            f"{handle.split('#', maxsplit=1)[0]!r} is not a handle of this checkpoint-engine; do both sides run the "
+            "same version?"
+        )
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         connection.settimeout(max(deadline.remaining, 0.001))
@@ -213,7 +222,8 @@ def connect(handle: str, deadline: Deadline, cancel: Cancel | None = None) -> tu
     except OSError as error:
         connection.close()
         raise LinkError(
-            f"cannot reach the parameter server at {parts.path}: {error}; sender and engine must share a host and its /tmp"
+            f"cannot reach the parameter server at {parts.path}: {error}; sender and engine must share a host and a "
+            "file system"
         ) from error
 
 

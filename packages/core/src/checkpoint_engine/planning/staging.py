@@ -19,7 +19,7 @@ BUCKETS_AHEAD = 2
 
 
 class Place(msgspec.Struct, frozen=True):
-    """Bytes `offset` to `offset + nbytes` of the staging memory, free once bucket `after` and all before it are done."""
+    """Bytes `offset` to `offset + nbytes` of the staging memory; free once bucket `after` and all before are done."""
 
     offset: int
     nbytes: int
@@ -78,9 +78,7 @@ def place_buckets(plan: BucketPlan, layout: StagingLayout, rank: int) -> tuple[P
     return tuple(place for place in places if place is not None)
 
 
-def _fill_ring(
-    plan: BucketPlan, members: Iterable[int], base: int, capacity: int, places: list[Place | None]
-) -> None:
+def _fill_ring(plan: BucketPlan, members: Iterable[int], base: int, capacity: int, places: list[Place | None]) -> None:
     """Gives out places of one ring; `held` are those not yet known to be free, oldest first."""
     held: list[tuple[int, int, int]] = []  # (bucket, begin, end)
     cursor, freed = 0, None

@@ -1,0 +1,1 @@
+"""Updates: the stages that bring buckets to engine workers, and the watch over them."""

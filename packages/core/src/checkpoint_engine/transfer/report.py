@@ -1,0 +1,59 @@
+"""What an update tells about itself, while it runs and afterwards."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import msgspec
+
+
+@dataclass
+class Progress:
+    """How far an update is; written by the thread that runs it, read by any other."""
+
+    phase: str = "idle"
+    buckets_done: int = 0
+    buckets: int = 0
+    bytes_done: int = 0
+    nbytes: int = 0
+
+
+class UpdateReport(msgspec.Struct, frozen=True):
+    """One finished update as one rank saw it.
+
+    `seconds` holds `total` and a figure for each stage: `connect` (until the engine's workers are there), `copy`
+    (host to device), `broadcast`, `load` (in the engine's loader) and `finish`. Stages overlap.
+    """
+
+    version: str
+    method: str
+    nbytes: int
+    tensors: int
+    buckets: int
+    bucket_size: int
+    staging: str
+    seconds: dict[str, float]
+
+
+@dataclass
+class StageClock:
+    """Adds up seconds by stage."""
+
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    _start: float = field(default_factory=time.perf_counter)
+
+    def add(self, stage: str, seconds: float) -> None:
+        """Adds to a stage."""
+        self.seconds[stage] += seconds
+
+    def lap(self, stage: str, since: float) -> float:
+        """Adds the time since `since` (of `time.perf_counter`) to a stage; returns now."""
+        now = time.perf_counter()
+        self.seconds[stage] += now - since
+        return now
+
+    def total(self) -> dict[str, float]:
+        """All stages, and the time since this clock was made."""
+        return {**self.seconds, "total": time.perf_counter() - self._start}

@@ -1,0 +1,236 @@
+"""One update on one rank, from asking the engine to its last answer."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import timedelta
+
+import msgspec
+import torch
+import torch.distributed as dist
+
+from checkpoint_engine.catalog import Catalog
+from checkpoint_engine.collective import Board, Communicator
+from checkpoint_engine.deadline import Cancel, Deadline
+from checkpoint_engine.device import CpuDevice, Device
+from checkpoint_engine.errors import DeviceMemoryError, RankError, UpdateError
+from checkpoint_engine.link.channel import Listener
+from checkpoint_engine.planning.buckets import Bucket, BucketPlan, plan_buckets
+from checkpoint_engine.planning.staging import StagingLayout, choose_layout, place_buckets
+from checkpoint_engine.settings import Settings
+from checkpoint_engine.transfer.broadcast import BroadcastPipeline
+from checkpoint_engine.transfer.report import Progress, StageClock, UpdateReport
+from checkpoint_engine.transfer.watch import EngineRequest, Failure, Watch
+from checkpoint_engine.transfer.worker_link import WorkerLink
+
+logger = logging.getLogger(__name__)
+
+RequestFunction = Callable[[list[tuple[str, str]]], None]
+"""Gets (device identity, handle) of all ranks in order of rank, and asks the engine to update with them."""
+
+_EXPLANATION_SECONDS = 2.0
+"""A rank that sees a peer vanish waits so long for the peer's own word of why."""
+
+
+class _Introduction(msgspec.Struct, frozen=True):
+    """What a rank tells the others at the start of an update."""
+
+    device: str
+    handle: str
+    available: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class UpdateOrder:
+    """What is to be done, the same on every rank. `digest` stands for the catalog with all its offsets."""
+
+    key: str
+    catalog: Catalog
+    digest: str
+    version: str
+    ask_engine: RequestFunction
+    timeout: timedelta
+
+
+class BroadcastUpdate:
+    """Runs one update by broadcast. Every rank makes one and calls `run`."""
+
+    def __init__(
+        self,
+        order: UpdateOrder,
+        *,
+        board: Board,
+        device: Device,
+        settings: Settings,
+        open_communicator: Callable[[Device], Communicator | None],
+        read: Callable[[Bucket], torch.Tensor],
+        progress: Progress,
+    ) -> None:
+        self._order = order
+        self._board = board
+        self._device = device
+        self._settings = settings
+        self._open_communicator = open_communicator
+        self._read = read
+        self._progress = progress
+        self._deadline = Deadline(order.timeout.total_seconds())
+        self._clock = StageClock()
+        self._link: WorkerLink | None = None
+        self.cancel = Cancel()
+
+    def run(self) -> UpdateReport:
+        """Does the update and returns once every engine worker of every rank has finished it.
+
+        Raises:
+            UpdateError: it did not complete; the message names the rank, the phase and the cause.
+        """
+        with Watch(self._board, self._order.key, self.cancel, self._deadline) as watch, ExitStack() as stack:
+            try:
+                return self._run(stack)
+            except Exception as error:
+                raise self._explain(error, watch) from error
+
+    def _run(self, stack: ExitStack) -> UpdateReport:
+        plan = self._plan()
+        listener = Listener()
+        stack.callback(listener.close)
+        ranks = self._introduce(listener.handle)
+        staging_device, layout = self._choose_staging(plan, min(rank.available for rank in ranks))
+        communicator = self._open_communicator(staging_device)
+        if communicator is not None:
+            self.cancel.on_set(communicator.abort)
+
+        self._progress.phase = "connect"
+        connecting = time.perf_counter()
+        addresses = [(rank.device, rank.handle) for rank in ranks]
+        request = EngineRequest(lambda: self._order.ask_engine(addresses), self.cancel)
+        link = stack.enter_context(WorkerLink.accept(listener, self._deadline, self.cancel, self._device.identity))
+        self._link = link
+        staging = staging_device.allocate(layout.nbytes)
+        stack.callback(staging.close)
+        link.begin(self._order.key, self._order.catalog.name, self._order.version, plan, staging)
+        self._agree("connected")
+        self._clock.lap("connect", connecting)
+
+        self._progress.phase = "load"
+        BroadcastPipeline(
+            rank=self._board.rank,
+            plan=plan,
+            places=place_buckets(plan, layout, self._board.rank),
+            staging=staging,
+            device=staging_device,
+            communicator=communicator,
+            link=link,
+            read=lambda index: self._read(plan.buckets[index]),
+            cancel=self.cancel,
+            progress=self._progress,
+            clock=self._clock,
+        ).run()
+        self._agree("loaded")
+
+        self._progress.phase = "finish"
+        finishing = time.perf_counter()
+        link.finish()
+        self._agree("finished")
+        request.join(self._deadline.remaining)
+        self._clock.lap("finish", finishing)
+        return self._report(plan, staging_device, layout)
+
+    def _plan(self) -> BucketPlan:
+        plan = plan_buckets(self._order.catalog, self._settings.bucket_size)
+        self._progress.buckets, self._progress.nbytes = len(plan.buckets), plan.nbytes
+        self._progress.buckets_done = self._progress.bytes_done = 0
+        return plan
+
+    def _introduce(self, handle: str) -> list[_Introduction]:
+        self._progress.phase = "introduce"
+        free, _ = self._device.memory()
+        mine = _Introduction(
+            self._device.identity,
+            handle,
+            int(free * self._settings.mem_fraction),
+            self._order.digest,
+        )
+        ranks = [
+            msgspec.msgpack.decode(text, type=_Introduction)
+            for text in self._gather("introduction", msgspec.msgpack.encode(mine))
+        ]
+        for rank, other in enumerate(ranks):
+            if other.digest != mine.digest:
+                raise RankError(
+                    f"rank {rank} and rank {self._board.rank} know {self._order.catalog.name!r} differently; "
+                    "call gather_metas on all ranks again"
+                )
+        return ranks
+
+    def _choose_staging(self, plan: BucketPlan, available: int) -> tuple[Device, StagingLayout]:
+        """All ranks decide alike, since all know the smallest free memory."""
+        layout = choose_layout(plan, self._board.world_size, available)
+        if layout is not None:
+            return self._device, layout
+        host = CpuDevice(self._board.rank)
+        free, _ = host.memory()
+        layout = choose_layout(plan, self._board.world_size, free)
+        if layout is None:
+            raise DeviceMemoryError(
+                f"the largest bucket has {plan.largest} bytes; {available} bytes may be used on the device, and "
+                f"{free} are free on the host: lower the engine's memory share, or raise PS_MEM_FRACTION"
+            )
+        logger.warning(
+            "only %d bytes of device memory may be used and the largest bucket has %d: staging in host memory, which "
+            "is slower",
+            available,
+            plan.largest,
+        )
+        return host, layout
+
+    def _agree(self, what: str) -> None:
+        self._gather(what, b"")
+
+    def _gather(self, what: str, mine: bytes) -> list[bytes]:
+        key = f"{self._order.key}/{what}"
+        return self._board.gather(key, mine, self._deadline, self.cancel, f"all ranks being {what}")
+
+    def _explain(self, error: Exception, watch: Watch) -> UpdateError:
+        """Finds the first cause, tells the other ranks, and makes this rank's worker give up."""
+        own = (self._link and self._link.failure()) or error
+        failure = self._first_failure(own, watch)
+        if self._link is not None:
+            self._link.abort(f"rank {failure.rank}: {failure.message}")
+        where = "" if self._board.world_size == 1 else f" on rank {failure.rank}"
+        return UpdateError(
+            f"update of {self._order.catalog.name!r} to version {self._order.version!r} failed{where} while in "
+            f"{failure.phase}: {failure.message}",
+            rank=failure.rank,
+            phase=failure.phase,
+        )
+
+    def _first_failure(self, own: Exception, watch: Watch) -> Failure:
+        mine = Failure(self._board.rank, self._progress.phase, type(own).__name__, str(own))
+        try:
+            if isinstance(own, RankError):
+                patience = Deadline(_EXPLANATION_SECONDS)
+                while watch.first_failure() is None and not patience.expired:
+                    time.sleep(0.02)
+            watch.report(mine)
+            return watch.first_failure() or mine
+        except (dist.DistError, RuntimeError):  # the store went with rank 0
+            return mine
+
+    def _report(self, plan: BucketPlan, device: Device, layout: StagingLayout) -> UpdateReport:
+        where = "host" if device is not self._device else device.torch_device.type
+        return UpdateReport(
+            version=self._order.version,
+            method="broadcast",
+            nbytes=self._order.catalog.nbytes,
+            tensors=sum(len(bucket.tensors) for bucket in plan.buckets),
+            buckets=len(plan.buckets),
+            bucket_size=plan.bucket_size,
+            staging=f"{layout.nbytes} bytes on {where}, {'one ring' if layout.shared else 'two rings'}",
+            seconds=self._clock.total(),
+        )

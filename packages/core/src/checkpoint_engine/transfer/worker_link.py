@@ -1,0 +1,165 @@
+"""The sender's side of the link to one engine worker, during one update."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from types import TracebackType
+from typing import TypeVar
+
+import torch
+from typing_extensions import Self
+
+from checkpoint_engine.deadline import Cancel, Deadline
+from checkpoint_engine.device import Staging
+from checkpoint_engine.errors import CheckpointEngineError, LinkError, WorkerError
+from checkpoint_engine.link.channel import Listener, SenderChannel
+from checkpoint_engine.link.messages import (
+    PROTOCOL,
+    Abort,
+    Aborted,
+    Accepted,
+    Begin,
+    Failed,
+    Finish,
+    Finished,
+    FromReceiver,
+    Load,
+    Loaded,
+    TensorSlice,
+)
+from checkpoint_engine.planning.buckets import BucketPlan
+from checkpoint_engine.version import __version__
+
+_GOODBYE_SECONDS = 10.0
+_Answer = TypeVar("_Answer", Accepted, Loaded, Finished)
+
+
+class WorkerLink:
+    """Feeds one engine worker. Loads are answered in order, so `done` is the last bucket that is finished."""
+
+    def __init__(self, channel: SenderChannel, device: str, deadline: Deadline) -> None:
+        self._channel = channel
+        self._device = device
+        self._deadline = deadline
+        self._loading: deque[int] = deque()
+        self._over = False
+        self.done = -1
+        self.load_seconds = 0.0
+
+    @classmethod
+    def accept(cls, listener: Listener, deadline: Deadline, cancel: Cancel, device: str) -> WorkerLink:
+        """Waits until the engine's worker on `device` has connected.
+
+        Raises:
+            DeadlineError: it did not come.
+        """
+        channel, _ = listener.accept(deadline, cancel, f"the engine worker on {device} connecting")
+        return cls(channel, device, deadline)
+
+    def begin(self, update_id: str, checkpoint: str, version: str, plan: BucketPlan, staging: Staging) -> None:
+        """Announces the update, and waits until the worker is ready for it.
+
+        Raises:
+            WorkerError: the worker refuses it.
+        """
+        buckets = tuple(
+            tuple(TensorSlice(t.name, t.dtype, t.shape, t.offset - bucket.start) for t in bucket.tensors)
+            for bucket in plan.buckets
+        )
+        message = Begin(
+            PROTOCOL, __version__, torch.__version__, update_id, checkpoint, version, staging.memory, buckets
+        )
+        self._channel.send(message, self._deadline, staging.descriptors)
+        self._expect(Accepted, "accepting the update")
+
+    def load(self, bucket: int, offset: int) -> None:
+        """Tells the worker that a bucket lies at `offset`; does not wait."""
+        self._channel.send(Load(bucket, offset), self._deadline)
+        self._loading.append(bucket)
+
+    def wait_until_done(self, bucket: int) -> None:
+        """Waits until a bucket, and all before it, are loaded.
+
+        Raises:
+            WorkerError: the worker failed.
+            LinkError: it is gone.
+        """
+        while self._loading and self.done < bucket:
+            self._take_loaded()
+
+    def poll(self) -> None:
+        """Takes in answers that are there already."""
+        while self._loading and self._channel.ready():
+            self._take_loaded()
+
+    def finish(self) -> Finished:
+        """Completes the update in the worker.
+
+        Raises:
+            WorkerError: the worker failed.
+        """
+        self._channel.send(Finish(), self._deadline)
+        finished = self._expect(Finished, "finishing the update")
+        self._over = True
+        return finished
+
+    def failure(self) -> CheckpointEngineError | None:
+        """What the worker said of its own failure, if it did so without being asked."""
+        with contextlib.suppress(LinkError):
+            while not self._over and self._channel.ready():
+                answer = self._channel.receive(Deadline(1.0), "an answer")
+                if isinstance(answer, Failed):
+                    self._over = True
+                    return self._as_error(answer)
+        return None
+
+    def abort(self, reason: str) -> None:
+        """Makes the worker give the update up; never raises for a worker that is gone."""
+        if self._over:
+            return
+        deadline = Deadline(_GOODBYE_SECONDS)
+        self._over = True
+        with contextlib.suppress(LinkError, CheckpointEngineError):  # the cause of the abort is what counts
+            self._channel.send(Abort(reason), deadline)
+            while not isinstance(self._channel.receive(deadline, "the worker giving up"), Aborted | Failed):
+                pass
+
+    def close(self) -> None:
+        """Closes the link; a worker in the middle of an update gives it up."""
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _take_loaded(self) -> None:
+        bucket = self._loading[0]
+        loaded = self._expect(Loaded, f"loading bucket {bucket}")
+        if loaded.bucket != bucket:
+            raise LinkError(f"the worker on {self._device} answered for bucket {loaded.bucket}, expected {bucket}")
+        self._loading.popleft()
+        self.done = bucket
+        self.load_seconds += loaded.seconds
+
+    def _expect(self, kind: type[_Answer], doing: str) -> _Answer:
+        answer: FromReceiver = self._channel.receive(self._deadline, f"the engine worker on {self._device} {doing}")
+        if isinstance(answer, Failed):
+            self._over = True
+            raise self._as_error(answer)
+        if not isinstance(answer, kind):
+            raise LinkError(f"expected {kind.__name__} from the worker on {self._device}, {type(answer).__name__} came")
+        return answer
+
+    def _as_error(self, failed: Failed) -> WorkerError:
+        state = (
+            "may hold a mixture of weights until a full update succeeds" if failed.dirty else "keeps its old weights"
+        )
+        return WorkerError(
+            f"the engine worker on {self._device} failed in {failed.phase}: {failed.error}: {failed.message} "
+            f"(the worker {state})"
+        )
