@@ -138,9 +138,7 @@ class CollectiveRpcClient:
                     return
                 seen = f"GET /health was answered with {reply.status}: {shorten(reply.text)}"
                 if reply.status in range(400, 500):
-                    raise EngineRequestError(
-                        f"{self.endpoint.address} is not an engine that can be updated: {seen}"
-                    )
+                    raise EngineRequestError(f"{self.endpoint.address} is not an engine that can be updated: {seen}")
             time.sleep(min(_POLL_SECONDS, deadline.remaining))
         raise DeadlineError(f"{self.endpoint.address} was not ready within {deadline.seconds:g} s: {seen}")
 
@@ -209,9 +207,7 @@ class CollectiveRpcClient:
                 self.resume(deadline)
         except (EngineRequestError, DeadlineError) as error:
             stays = "and may still be paused" if paused else "but its caches may be stale"
-            raise type(error)(
-                f"{error}; all workers hold version {version!r} {stays}: update again"
-            ) from error
+            raise type(error)(f"{error}; all workers hold version {version!r} {stays}: update again") from error
 
     def _pause_or_undo(self, mode: PauseMode, reset_caches: bool, deadline: Deadline) -> None:  # noqa: FBT001
         try:
@@ -228,15 +224,13 @@ class CollectiveRpcClient:
         except EngineRequestError as error:
             raise EngineRequestError(f"{error}{self.setup_hint and f' ({self.setup_hint})'}") from error
         reports = self._converted(results, list[WorkerReport])
-        failures = [
-            f"worker {rank} failed in {report.phase or 'update'}: {report.error}"
-            for rank, report in enumerate(reports)
-            if not report.ok
-        ]
+        failures: dict[str, list[int]] = {}
+        for rank, report in enumerate(reports):
+            if not report.ok:
+                failures.setdefault(f"failed in {report.phase or 'update'}: {report.error}", []).append(rank)
         if failures or not reports:
-            raise EngineRequestError(
-                f"{self.endpoint.address}: {'; '.join(failures) or 'no worker answered'}"
-            )
+            words = (f"worker {', '.join(map(str, ranks))} {text}" for text, ranks in failures.items())
+            raise EngineRequestError(f"{self.endpoint.address}: {'; '.join(words) or 'no worker answered'}")
 
     def _settle(self, paused: bool) -> str:  # noqa: FBT001
         """After a failure: resumes the engine if its weights are whole; says what was found, for people."""
@@ -265,8 +259,7 @@ class CollectiveRpcClient:
         except msgspec.MsgspecError as error:
             hint = self.setup_hint or "is its plugin of another version?"
             raise EngineRequestError(
-                f"the workers of {self.endpoint.address} returned something unexpected ({error}): "
-                f"{results!r}; {hint}"
+                f"the workers of {self.endpoint.address} returned something unexpected ({error}): {results!r}; {hint}"
             ) from error
 
 

@@ -68,13 +68,9 @@ class Endpoint:
             ):
                 return Reply(response.status_code, self._read(response, deadline, request))
         except httpx.TimeoutException as error:
-            raise DeadlineError(
-                f"{self.address} did not answer {request} within {deadline.seconds:g} s"
-            ) from error
+            raise DeadlineError(f"{self.address} did not answer {request} within {deadline.seconds:g} s") from error
         except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise EngineRequestError(
-                f"cannot ask {self.address} for {request}: {_describe(error)}"
-            ) from error
+            raise EngineRequestError(f"cannot ask {self.address} for {request}: {_describe(error)}") from error
 
     def call(
         self,

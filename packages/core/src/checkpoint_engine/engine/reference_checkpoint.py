@@ -17,9 +17,7 @@ INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 
 
-def make_checkpoint(
-    directory: Path, spec: ModelSpec, seed: int, *, shards: int = 2, device: str = "cpu"
-) -> Path:
+def make_checkpoint(directory: Path, spec: ModelSpec, seed: int, *, shards: int = 2, device: str = "cpu") -> Path:
     """Writes a checkpoint with random values: `shards` safetensors files, an index and the spec.
 
     Args:
