@@ -1,0 +1,303 @@
+"""Brings checkpoints into segments: from `.safetensors` files, or from tensors in memory."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import mmap
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from checkpoint_engine.catalog import SegmentEntry, TensorEntry
+from checkpoint_engine.dtypes import dtype_name
+from checkpoint_engine.errors import (
+    CheckpointFormatError,
+    DuplicateTensorError,
+    SettingError,
+    UnsupportedTensorError,
+)
+from checkpoint_engine.host.filling import (
+    Filled,
+    NewSegments,
+    Placement,
+    SegmentSource,
+    copy_into,
+    place,
+    read_into,
+    workers,
+)
+from checkpoint_engine.host.safetensors_file import SafetensorsFile, read_header
+from checkpoint_engine.host.segment import LARGEST_SEGMENT, Segment
+
+_INDEX = "model.safetensors.index.json"
+_MOUNTS = Path("/proc/self/mountinfo")
+_LARGEST_GAP = 16 << 20
+"""Bytes between two wanted tensors of a mapped file beyond which they are mapped apart."""
+_NEW = NewSegments()
+
+Files = Sequence[str | Path] | Mapping[Path, Collection[str]]
+"""Files, or for each file the names of the tensors to take from it."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A file, and those of its tensors that are wanted, in the order of the file."""
+
+    file: SafetensorsFile
+    tensors: tuple[TensorEntry, ...]
+
+
+def find_files(directory: Path) -> list[Path]:
+    """The `.safetensors` files of a checkpoint directory: those of its index, or else all of them, sorted.
+
+    Raises:
+        CheckpointFormatError: there are none, or the index is broken or names files that are missing.
+    """
+    if not directory.is_dir():
+        raise CheckpointFormatError(f"{directory} is not a directory")
+    index = directory / _INDEX
+    if index.exists():
+        return _files_of_index(index)
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise CheckpointFormatError(f"{directory} holds no .safetensors file")
+    return files
+
+
+def split_among_ranks(files: Iterable[Path], world_size: int) -> list[dict[Path, tuple[str, ...]]]:
+    """Gives each rank a run of whole tensors, about the same number of bytes for all.
+
+    Raises:
+        CheckpointFormatError: a file is missing or broken.
+        UnsupportedTensorError: a tensor cannot be carried.
+    """
+    if world_size < 1:
+        raise SettingError(f"a checkpoint cannot be split among {world_size} ranks")
+    headers = [read_header(path) for path in files]
+    total = sum(tensor.nbytes for header in headers for tensor in header.tensors)
+    parts: list[dict[Path, list[str]]] = [{} for _ in range(world_size)]
+    before = 0
+    for header in headers:
+        for tensor in header.tensors:
+            middle = 2 * before + tensor.nbytes
+            rank = min(world_size - 1, middle * world_size // (2 * total)) if total else 0
+            parts[rank].setdefault(header.path, []).append(tensor.name)
+            before += tensor.nbytes
+    return [{path: tuple(names) for path, names in part.items()} for part in parts]
+
+
+def select(files: Files) -> list[Selection]:
+    """Reads the headers and picks the tensors.
+
+    Raises:
+        CheckpointFormatError: a file is missing or broken, or lacks a tensor that is asked for.
+        DuplicateTensorError: two files hold a tensor of the same name.
+        UnsupportedTensorError: a tensor cannot be carried.
+    """
+    wanted: Mapping[Path, Collection[str] | None]
+    wanted = {Path(path): names for path, names in files.items()} if isinstance(files, Mapping) else _all_of(files)
+    selections = [_pick(read_header(path), names) for path, names in wanted.items()]
+    place_of: dict[str, Path] = {}
+    for selection in selections:
+        for tensor in selection.tensors:
+            if tensor.name in place_of:
+                raise DuplicateTensorError(
+                    f"tensor {tensor.name!r} is in {place_of[tensor.name]} and again in {selection.file.path}"
+                )
+            place_of[tensor.name] = selection.file.path
+    return selections
+
+
+def load_files(files: Files, *, in_place: bool = True, source: SegmentSource = _NEW) -> list[Filled]:
+    """Brings files into segments; see `iterate_files`.
+
+    Raises:
+        CheckpointEngineError: as `select` and `iterate_files`; all segments are freed.
+    """
+    return _collect(iterate_files(select(files), in_place=in_place, source=source))
+
+
+def load_tensors(named_tensors: Mapping[str, torch.Tensor], *, source: SegmentSource = _NEW) -> list[Filled]:
+    """Copies tensors into segments; see `iterate_tensors`.
+
+    Raises:
+        CheckpointEngineError: as `iterate_tensors`; all segments are freed.
+    """
+    return _collect(iterate_tensors(named_tensors, source=source))
+
+
+def iterate_files(
+    selections: Sequence[Selection], *, in_place: bool = True, source: SegmentSource = _NEW
+) -> Iterator[Filled]:
+    """Yields segments as they are filled; the caller closes them.
+
+    Files that lie in memory already (tmpfs, such as /dev/shm) are mapped where they are, and their tensors keep
+    the distances of the file. Others are read with parallel `preadv` straight into segments.
+
+    Raises:
+        CheckpointFormatError: a file changed meanwhile.
+        HostMemoryError: memory is short.
+    """
+    memory_filesystems = _memory_filesystems() if in_place else frozenset[int]()
+    to_read: list[tuple[SafetensorsFile, TensorEntry]] = []
+    for selection in selections:
+        file = selection.file
+        # Pinning needs a mapping that can be written to; who may only read the file gets a copy.
+        if file.stamp[0] in memory_filesystems and os.access(file.path, os.W_OK):
+            for run in _runs(selection.tensors):
+                yield _map_in_place(file, run)
+        else:
+            to_read.extend((file, tensor) for tensor in selection.tensors)
+
+    def fill(pool: ThreadPoolExecutor, placement: Placement) -> None:
+        part = to_read[placement.first : placement.first + len(placement.tensors)]
+        read_into(pool, placement, [(file, file.data_start + tensor.offset) for file, tensor in part])
+
+    yield from _fill([tensor for _, tensor in to_read], source, fill)
+
+
+def iterate_tensors(named_tensors: Mapping[str, torch.Tensor], *, source: SegmentSource = _NEW) -> Iterator[Filled]:
+    """Yields segments as they are filled; the caller closes them. Any strides, any storage, any device will do.
+
+    Raises:
+        UnsupportedTensorError: a tensor's dtype or layout cannot be carried, or it has no data.
+        HostMemoryError: memory is short.
+    """
+    entries = [_entry_of(name, tensor) for name, tensor in named_tensors.items()]
+    tensors = [tensor.detach() for tensor in named_tensors.values()]
+    for device in {tensor.device for tensor in tensors if tensor.device.type == "cuda"}:
+        # Our threads know nothing of the stream on which the caller computed them.
+        torch.cuda.current_stream(device).synchronize()
+
+    def fill(pool: ThreadPoolExecutor, placement: Placement) -> None:
+        copy_into(pool, placement, tensors[placement.first : placement.first + len(placement.tensors)])
+
+    yield from _fill(entries, source, fill)
+
+
+def _collect(filling: Iterator[Filled]) -> list[Filled]:
+    filled: list[Filled] = []
+    try:
+        filled.extend(filling)
+    except BaseException:
+        for done in filled:
+            done.segment.close()
+        raise
+    return filled
+
+
+def _fill(
+    tensors: Sequence[TensorEntry], source: SegmentSource, fill: Callable[[ThreadPoolExecutor, Placement], None]
+) -> Iterator[Filled]:
+    with workers() as pool:
+        for placement in place(tensors, source):
+            try:
+                fill(pool, placement)
+            except BaseException:
+                placement.segment.close()
+                raise
+            yield placement.filled()
+
+
+def _runs(tensors: Sequence[TensorEntry]) -> Iterator[list[TensorEntry]]:
+    """Neighbours that one mapping can hold."""
+    run: list[TensorEntry] = []
+    for tensor in tensors:
+        end = tensor.offset + tensor.nbytes
+        if run:
+            gap = tensor.offset - (run[-1].offset + run[-1].nbytes)
+            # A page of slack: the mapping begins at a page, and the header is in front.
+            if gap > _LARGEST_GAP or end - run[0].offset > LARGEST_SEGMENT - mmap.PAGESIZE:
+                yield run
+                run = []
+        run.append(tensor)
+    if run:
+        yield run
+
+
+def _map_in_place(file: SafetensorsFile, run: Sequence[TensorEntry]) -> Filled:
+    start = file.data_start + run[0].offset
+    end = file.data_start + run[-1].offset + run[-1].nbytes
+    segment = Segment.map_file(file.path, start, end)
+    try:
+        file.check_unchanged(segment.fd)
+    except CheckpointFormatError:
+        segment.close()
+        raise
+    shift = file.data_start - segment.file_start
+    tensors = tuple(TensorEntry(t.name, t.dtype, t.shape, t.offset + shift) for t in run)
+    return Filled(segment, SegmentEntry(segment.nbytes, tensors, segment.address))
+
+
+def _memory_filesystems() -> frozenset[int]:
+    """The device numbers of all mounted tmpfs."""
+    devices: set[int] = set()
+    with contextlib.suppress(OSError):
+        for line in _MOUNTS.read_text().splitlines():
+            mount, _, filesystem = line.partition(" - ")
+            if filesystem.startswith("tmpfs "):
+                major, minor = mount.split()[2].split(":")
+                devices.add(os.makedev(int(major), int(minor)))
+    return frozenset(devices)
+
+
+def _entry_of(name: str, tensor: torch.Tensor) -> TensorEntry:
+    if hasattr(tensor, "full_tensor"):
+        raise UnsupportedTensorError(f"tensor {name!r} is distributed; pass its full_tensor() or its local part")
+    if tensor.layout is not torch.strided or tensor.is_meta:
+        raise UnsupportedTensorError(
+            f"tensor {name!r} has no plain data: its layout is {tensor.layout} on {tensor.device}; pass a dense copy"
+        )
+    try:
+        return TensorEntry(name, dtype_name(tensor.dtype), tuple(tensor.shape), 0)
+    except UnsupportedTensorError as error:
+        raise UnsupportedTensorError(f"tensor {name!r}: {error}") from None
+
+
+def _all_of(files: Sequence[str | Path]) -> dict[Path, Collection[str] | None]:
+    wanted: dict[Path, Collection[str] | None] = {}
+    for path in files:
+        if Path(path) in wanted:
+            raise DuplicateTensorError(f"the file {path} is given twice")
+        wanted[Path(path)] = None
+    return wanted
+
+
+def _pick(file: SafetensorsFile, names: Collection[str] | None) -> Selection:
+    if names is None:
+        return Selection(file, file.tensors)
+    asked = set(names)
+    tensors = tuple(tensor for tensor in file.tensors if tensor.name in asked)
+    if len(tensors) < len(asked):
+        lacking = sorted(asked - {tensor.name for tensor in tensors})
+        raise CheckpointFormatError(f"{file.path} lacks {_some(lacking)}")
+    return Selection(file, tensors)
+
+
+def _files_of_index(index: Path) -> list[Path]:
+    try:
+        content: Any = json.loads(index.read_bytes())
+        names = set(cast("dict[str, object]", content["weight_map"]).values())
+    except (OSError, ValueError, RecursionError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointFormatError(f"{index} is not an index of a checkpoint: {error!r}") from error
+    if not names:
+        raise CheckpointFormatError(f"{index} names no file")
+    files: list[Path] = []
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise CheckpointFormatError(f"{index} names {name!r}, which is no .safetensors file beside it")
+        files.append(index.parent / name)
+    missing = sorted(str(path) for path in files if not path.is_file())
+    if missing:
+        raise CheckpointFormatError(f"{index} names files that are missing: {_some(missing)}; copy them again")
+    return sorted(files)
+
+
+def _some(names: Sequence[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,0 +1,168 @@
+"""A segment: one block of shared host memory that holds tensors."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+from pathlib import Path
+
+import torch
+
+from checkpoint_engine.device.base import Device, Pinned
+from checkpoint_engine.errors import CheckpointFormatError, HostMemoryError
+from checkpoint_engine.host.memory import require_host_memory
+
+LARGEST_SEGMENT = 64 << 30
+"""Bytes. Recent drivers refuse to register several hundred GiB in one call."""
+
+_MADV_POPULATE_WRITE = 23
+_PAGE = mmap.PAGESIZE
+
+_libc = ctypes.CDLL(None, use_errno=True)  # unlike mmap.madvise, a foreign call lets other threads run
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_libc.madvise.restype = ctypes.c_int
+
+
+class Segment:
+    """Anonymous shared memory, which vanishes with the last process that holds it, or a mapped file.
+
+    `tensor` is a 1-D uint8 view over all of it. The mapping lives until `close` was called and the last view of it
+    is gone, so no view ever dangles.
+    """
+
+    def __init__(self, descriptor: int, nbytes: int, *, file: Path | None = None, file_start: int = 0) -> None:
+        self.fd = descriptor
+        self.nbytes = nbytes
+        self.file = file
+        """The file that is mapped, None for anonymous memory."""
+        self.file_start = file_start
+        """Where in the file the segment begins."""
+        self._mapping = mmap.mmap(descriptor, nbytes, offset=file_start) if nbytes else None
+        # Whatever mode the caller is in, our threads must be able to write to it.
+        with torch.inference_mode(mode=False):
+            self.tensor = _empty() if self._mapping is None else torch.frombuffer(self._mapping, dtype=torch.uint8)
+        self.address = self.tensor.data_ptr() if nbytes else 0
+        self.pinned: Pinned | None = None
+        self._touched = file is not None
+
+    @classmethod
+    def create(cls, nbytes: int) -> Segment:
+        """Makes anonymous shared memory of `nbytes`, all zeros; 0 is allowed.
+
+        Raises:
+            HostMemoryError: that is more than a segment may hold, or than the host has.
+        """
+        if nbytes > LARGEST_SEGMENT:
+            raise HostMemoryError(f"a segment of {nbytes} bytes was asked for, the largest is {LARGEST_SEGMENT}")
+        require_host_memory(nbytes, "a segment")
+        descriptor = os.memfd_create("checkpoint-engine-segment", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(descriptor, nbytes)
+            segment = cls(descriptor, nbytes)
+        except OSError as error:
+            os.close(descriptor)
+            raise HostMemoryError(f"cannot map {nbytes} bytes of shared memory: {error.strerror}") from error
+        segment._prefer_huge_pages()
+        return segment
+
+    @classmethod
+    def map_file(cls, path: Path, start: int = 0, end: int | None = None) -> Segment:
+        """Maps a file, or the pages that hold its bytes `start` to `end`; the file is never deleted.
+
+        Raises:
+            CheckpointFormatError: the file cannot be opened for writing, or is shorter than `end`.
+            HostMemoryError: that is more than a segment may hold.
+        """
+        try:
+            # The driver pins pages for writing, unless told otherwise; nothing is ever written.
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            raise CheckpointFormatError(f"cannot map {path}: {error.strerror}") from error
+        try:
+            size = os.fstat(descriptor).st_size
+            first, nbytes = _pages(path, size, start, size if end is None else end)
+            return cls(descriptor, nbytes, file=path, file_start=first)
+        except BaseException:
+            os.close(descriptor)
+            raise
+
+    def buffer(self, start: int, end: int) -> memoryview:
+        """The bytes `start` to `end`, writable. Do not keep it: it holds the mapping."""
+        if self._mapping is None:
+            return memoryview(bytearray())
+        return memoryview(self._mapping)[start:end]
+
+    def touch(self, start: int, end: int) -> None:
+        """Makes the kernel hand over the pages of `start` to `end`. Several threads may do this at once.
+
+        Raises:
+            HostMemoryError: it has none left.
+        """
+        if self._touched or start >= end:
+            return
+        require_host_memory(end - start, "filling a segment")
+        first = start // _PAGE * _PAGE
+        if _libc.madvise(self.address + first, end - first, _MADV_POPULATE_WRITE) == 0:
+            return
+        code = ctypes.get_errno()
+        # Before Linux 5.14 there is no such advice; then the first write touches the page.
+        if code not in (errno.EINVAL, errno.EINTR, errno.EAGAIN):
+            raise HostMemoryError(f"the kernel hands over no more host memory: {os.strerror(code)}")
+
+    def mark_touched(self) -> None:
+        """From now on, `touch` has nothing to do."""
+        self._touched = True
+
+    def check_file(self) -> None:
+        """Raises if the mapped file has shrunk: reading the lost part would kill the process.
+
+        Raises:
+            CheckpointFormatError: it has shrunk.
+        """
+        if self.file is None or self.fd < 0:
+            return
+        size = os.fstat(self.fd).st_size
+        if size < self.file_start + self.nbytes:
+            raise CheckpointFormatError(
+                f"{self.file} was truncated to {size} bytes after it had been registered in place with "
+                f"{self.file_start + self.nbytes}; unregister the checkpoint and register it again"
+            )
+
+    def pin(self, device: Device) -> None:
+        """Registers the memory for copies to `device`; does nothing if it is registered already.
+
+        Raises:
+            HostMemoryError: the driver refuses.
+        """
+        if self.pinned is None:
+            self.pinned = device.pin(self.tensor)
+
+    def close(self) -> None:
+        """Unpins the memory and gives it up; a mapped file stays as it is."""
+        if self.pinned is not None:
+            pinned, self.pinned = self.pinned, None
+            pinned.close()
+        self.tensor, self._mapping = _empty(), None
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def _prefer_huge_pages(self) -> None:
+        # Touching and pinning are several times faster where the administrator allows it for shared memory.
+        _libc.madvise(self.address, self.nbytes, mmap.MADV_HUGEPAGE)
+
+
+def _pages(path: Path, size: int, start: int, end: int) -> tuple[int, int]:
+    """Where the page begins that holds `start`, and the number of bytes from there to `end`."""
+    if not 0 <= start <= end <= size:
+        raise CheckpointFormatError(f"{path} has {size} bytes, but {start} to {end} are to be mapped")
+    first = start // _PAGE * _PAGE
+    if end - first > LARGEST_SEGMENT:
+        raise HostMemoryError(f"{end - first} bytes of {path} are to be mapped, the most are {LARGEST_SEGMENT}")
+    return first, end - first
+
+
+def _empty() -> torch.Tensor:
+    return torch.empty(0, dtype=torch.uint8, device="cpu")
