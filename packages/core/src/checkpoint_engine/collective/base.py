@@ -46,6 +46,11 @@ def register_communicator(backend: str, factory: CommunicatorFactory) -> None:
     _FACTORIES[backend] = factory
 
 
+def registered_backends() -> list[str]:
+    """Names of all kinds of communicator that are known."""
+    return sorted(_FACTORIES)
+
+
 def open_communicator(
     backend: str, store: dist.Store, rank: int, world_size: int, timeout: timedelta, device: torch.device
 ) -> Communicator:

@@ -1,0 +1,196 @@
+"""What `ParameterServer.get_metas` returns: who holds which tensor, in the shape that existing callers know.
+
+Inside, a `Catalog` says the same. These classes are plain dataclasses: they pickle for callers who pickle, and
+pydantic (`TypeAdapter`, FastAPI) reads and writes them as JSON with dtypes such as `"torch.bfloat16"`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import torch
+
+from checkpoint_engine.catalog import Catalog, Holding, SegmentEntry, TensorEntry
+from checkpoint_engine.dtypes import dtype_name, torch_dtype
+from checkpoint_engine.errors import CheckpointFormatError, UnsupportedTensorError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+_DTYPE_PREFIX = "torch."
+
+
+def _dtype(value: object) -> torch.dtype:
+    if isinstance(value, torch.dtype):
+        return value
+    if not isinstance(value, str) or not value.startswith(_DTYPE_PREFIX):
+        raise UnsupportedTensorError(f"{value!r} is no dtype; write it as 'torch.bfloat16'")
+    return torch_dtype(value.removeprefix(_DTYPE_PREFIX))
+
+
+def _shape(value: Sequence[int]) -> torch.Size:
+    if any(not 0 <= size < 1 << 63 for size in value):
+        raise CheckpointFormatError(f"a shape of {list(value)} is impossible")
+    return torch.Size(value)
+
+
+class _DtypeAsText:
+    """Tells pydantic how a torch.dtype is read and written. Only pydantic calls this, so only then it is imported."""
+
+    def __get_pydantic_core_schema__(self, source: object, handler: object) -> Any:  # noqa: ANN401 - pydantic's
+        from pydantic_core import core_schema  # noqa: PLC0415
+
+        return core_schema.no_info_before_validator_function(
+            _dtype,
+            core_schema.is_instance_schema(torch.dtype),
+            serialization=core_schema.plain_serializer_function_ser_schema(str, return_schema=core_schema.str_schema()),
+        )
+
+    def __get_pydantic_json_schema__(self, schema: object, handler: object) -> dict[str, Any]:
+        return {"type": "string", "examples": ["torch.bfloat16"]}
+
+
+class _ShapeAsList:
+    """The same for torch.Size."""
+
+    def __get_pydantic_core_schema__(self, source: object, handler: object) -> Any:  # noqa: ANN401 - pydantic's
+        from pydantic_core import core_schema  # noqa: PLC0415
+
+        return core_schema.no_info_after_validator_function(
+            _shape,
+            core_schema.list_schema(core_schema.int_schema()),
+            serialization=core_schema.plain_serializer_function_ser_schema(
+                list, return_schema=core_schema.list_schema(core_schema.int_schema())
+            ),
+        )
+
+    def __get_pydantic_json_schema__(self, schema: object, handler: object) -> dict[str, Any]:
+        return {"type": "array", "items": {"type": "integer", "minimum": 0}, "examples": [[4096, 1024]]}
+
+
+@dataclass
+class ParameterMeta:
+    """One tensor. `aligned_size` bytes after its beginning the next one of the buffer begins."""
+
+    name: str
+    dtype: Annotated[torch.dtype, _DtypeAsText()]
+    shape: Annotated[torch.Size, _ShapeAsList()]
+    aligned_size: int
+
+
+class BucketRange(NamedTuple):
+    """Bytes `offset` to `offset + size` of memory buffer `idx`."""
+
+    idx: int
+    offset: int
+    size: int
+
+
+@dataclass
+class H2DBucket:
+    """Ranges of memory buffers that travel together, and the tensors in them."""
+
+    size: int
+    ranges: list[BucketRange]
+    items: list[ParameterMeta]
+
+
+@dataclass
+class MemoryBufferMetas:
+    """A block of host memory: tensors one after another from address `ptr` on, `size` bytes in all."""
+
+    metas: list[ParameterMeta]
+    ptr: int
+    size: int
+
+
+@dataclass
+class MemoryBuffer:
+    """A block of host memory itself, as 1-D uint8."""
+
+    buffer: torch.Tensor
+    size: int
+    metas: list[ParameterMeta]
+    manually_pinned: bool = False
+
+
+@dataclass
+class MemoryBufferMetaList:
+    """All that one rank holds of a checkpoint, and where a P2P transport finds it."""
+
+    p2p_store_addr: str | None
+    memory_buffer_metas_list: list[MemoryBufferMetas]
+    rdma_device: str
+
+
+@dataclass
+class DataToGather(MemoryBufferMetaList):
+    """The same with the rank's host and device."""
+
+    host_ip: str
+    device_uuid: str
+
+
+def catalog_to_metas(catalog: Catalog) -> dict[int, DataToGather]:
+    """What each rank holds, by rank; ranks that hold nothing are left out."""
+    return {
+        holding.rank: DataToGather(
+            p2p_store_addr=holding.p2p_address,
+            memory_buffer_metas_list=[_buffer_of(segment) for segment in holding.segments if segment.tensors],
+            rdma_device=holding.rdma_device,
+            host_ip=holding.host,
+            device_uuid=holding.device,
+        )
+        for holding in catalog.holdings
+        if any(segment.tensors for segment in holding.segments)
+    }
+
+
+def metas_to_catalog(metas: Mapping[int, MemoryBufferMetaList], name: str = "") -> Catalog:
+    """The catalog that says the same; metas do not know what their checkpoint is called.
+
+    Raises:
+        CheckpointFormatError: sizes contradict each other.
+        DuplicateTensorError: two ranks hold a tensor of the same name.
+        UnsupportedTensorError: a tensor has a dtype that cannot be carried.
+    """
+    holdings = tuple(
+        Holding(
+            rank=rank,
+            host=getattr(metas[rank], "host_ip", ""),
+            device=getattr(metas[rank], "device_uuid", ""),
+            segments=tuple(_segment_of(buffer) for buffer in metas[rank].memory_buffer_metas_list),
+            p2p_address=metas[rank].p2p_store_addr,
+            rdma_device=metas[rank].rdma_device,
+        )
+        for rank in sorted(metas)
+    )
+    return Catalog(name=name, holdings=holdings).validate()
+
+
+def _buffer_of(segment: SegmentEntry) -> MemoryBufferMetas:
+    start = segment.tensors[0].offset
+    ends = [tensor.offset for tensor in segment.tensors[1:]] + [segment.nbytes]
+    metas = [
+        ParameterMeta(
+            name=tensor.name,
+            dtype=torch_dtype(tensor.dtype),
+            shape=torch.Size(tensor.shape),
+            aligned_size=end - tensor.offset,
+        )
+        for tensor, end in zip(segment.tensors, ends, strict=True)
+    ]
+    # A buffer of this kind begins with its first tensor; a segment may begin with a file's header.
+    return MemoryBufferMetas(
+        metas=metas, ptr=segment.address + start if segment.address else 0, size=segment.nbytes - start
+    )
+
+
+def _segment_of(buffer: MemoryBufferMetas) -> SegmentEntry:
+    tensors: list[TensorEntry] = []
+    offset = 0
+    for meta in buffer.metas:
+        tensors.append(TensorEntry(meta.name, dtype_name(meta.dtype), tuple(meta.shape), offset))
+        offset += meta.aligned_size
+    return SegmentEntry(nbytes=buffer.size, tensors=tuple(tensors), address=buffer.ptr)
