@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -21,9 +22,10 @@ from checkpoint_engine_vllm.repairs import CpuRepairs, Repairs
 
 logger = logging.getLogger(__name__)
 
-ALLOW_MISSING = "CHECKPOINT_ENGINE_VLLM_ALLOW_MISSING"
-"""Environment variable: `1` accepts a checkpoint that leaves parameters without weights, as vLLM itself may."""
+LENIENT = "CHECKPOINT_ENGINE_VLLM_LENIENT"
+"""Environment variable: `1` accepts a checkpoint that does not fit the model exactly, as far as vLLM itself does."""
 
+_MISSING = "the checkpoint does not fill these parameters of the model"
 _MOST_NAMED = 8
 
 
@@ -62,7 +64,8 @@ class VllmAdapter:
             served = {name: spec for name, spec in update.tensors.items() if draft is None or not draft.only(name)}
             plan = self._planned(served)
             if plan is not None:
-                self._refuse_missing(missing_parameters(plan, model, quantised=self._is_quantised()))
+                self._refuse(_MISSING, missing_parameters(plan, model, quantised=self._is_quantised()))
+                self._refuse("these tensors are larger than the model's parameters", self._too_large(plan, served))
             self._seconds["check"] = time.perf_counter() - start
             self._target = Reload(model, self._worker.model_config, self._repairs())
             self._draft = draft
@@ -98,9 +101,9 @@ class VllmAdapter:
             raise WeightsRejectedError(f"announced but not delivered: {_listed(lost)}")
         with compat.engine_context(self._worker):
             if self._plan is None or self._plan[1] is None:
-                self._refuse_missing(target.incomplete())
+                self._refuse(_MISSING, target.incomplete())
             if draft is not None:
-                self._refuse_missing(draft.incomplete())
+                self._refuse(_MISSING, draft.incomplete())
             target.finish()
             if draft is not None:
                 draft.finish()
@@ -148,16 +151,26 @@ class VllmAdapter:
     def _is_quantised(self) -> bool:
         return getattr(self._worker.vllm_config, "quant_config", None) is not None
 
-    def _refuse_missing(self, missing: Sequence[str]) -> None:
-        if not missing:
+    def _too_large(self, plan: LoadPlan, tensors: Mapping[str, TensorSpec]) -> list[str]:
+        """Tensors of which all workers together take only a part: vLLM's loaders cut silently what is too long."""
+        parallel = self._worker.vllm_config.parallel_config
+        workers = int(parallel.world_size) * int(parallel.data_parallel_size)
+        return [
+            f"{name} (shape {list(tensors[name].shape)}, {taken} elements taken)"
+            for name, taken in plan.taken.items()
+            if taken * workers < math.prod(tensors[name].shape)
+        ]
+
+    def _refuse(self, problem: str, names: Sequence[str]) -> None:
+        if not names:
             return
-        message = f"the checkpoint does not fill these parameters of the model: {_listed(missing)}"
-        if os.environ.get(ALLOW_MISSING) == "1":
-            logger.warning("%s (accepted, %s=1)", message, ALLOW_MISSING)
+        message = f"{problem}: {_listed(names)}"
+        if os.environ.get(LENIENT) == "1":
+            logger.warning("%s (accepted, %s=1)", message, LENIENT)
             return
         raise WeightsRejectedError(
-            f"{message}; is the checkpoint complete, and of this model? ({ALLOW_MISSING}=1 in the engine's environment "
-            "accepts it: these parameters then keep what they hold)"
+            f"{message}; is the checkpoint complete, and of the served model? ({LENIENT}=1 in the engine's environment "
+            "accepts it as far as vLLM does; parameters without weights then keep what they hold)"
         )
 
     def _after_new_weights(self) -> None:

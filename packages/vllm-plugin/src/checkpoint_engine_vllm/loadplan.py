@@ -21,6 +21,9 @@ from checkpoint_engine_vllm import compat
 
 logger = logging.getLogger(__name__)
 
+_LONGEST_REASON = 300
+"""Characters; vLLM likes to list every parameter that it has."""
+
 
 @dataclass(frozen=True)
 class Coverage:
@@ -45,6 +48,9 @@ class LoadPlan:
 
     destinations: Mapping[str, frozenset[str]]
     """Name of a tensor -> names of the parameters it goes to; a tensor that is ignored goes nowhere."""
+
+    taken: Mapping[str, int]
+    """Name of a tensor -> how many of its elements this worker takes."""
 
 
 class Watched:
@@ -92,8 +98,11 @@ def make_plan(config: Any, model_config: Any, tensors: Mapping[str, TensorSpec])
 def rejection(name: str, spec: TensorSpec | None, error: Exception) -> WeightsRejectedError:
     """The error for a tensor at which vLLM's loader raised."""
     shape = "" if spec is None else f" ({str(spec.dtype).removeprefix('torch.')}, shape {list(spec.shape)})"
+    reason = str(error) or "no reason given"
+    if len(reason) > _LONGEST_REASON:
+        reason = f"{reason[:_LONGEST_REASON]} …"
     return WeightsRejectedError(
-        f"vLLM's loader does not take tensor {name!r}{shape}: {type(error).__name__}: {error or 'no reason given'}; "
+        f"vLLM's loader does not take tensor {name!r}{shape}: {type(error).__name__}: {reason}; "
         "is this checkpoint of the same architecture as the served model?"
     )
 
@@ -107,6 +116,7 @@ class _Recorder(TorchDispatchMode):
         self._origin = {_storage(tensor): frozenset((name,)) for name, tensor in tensors}
         self._filled: dict[str, int] = {}
         self._sources: dict[str, set[str]] = {}
+        self._taken: dict[str, int] = {}
         # A storage's address must not be used again while we tell storages apart by it.
         self._keep_alive: list[torch.Tensor] = [tensor for _, tensor in tensors]
 
@@ -135,7 +145,7 @@ class _Recorder(TorchDispatchMode):
         for parameter, names in self._sources.items():
             for name in names:
                 destinations.setdefault(name, set()).add(parameter)
-        return LoadPlan(parameters, {name: frozenset(found) for name, found in destinations.items()})
+        return LoadPlan(parameters, {name: frozenset(found) for name, found in destinations.items()}, self._taken)
 
     def _note_write(self, target: torch.Tensor, origin: frozenset[str]) -> None:
         parameter = self._parameters.get(_storage(target))
@@ -145,6 +155,8 @@ class _Recorder(TorchDispatchMode):
             return
         self._filled[parameter] = self._filled.get(parameter, 0) + target.numel()
         self._sources.setdefault(parameter, set()).update(origin)
+        for name in origin:
+            self._taken[name] = self._taken.get(name, 0) + target.numel()
 
     def _follow(self, result: Any, origin: frozenset[str]) -> None:
         for tensor in tree_leaves(result):
