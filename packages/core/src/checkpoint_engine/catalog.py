@@ -114,9 +114,10 @@ class Catalog(msgspec.Struct, frozen=True):
             CheckpointFormatError: not JSON, or not a catalog.
         """
         try:
-            return msgspec.json.decode(data, type=cls).validate()
-        except msgspec.MsgspecError as error:
+            catalog = msgspec.json.decode(data, type=cls)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise CheckpointFormatError(f"{source} is not a catalog: {error}") from error
+        return catalog.validate()
 
     def save(self, path: Path) -> None:
         """Writes the JSON to a file."""
@@ -138,6 +139,8 @@ class Catalog(msgspec.Struct, frozen=True):
 
 def _check_segment(rank: int, segment: SegmentEntry) -> None:
     end = 0
+    if segment.nbytes < 0 or segment.address < 0:
+        raise CheckpointFormatError(f"a segment on rank {rank} has {segment.nbytes} bytes at {segment.address}")
     for tensor in segment.tensors:
         if any(size < 0 for size in tensor.shape):
             raise CheckpointFormatError(f"tensor {tensor.name!r} on rank {rank} has the shape {tensor.shape}")

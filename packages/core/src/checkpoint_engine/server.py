@@ -6,6 +6,7 @@ import hashlib
 import socket
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 from typing_extensions import Self
 
+from checkpoint_engine import distributed
 from checkpoint_engine.catalog import Catalog, Holding
 from checkpoint_engine.collective import Board, Communicator, open_communicator, open_store
 from checkpoint_engine.deadline import Cancel, Deadline
@@ -83,6 +85,7 @@ class ParameterServer:
         self._gathered: dict[str, tuple[Catalog, str]] = {}
         self._latest = ""
         self._group: _Group | None = None
+        self._facade: distributed.DistributedProcessGroup | None = None
         self._busy = threading.Lock()
         self._calls = 0
         self._running: BroadcastUpdate | None = None
@@ -184,8 +187,7 @@ class ParameterServer:
     def close(self) -> None:
         """Leaves the group of ranks and frees all host memory."""
         self._disconnect()
-        for name in self._store.names():
-            self._store.unregister(name, force=True)
+        self._store.close()
 
     def __enter__(self) -> Self:
         return self
@@ -217,6 +219,8 @@ class ParameterServer:
                 self._rank, self._world_size, master_addr or known_addr, master_port or known_port, timeout
             )
             self._group = _Group(store, self._rank, self._world_size, timeout)
+            # Update scripts call checkpoint_engine.distributed.barrier() once this has returned.
+            self._facade = distributed.adopt(store, self._rank, self._world_size, timeout)
 
     def store_based_barrier(self, timeout: timedelta = timedelta(minutes=5)) -> None:
         """Waits until all ranks are here; no collective library is involved.
@@ -294,30 +298,31 @@ class ParameterServer:
 
     def _run(self, order: UpdateOrder) -> None:
         group = self._connected()
-        name = order.catalog.name
-        segments = self._store.get(name).segments if name in self._store.names() else []
+        with ExitStack() as stack:
+            name = order.catalog.name
+            held = stack.enter_context(self._store.use(name)) if name in self._store.names() else None
+            segments = held.segments if held else []
 
-        def read(bucket: Bucket) -> torch.Tensor:
-            return segments[bucket.segment].tensor[bucket.start : bucket.start + bucket.nbytes]
+            def read(bucket: Bucket) -> torch.Tensor:
+                return segments[bucket.segment].tensor[bucket.start : bucket.start + bucket.nbytes]
 
-        self._running = BroadcastUpdate(
-            order,
-            board=group.board,
-            device=self._device,
-            settings=self._settings,
-            open_communicator=group.communicator,
-            read=read,
-            progress=self.progress,
-        )
-        try:
-            with self._store.use(name):
+            self._running = BroadcastUpdate(
+                order,
+                board=group.board,
+                device=self._device,
+                settings=self._settings,
+                open_communicator=group.communicator,
+                read=read,
+                progress=self.progress,
+            )
+            try:
                 self.last_report = self._running.run()
-        except CheckpointEngineError:
-            group.drop_communicators()  # they may hang half-way through a broadcast; the next update makes new ones
-            raise
-        finally:
-            self._running = None
-            self.progress.phase = "idle"
+            except CheckpointEngineError:
+                group.drop_communicators()  # one may hang half-way through a broadcast; the next update opens another
+                raise
+            finally:
+                self._running = None
+                self.progress.phase = "idle"
 
     def _gathered_as(self, name: str) -> tuple[Catalog, str]:
         if name not in self._gathered:
@@ -342,6 +347,7 @@ class ParameterServer:
         if self._group is not None:
             self._group.drop_communicators()
             self._group = None
+            distributed.destroy_process_group(self._facade)
 
 
 class _Group:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+import time
 
 import torch.distributed as dist
 
 from checkpoint_engine.deadline import Cancel, Deadline
 
-_SLICE = timedelta(milliseconds=200)
+_SHORTEST_PAUSE = 0.0005
+_LONGEST_PAUSE = 0.02
 
 
 class Board:
@@ -29,8 +30,11 @@ class Board:
         self._store.set(f"{key}/{self.rank}", mine)
         if self._store.add(f"{key}/count", 1) == self.world_size:
             self._store.set(f"{key}/all", b"1")
-        while not self._wait(f"{key}/all"):
+        pause = _SHORTEST_PAUSE
+        while not self._store.check([f"{key}/all"]):
             cancel.check()
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
             if deadline.expired:
                 absent = [str(r) for r in range(self.world_size) if not self._store.check([f"{key}/{r}"])]
                 deadline.check(f"{waiting_for} (rank {', '.join(absent)} did not come)")
@@ -55,10 +59,3 @@ class Board:
     def for_other_thread(self) -> Board:
         """The same board over a connection of its own, so that a long wait here does not block it."""
         return Board(self._store.clone(), self.rank, self.world_size)
-
-    def _wait(self, key: str) -> bool:
-        try:
-            self._store.wait([key], _SLICE)
-        except dist.DistStoreError:
-            return False
-        return True

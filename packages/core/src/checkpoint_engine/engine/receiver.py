@@ -92,7 +92,9 @@ def receive_update(handle: str, adapter: Adapter, device: Device, *, timeout: fl
     deadline = Deadline(timeout)
     channel, token = connect(handle, deadline)
     with channel:
-        channel.send(Hello(PROTOCOL, token, device.identity, __version__, torch.__version__, os.getpid()), deadline)
+        channel.send(
+            Hello(PROTOCOL, token, device.identity, __version__, str(torch.__version__), os.getpid()), deadline
+        )
         return _Reception(channel, adapter, device, deadline).run()
 
 

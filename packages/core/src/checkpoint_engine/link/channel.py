@@ -75,6 +75,8 @@ class Channel(Generic[Sent, Received]):
             except OSError as error:
                 raise LinkClosedError(f"the other side of the link is gone ({error.strerror})") from error
             pending = pending[sent:]
+            if pending:  # a peer that reads drop by drop must not hold us longer than one that does not read
+                self._check(deadline, "sending to the other side")
 
     def receive(self, deadline: Deadline, waiting_for: str, *, largest: int = _LARGEST_MESSAGE) -> Received:
         """Waits for the next message.
@@ -90,7 +92,10 @@ class Channel(Generic[Sent, Received]):
         body = self._receive_bytes(length, deadline, waiting_for)
         try:
             return self._decoder.decode(body)
-        except msgspec.MsgspecError as error:
+        except (
+            ValueError,
+            RecursionError,
+        ) as error:  # msgspec's own errors are values; bad UTF-8 and depth are not its
             raise LinkError(f"not a message of protocol {PROTOCOL}: {error}") from error
 
     def ready(self) -> bool:
@@ -122,22 +127,29 @@ class Channel(Generic[Sent, Received]):
             self._wait(select.POLLIN, deadline, waiting_for)
             try:
                 piece, descriptors, _, _ = socket.recv_fds(
-                    self._socket, min(length - len(received), 1 << 20), _MOST_DESCRIPTORS
+                    self._socket, min(length - len(received), 1 << 20), _MOST_DESCRIPTORS, socket.MSG_CMSG_CLOEXEC
                 )
             except BlockingIOError:
                 continue
             except OSError as error:
                 raise LinkClosedError(f"the other side of the link is gone ({error.strerror})") from error
             self._descriptors.extend(descriptors)
+            if len(self._descriptors) > _MOST_DESCRIPTORS:
+                raise LinkError(f"more than {_MOST_DESCRIPTORS} file descriptors came over the link")
             if not piece:
                 raise LinkClosedError(f"the other side closed the link or died; waited for {waiting_for}")
             received += piece
+            if len(received) < length:
+                self._check(deadline, waiting_for)
         return received
 
     def _wait(self, event: int, deadline: Deadline, waiting_for: str) -> None:
         while not _poll(self._socket, event, deadline.milliseconds(_POLL_MS)):
-            self._cancel.check()
-            deadline.check(waiting_for)
+            self._check(deadline, waiting_for)
+
+    def _check(self, deadline: Deadline, waiting_for: str) -> None:
+        self._cancel.check()
+        deadline.check(waiting_for)
 
 
 SenderChannel = Channel[FromSender, FromReceiver]
@@ -170,16 +182,24 @@ class Listener:
             LinkRefusedError: the worker holds the token but speaks another protocol.
         """
         while True:
-            while not _poll(self._socket, select.POLLIN, deadline.milliseconds(_POLL_MS)):
-                cancel.check()
-                deadline.check(waiting_for)
+            cancel.check()
+            deadline.check(waiting_for)
+            if not _poll(self._socket, select.POLLIN, deadline.milliseconds(_POLL_MS)):
+                continue
             connection, _ = self._socket.accept()
             try:
                 channel = SenderChannel(connection, FromReceiver, cancel)
-                hello = channel.receive(Deadline(min(5.0, deadline.remaining)), "a greeting", largest=_LARGEST_HELLO)
-            except (LinkError, DeadlineError):
+            except LinkRefusedError:
                 connection.close()
                 continue
+            try:
+                hello = channel.receive(Deadline(min(5.0, deadline.remaining)), "a greeting", largest=_LARGEST_HELLO)
+            except (LinkError, DeadlineError):
+                channel.close()
+                continue
+            except BaseException:
+                channel.close()
+                raise
             if isinstance(hello, Hello) and hmac.compare_digest(hello.token.encode(), self._token.encode()):
                 if hello.protocol != PROTOCOL:
                     channel.close()

@@ -204,8 +204,7 @@ class BroadcastUpdate:
             self._link.abort(f"rank {failure.rank}: {failure.message}")
         where = "" if self._board.world_size == 1 else f" on rank {failure.rank}"
         return UpdateError(
-            f"update of {self._order.catalog.name!r} to version {self._order.version!r} failed{where} while in "
-            f"{failure.phase}: {failure.message}",
+            f"the update to {self._order.version!r} failed{where} in phase {failure.phase!r}: {failure.message}",
             rank=failure.rank,
             phase=failure.phase,
         )

@@ -12,7 +12,7 @@ from typing_extensions import Self
 
 from checkpoint_engine.deadline import Cancel, Deadline
 from checkpoint_engine.device import Staging
-from checkpoint_engine.errors import CheckpointEngineError, LinkError, WorkerError
+from checkpoint_engine.errors import CheckpointEngineError, LinkClosedError, LinkError, WorkerError
 from checkpoint_engine.link.channel import Listener, SenderChannel
 from checkpoint_engine.link.messages import (
     PROTOCOL,
@@ -68,7 +68,7 @@ class WorkerLink:
             for bucket in plan.buckets
         )
         message = Begin(
-            PROTOCOL, __version__, torch.__version__, update_id, checkpoint, version, staging.memory, buckets
+            PROTOCOL, __version__, str(torch.__version__), update_id, checkpoint, version, staging.memory, buckets
         )
         self._channel.send(message, self._deadline, staging.descriptors)
         self._expect(Accepted, "accepting the update")
@@ -147,7 +147,13 @@ class WorkerLink:
         self.load_seconds += loaded.seconds
 
     def _expect(self, kind: type[_Answer], doing: str) -> _Answer:
-        answer: FromReceiver = self._channel.receive(self._deadline, f"the engine worker on {self._device} {doing}")
+        try:
+            answer: FromReceiver = self._channel.receive(self._deadline, f"the engine worker on {self._device} {doing}")
+        except LinkClosedError as error:
+            self._over = True
+            raise WorkerError(
+                f"the engine worker on {self._device} died or hung up instead of {doing}; look into the engine's log"
+            ) from error
         if isinstance(answer, Failed):
             self._over = True
             raise self._as_error(answer)
