@@ -92,10 +92,7 @@ class Channel(Generic[Sent, Received]):
         body = self._receive_bytes(length, deadline, waiting_for)
         try:
             return self._decoder.decode(body)
-        except (
-            ValueError,
-            RecursionError,
-        ) as error:  # msgspec's own errors are values; bad UTF-8 and depth are not its
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise LinkError(f"not a message of protocol {PROTOCOL}: {error}") from error
 
     def ready(self) -> bool:
