@@ -129,7 +129,9 @@ def end_all(children: Iterable[Child], grace: float = _GRACE_SECONDS) -> None:
 class ParentPipe:
     """The child's end. Takes over standard input and output; what anybody prints goes to standard error instead."""
 
-    def __init__(self) -> None:
+    def __init__(self, grace: float = _GRACE_SECONDS - 1) -> None:
+        """Starts to listen; once the parent is gone, this process has `grace` seconds left."""
+        self._grace = grace
         self._output = os.fdopen(os.dup(1), "wb", buffering=0)
         os.dup2(2, 1)
         self._input = os.fdopen(os.dup(0), "rb")
@@ -155,5 +157,5 @@ class ParentPipe:
             self._lines.put(line.rstrip(b"\n"))
         self._lines.put(None)
         # Whoever works on a request now works for nobody.
-        time.sleep(_GRACE_SECONDS - 1)
+        time.sleep(self._grace)
         os._exit(1)

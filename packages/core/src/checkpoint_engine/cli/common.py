@@ -1,0 +1,80 @@
+"""What the commands share: consoles, options, errors on the terminal."""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from enum import Enum
+from typing import Annotated
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from checkpoint_engine.errors import CheckpointEngineError
+
+output = Console()
+"""Results."""
+notes = Console(stderr=True)
+"""Everything else, so that results can be piped."""
+
+
+class _Verbosity:
+    on = False
+
+
+def verbose() -> bool:
+    """Whether the user asked for logs and tracebacks."""
+    return _Verbosity.on
+
+
+def _set_verbose(value: bool) -> bool:
+    if value and not _Verbosity.on:
+        _Verbosity.on = True
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    return value
+
+
+Verbose = Annotated[
+    bool,
+    typer.Option("--verbose", "-v", callback=_set_verbose, help="Show logs, and tracebacks of errors."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else there.")]
+
+
+class Method(str, Enum):
+    """How the bytes travel."""
+
+    BROADCAST = "broadcast"
+
+
+class Pause(str, Enum):
+    """What becomes of requests that run in the engine."""
+
+    KEEP = "keep"
+    ABORT = "abort"
+    WAIT = "wait"
+    NONE = "none"
+
+
+class DeviceKind(str, Enum):
+    """Where ranks bring the weights to."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+def print_json(content: object) -> None:
+    """Prints one JSON object."""
+    print(msgspec.json.encode(content).decode())  # noqa: T201 - plain, whatever the terminal
+
+
+def print_error(error: CheckpointEngineError, *, as_json: bool = False) -> None:
+    """Says what went wrong: the kind of error and its message, and with --verbose the traceback."""
+    if verbose():
+        notes.print(Text("".join(traceback.format_exception(error)), style="dim"), soft_wrap=True)
+    notes.print(Text.assemble((type(error).__name__, "bold red"), (": ", "bold red"), str(error)), soft_wrap=True)
+    if as_json:
+        print_json({"ok": False, "error": type(error).__name__, "message": str(error)})

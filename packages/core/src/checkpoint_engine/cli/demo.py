@@ -1,0 +1,204 @@
+"""`checkpoint-engine demo`: the whole way, with real processes, on any machine."""
+
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from checkpoint_engine.cli.common import Json, Method, Verbose, notes, output, print_json, verbose
+from checkpoint_engine.cli.messages import Done, Job
+from checkpoint_engine.cli.ranks import Ranks
+from checkpoint_engine.cli.summary import UpdateView, print_stages, size, slowest
+from checkpoint_engine.deadline import Deadline
+from checkpoint_engine.engine.client import ReferenceClient
+from checkpoint_engine.engine.reference_process import ReferenceProcess
+from checkpoint_engine.errors import SettingError, WorkerError
+
+_SECONDS = 60.0
+_BUCKET_GB = str(4 / 1024)
+"""Small buckets, so that even the demo's checkpoint travels in many."""
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """One update of the demo."""
+
+    version: str
+    reports: Sequence[Done]
+    verified: int
+    """Parameters of all workers that were compared with a cold start, byte by byte."""
+
+
+def demo(
+    ranks: Annotated[int, typer.Option(min=1, help="Ranks of the parameter server.")] = 2,
+    tensor_parallel_size: Annotated[
+        int, typer.Option("--tensor-parallel-size", "-tp", min=1, help="Workers of each engine.")
+    ] = 2,
+    method: Annotated[Method, typer.Option(help="How the bytes travel.")] = Method.BROADCAST,
+    updates: Annotated[int, typer.Option(min=1, help="Updates in a row.")] = 2,
+    json: Json = False,
+    verbose_: Verbose = False,
+) -> None:
+    """See the whole way once, on the CPU: no GPU, no vLLM.
+
+    Writes real checkpoints of a small mixture-of-experts model, starts ranks and a tensor-parallel engine as
+    processes, updates the engine in place, and compares every parameter of every worker, byte by byte, with an engine
+    that starts anew from the files.
+
+    With more ranks than workers, several engine instances are updated at once: `--ranks 4 -tp 2` feeds two.
+    """
+    del verbose_
+    if ranks % tensor_parallel_size:
+        raise SettingError(
+            f"{ranks} ranks cannot feed engines of {tensor_parallel_size} workers: make --ranks a multiple of "
+            "--tensor-parallel-size"
+        )
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="checkpoint-engine-demo-") as directory:
+        outcomes = _Demo(Path(directory), ranks, tensor_parallel_size).run(updates)
+    seconds = time.perf_counter() - start
+    if json:
+        print_json(_as_json(outcomes, method, seconds))
+    else:
+        _show(outcomes, ranks, tensor_parallel_size, seconds)
+
+
+class _Demo:
+    def __init__(self, directory: Path, ranks: int, workers: int) -> None:
+        self._directory = directory
+        self._ranks, self._workers = ranks, workers
+
+    def run(self, updates: int) -> list[_Outcome]:
+        """Starts everything and updates so many times."""
+        with ExitStack() as stack:
+            log = None if verbose() else stack.enter_context(tempfile.TemporaryFile())
+            spec = msgspec.json.encode(self._spec()).decode()
+            engines = [
+                stack.enter_context(
+                    ReferenceProcess(spec, self._workers, uds=str(self._directory / f"engine-{index}.sock"), log=log)
+                )
+                for index in range(self._ranks // self._workers)
+            ]
+            ranks = stack.enter_context(
+                Ranks(
+                    self._ranks,
+                    device="cpu",
+                    verbose=verbose(),
+                    environment={"PS_MAX_BUCKET_SIZE_GB": _BUCKET_GB},
+                )
+            )
+            view = stack.enter_context(UpdateView(notes))
+            directories = self._make_checkpoints(spec, min(updates, 2))
+            endpoints = tuple(engine.endpoint for engine in engines)
+            outcomes: list[_Outcome] = []
+            for number in range(updates):
+                source = directories[number % len(directories)]
+                job = self._job(source, f"step-{number + 1}", endpoints)
+                reports = ranks.run(job, view)
+                outcomes.append(_Outcome(job.version, reports, _verify(endpoints, source)))
+            return outcomes
+
+    def _spec(self) -> dict[str, Any]:
+        heads = max(8, self._workers)
+        sizes = {"hidden": 512, "layers": 4, "heads": heads, "kv_heads": heads, "head_dim": 64}
+        return {**sizes, "intermediate": 128 * self._workers, "vocab": 8003, "experts": 8}
+
+    def _make_checkpoints(self, spec: str, count: int) -> list[Path]:
+        # Torch is imported here while the ranks and the engine import theirs.
+        from checkpoint_engine.engine.reference import ModelSpec, make_checkpoint  # noqa: PLC0415
+
+        model = ModelSpec.parse(spec)
+        return [
+            make_checkpoint(self._directory / f"checkpoint-{seed}", model, seed, shards=2)
+            for seed in range(1, count + 1)
+        ]
+
+    def _job(self, source: Path, version: str, endpoints: tuple[str, ...]) -> Job:
+        return Job(
+            directory=str(source),
+            version=version,
+            engine="reference",
+            endpoints=endpoints,
+            workers=self._workers,
+            timeout=_SECONDS,
+            wait=_SECONDS,
+        )
+
+
+def _verify(endpoints: Sequence[str], directory: Path) -> int:
+    """Compares all workers with a cold start; returns the number of parameters compared."""
+    compared = 0
+    for endpoint in endpoints:
+        client = ReferenceClient(endpoint)
+        results = client.collective_rpc("verify", Deadline(_SECONDS), [str(directory)])
+        for worker, result in enumerate(results):
+            if not result["ok"]:
+                wrong = ", ".join(result["different"] + result["moved"])
+                raise WorkerError(f"worker {worker} of {endpoint} differs from a cold start of {directory}: {wrong}")
+            compared += result["parameters"]
+    return compared
+
+
+def _as_json(outcomes: Sequence[_Outcome], method: Method, seconds: float) -> dict[str, Any]:
+    updates: list[dict[str, Any]] = [
+        {
+            "version": outcome.version,
+            "bytes": outcome.reports[0].nbytes,
+            "seconds": slowest(outcome.reports)["total"],
+            "verified_tensors": outcome.verified,
+            "stages": slowest(outcome.reports),
+        }
+        for outcome in outcomes
+    ]
+    return {
+        "ok": True,
+        "method": method.value,
+        "bytes": sum(update["bytes"] for update in updates),
+        "seconds": sum(update["seconds"] for update in updates),
+        "verified_tensors": sum(update["verified_tensors"] for update in updates),
+        "wall_seconds": seconds,
+        "updates": updates,
+    }
+
+
+def _show(outcomes: Sequence[_Outcome], ranks: int, workers: int, seconds: float) -> None:
+    instances = ranks // workers
+    engines = "one engine" if instances == 1 else f"{instances} engines"
+    rank_words, worker_words = _count(ranks, "rank"), _count(workers, "worker")
+    output.print(
+        f"\n[bold]{rank_words} updated {engines} of {worker_words} in place[/], all as processes on this CPU\n"
+    )
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for column in ("version", "bytes", "time", "GB/s"):
+        table.add_column(column, justify="left" if column == "version" else "right")
+    table.add_column("compared byte by byte with a cold start")
+    for outcome in outcomes:
+        nbytes, total = outcome.reports[0].nbytes, slowest(outcome.reports)["total"]
+        rate = f"{nbytes / total / 1e9:.2f}"
+        table.add_row(
+            outcome.version,
+            size(nbytes),
+            f"{total:.3f} s",
+            rate,
+            f"[green]✓[/] {_count(outcome.verified, 'parameter')} equal",
+        )
+    output.print(table)
+    output.print("[bold]The last update, stage by stage[/] (stages overlap)\n")
+    print_stages(output, outcomes[-1].reports)
+    output.print(
+        f"[bold green]✓[/] Done in {seconds:.1f} s, most of it for starting processes. "
+        "Next, a real vLLM: [bold]checkpoint-engine update --help[/]",
+        soft_wrap=True,
+    )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"

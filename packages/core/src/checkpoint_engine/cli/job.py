@@ -1,0 +1,216 @@
+"""What one rank does in an update: read its share, meet the others, ask the engine, send."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Generator
+from concurrent.futures import Future, wait
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import cast
+
+from checkpoint_engine.cli.messages import Done, Job, Progressed
+from checkpoint_engine.deadline import Deadline
+from checkpoint_engine.engine.client import EngineClient, PauseMode, load_client
+from checkpoint_engine.errors import CheckpointEngineError, CheckpointStateError, SettingError
+from checkpoint_engine.host.loader import find_files, split_among_ranks
+from checkpoint_engine.server import ParameterServer
+
+_QUICK_ANSWER_SECONDS = 1.0
+"""An engine that is up already says within this time whether it can be updated, before any file is read."""
+_SETTLE_SECONDS = 40.0
+"""After a failed update the client finds out what its engine holds, and resumes it where it can."""
+_TICK_SECONDS = 0.1
+
+
+class EngineLead:
+    """The engine instance that a rank leads: asks it on behalf of all ranks that feed it."""
+
+    def __init__(self, job: Job, instance: int) -> None:
+        self._job = job
+        self._endpoint = job.endpoints[instance]
+        self._first = instance * job.workers
+        self._client: EngineClient = load_client(job.engine)(self._endpoint)
+        self._idle = threading.Event()
+        self._idle.set()
+        self._failure = ""
+
+    def wait_ready(self) -> None:
+        """Waits until the engine serves, and checks that it has the number of workers that it should have.
+
+        Raises:
+            DeadlineError: it did not come up in time.
+            EngineRequestError: what answers there is no such engine.
+            SettingError: it has another number of workers.
+        """
+        self._client.wait_ready(Deadline(self._job.wait))
+        found = self._client.world_size()
+        if found is not None and found != self._job.workers:
+            raise SettingError(
+                f"the engine at {self._endpoint} has {found} workers, not {self._job.workers}: "
+                f"pass --tensor-parallel-size {found}"
+            )
+
+    def ask(self, addresses: list[tuple[str, str]]) -> None:
+        """Asks the engine to update from the ranks that feed it; returns when it serves the new weights."""
+        self._idle.clear()
+        try:
+            mine = addresses[self._first : self._first + self._job.workers]
+            if len(dict(mine)) != len(mine):
+                raise SettingError(
+                    f"ranks {self._first} to {self._first + len(mine) - 1} share a device: each rank needs the GPU of "
+                    f"one worker of the engine, but the ranks see only {', '.join(sorted(dict(mine)))}"
+                )
+            self._client.update_weights(
+                dict(mine),
+                version=self._job.version,
+                pause=cast("PauseMode", self._job.pause),
+                reset_caches=self._job.reset_caches,
+                timeout=self._job.timeout,
+            )
+        except CheckpointEngineError as error:
+            self._failure = str(error)
+            raise
+        finally:
+            self._idle.set()
+
+    def outcome(self) -> str:
+        """After a failed update: waits for the engine's own words, and returns them."""
+        if self._idle.wait(_SETTLE_SECONDS):
+            return self._failure
+        return f"{self._endpoint} has not answered yet; whether it serves is unknown"
+
+
+class Rank:
+    """One rank, for one job after the other."""
+
+    def __init__(self, server: ParameterServer, report: Callable[[Progressed], None]) -> None:
+        self._server = server
+        self._report = report
+        self._seconds: dict[str, float] = {}
+        self._lead: EngineLead | None = None
+
+    def run(self, job: Job) -> Done:
+        """Does the job.
+
+        Raises:
+            CheckpointEngineError: it could not be done.
+        """
+        self._seconds = {}
+        rank, ranks = self._server.rank, self._server.world_size
+        check_ranks(ranks, job)
+        self._lead = EngineLead(job, rank // job.workers) if rank % job.workers == 0 else None
+        name = Path(job.directory).resolve().name
+        ready = _in_background(self._lead.wait_ready) if self._lead else None
+        self._wait_for(ready, _QUICK_ANSWER_SECONDS)
+        self._read(name, Path(job.directory))
+        self._wait_for(ready, None)
+        with self._timed("gather"):
+            self._server.gather_metas(name, timeout=timedelta(seconds=job.wait))
+        if job.save_metas and rank == 0:
+            _save(self._server, name, Path(job.save_metas))
+        with self._watched():
+            ask = self._lead.ask if self._lead else _ask_nobody
+            self._server.update(name, ask, timeout=timedelta(seconds=job.timeout), version=job.version)
+        return self._done()
+
+    def engine_outcome(self) -> str:
+        """After a failed update: what became of the engine that this rank leads, if it leads one."""
+        return self._lead.outcome() if self._lead else ""
+
+    def _read(self, name: str, directory: Path) -> None:
+        for old in self._server.checkpoints:
+            self._server.unregister_checkpoint(old)
+        with self._timed("read"):
+            files = split_among_ranks(find_files(directory), self._server.world_size)[self._server.rank]
+            self._server.register_checkpoint(name, files=files, use_shared_memory_pool=True)
+
+    def _wait_for(self, ready: Future[None] | None, seconds: float | None) -> None:
+        if ready is None:
+            return
+        if not ready.done():
+            with self._timed("engine"):
+                wait([ready], seconds)
+        if ready.done():
+            ready.result()
+
+    def _done(self) -> Done:
+        report = self._server.last_report
+        if report is None:
+            raise CheckpointStateError("the update left no report")
+        return Done(
+            rank=self._server.rank,
+            method=report.method,
+            nbytes=report.nbytes,
+            tensors=report.tensors,
+            buckets=report.buckets,
+            bucket_size=report.bucket_size,
+            staging=report.staging,
+            seconds={**self._seconds, **report.seconds},
+        )
+
+    @contextmanager
+    def _timed(self, phase: str) -> Generator[None]:
+        self._report(Progressed(phase))
+        start = time.perf_counter()
+        yield
+        self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    @contextmanager
+    def _watched(self) -> Generator[None]:
+        """Reports the progress of the update while it runs."""
+        over = threading.Event()
+        progress = self._server.progress
+
+        def watch() -> None:
+            while not over.wait(_TICK_SECONDS):
+                self._report(Progressed(progress.phase, progress.bytes_done, progress.nbytes))
+
+        thread = threading.Thread(target=watch, name="reports progress", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+
+def check_ranks(ranks: int, job: Job) -> None:
+    """Raises unless every worker of every engine instance has a rank.
+
+    Raises:
+        SettingError: there are too few or too many ranks.
+    """
+    needed = job.workers * len(job.endpoints)
+    if ranks != needed:
+        raise SettingError(
+            f"{len(job.endpoints)} engine instance(s) of {job.workers} worker(s) are fed by {needed} ranks, not {ranks}"
+            ": each rank feeds the worker on its own device"
+        )
+
+
+def _ask_nobody(addresses: list[tuple[str, str]]) -> None:
+    """This rank leads no engine."""
+
+
+def _in_background(function: Callable[[], None]) -> Future[None]:
+    """Runs a function in a thread that holds nobody up, should nobody wait for it any more."""
+    future: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except CheckpointEngineError as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="waits for the engine", daemon=True).start()
+    return future
+
+
+def _save(server: ParameterServer, name: str, path: Path) -> None:
+    try:
+        server.catalog(name).save(path)
+    except OSError as error:
+        raise SettingError(f"cannot write {path}: {error.strerror}") from error

@@ -1,0 +1,55 @@
+"""The `checkpoint-engine` command."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from checkpoint_engine.cli.common import Verbose, print_error
+from checkpoint_engine.cli.demo import demo
+from checkpoint_engine.cli.update import update
+from checkpoint_engine.errors import CheckpointEngineError
+from checkpoint_engine.version import __version__
+
+app = typer.Typer(
+    name="checkpoint-engine",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode="markdown",
+)
+app.command()(demo)
+app.command()(update)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        typer.echo(f"checkpoint-engine-core {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _about(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+    _verbose: Verbose = False,
+) -> None:
+    """New weights for serving language models, in place: no restart, no second copy on the GPU.
+
+    Start with `checkpoint-engine demo`, which needs neither a GPU nor an engine. Then see
+    `checkpoint-engine update --help`.
+    """
+
+
+def main() -> None:
+    """Entry point: errors of ours become a short message and exit code 1."""
+    try:
+        app()
+    except CheckpointEngineError as error:
+        print_error(error, as_json="--json" in sys.argv)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

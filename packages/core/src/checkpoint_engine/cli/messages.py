@@ -1,0 +1,73 @@
+"""What the command line and its rank processes say to each other: a line of JSON each."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Job(msgspec.Struct, frozen=True, tag=True):
+    """One update, the same for every rank."""
+
+    directory: str
+    version: str
+    engine: str
+    endpoints: tuple[str, ...]
+    workers: int
+    """Workers of each engine instance; instance i is fed by ranks `[i * workers, (i + 1) * workers)`."""
+    pause: str = "keep"
+    reset_caches: bool = True
+    timeout: float = 600.0
+    """Seconds for the update itself."""
+    wait: float = 600.0
+    """Seconds for an engine that is still starting."""
+    save_metas: str | None = None
+
+
+class Abort(msgspec.Struct, frozen=True, tag=True):
+    """Give up what is being done, because another rank failed."""
+
+    reason: str
+
+
+class Progressed(msgspec.Struct, frozen=True, tag=True):
+    """How far a rank is."""
+
+    phase: str
+    bytes_done: int = 0
+    nbytes: int = 0
+
+
+class Logged(msgspec.Struct, frozen=True, tag=True):
+    """A warning of the library."""
+
+    message: str
+
+
+class Done(msgspec.Struct, frozen=True, tag=True):
+    """A job is done. `seconds` by stage; stages of the update overlap."""
+
+    rank: int
+    method: str
+    nbytes: int
+    tensors: int
+    buckets: int
+    bucket_size: int
+    staging: str
+    seconds: dict[str, float]
+
+
+class Failed(msgspec.Struct, frozen=True, tag=True):
+    """A job failed. `error` is the class of the error; `rank` and `phase` say where an update failed."""
+
+    error: str
+    message: str
+    phase: str = ""
+    rank: int = 0
+    engine: str = ""
+    """What became of the engine that this rank leads."""
+    secondary: bool = False
+    """Another rank's failure was the cause."""
+
+
+FromParent = Job | Abort
+FromRank = Progressed | Logged | Done | Failed

@@ -1,0 +1,138 @@
+"""Shows how an update goes, and afterwards where its time went."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
+from typing_extensions import Self
+
+from checkpoint_engine.cli.messages import Done, Logged, Progressed
+
+_GB = 1e9
+_PHASES = {
+    "": "starting the ranks",
+    "engine": "waiting for the engine",
+    "read": "reading the files",
+    "gather": "exchanging catalogs",
+    "introduce": "meeting the other ranks",
+    "connect": "meeting the engine's workers",
+    "load": "sending",
+    "finish": "finishing",
+}
+_STAGES = {
+    "engine": ("engine ready", False),
+    "read": ("files to host memory", True),
+    "gather": ("exchange catalogs", False),
+    "connect": ("connect to the engine", False),
+    "copy": ("host memory to device", True),
+    "broadcast": ("broadcast", True),
+    "load": ("load into parameters", True),
+    "finish": ("finish and resume", False),
+    "total": ("update in all", True),
+}
+"""Stage -> what people call it, and whether it moves bytes."""
+
+
+class UpdateView:
+    """A progress bar on a terminal; lines elsewhere. Call it with what the ranks report."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._live = console.is_terminal
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+            disable=not self._live,
+        )
+        self._task = self._progress.add_task(_PHASES[""], total=None)
+        self._phase = ""
+        self._warnings: set[str] = set()
+
+    def __call__(self, event: Progressed | Logged) -> None:
+        """Shows it."""
+        if isinstance(event, Logged):
+            self._warn(event.message)
+            return
+        if event.phase != self._phase and event.phase in _PHASES:
+            self._phase = event.phase
+            if not self._live:
+                self._console.print(f"{_PHASES[event.phase]} …", style="dim")
+        self._progress.update(
+            self._task,
+            description=_PHASES.get(event.phase, event.phase),
+            completed=event.bytes_done,
+            total=event.nbytes or None,
+        )
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def _warn(self, message: str) -> None:
+        """Ranks often warn of the same; once is enough."""
+        if message not in self._warnings:
+            self._warnings.add(message)
+            self._console.print(f"warning: {message}", style="yellow", markup=False, soft_wrap=True)
+
+
+def slowest(reports: Sequence[Done]) -> dict[str, float]:
+    """Seconds of each stage on the rank where it took longest."""
+    seconds: dict[str, float] = {}
+    for report in reports:
+        for stage, value in report.seconds.items():
+            seconds[stage] = max(value, seconds.get(stage, 0.0))
+    return {stage: seconds[stage] for stage in _STAGES if stage in seconds}
+
+
+def print_stages(console: Console, reports: Sequence[Done]) -> None:
+    """Prints time and GB/s of each stage, all ranks together, and what was moved."""
+    first = reports[0]
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("stage")
+    table.add_column("time", justify="right")
+    table.add_column("GB/s", justify="right")
+    for stage, seconds in slowest(reports).items():
+        label, moves = _STAGES[stage]
+        rate = f"{first.nbytes / seconds / _GB:.2f}" if moves and seconds > 0 else ""
+        table.add_row(label, f"{seconds:.3f} s", rate, style="bold" if stage == "total" else None)
+    console.print(table)
+    console.print(
+        f"{size(first.nbytes)} in {first.tensors} tensors and {first.buckets} buckets of at most "
+        f"{size(first.bucket_size)}; staging {first.staging}\n",
+        style="dim",
+        soft_wrap=True,
+    )
+
+
+def size(nbytes: int) -> str:
+    """Bytes as people write them."""
+    value = float(nbytes)
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if value < 1000:  # noqa: PLR2004
+            return f"{value:.3g} {unit}" if unit != "bytes" else f"{nbytes} bytes"
+        value /= 1000
+    return f"{value:.3g} TB"

@@ -1,0 +1,190 @@
+"""`checkpoint-engine update`: a checkpoint on disk reaches serving engines."""
+
+import os
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from checkpoint_engine.cli.common import DeviceKind, Json, Method, Pause, Verbose, notes, output, print_json, verbose
+from checkpoint_engine.cli.messages import Done, Job, Logged, Progressed
+from checkpoint_engine.cli.ranks import Ranks
+from checkpoint_engine.cli.summary import UpdateView, print_stages, size, slowest
+from checkpoint_engine.errors import CheckpointFormatError, SettingError, UpdateError
+
+_WORK = "What to update"
+_HOW = "How"
+_AFTER = "Afterwards"
+
+
+def update(
+    directory: Annotated[Path, typer.Argument(help="Holds the checkpoint's *.safetensors.", show_default=False)],
+    engine: Annotated[
+        str, typer.Option(help="vllm, or any other engine with a plugin.", rich_help_panel=_WORK, show_default=False)
+    ],
+    endpoint: Annotated[
+        list[str],
+        typer.Option(
+            help="http://HOST:PORT or unix:/path/to.sock. Repeat it to update several instances at once.",
+            rich_help_panel=_WORK,
+            show_default=False,
+        ),
+    ],
+    tensor_parallel_size: Annotated[
+        int, typer.Option("--tensor-parallel-size", "-tp", min=1, help="Workers of each engine.", rich_help_panel=_WORK)
+    ] = 1,
+    version: Annotated[
+        str | None,
+        typer.Option(
+            help="What the engines shall call the weights; the directory's name if left out.", rich_help_panel=_WORK
+        ),
+    ] = None,
+    method: Annotated[Method, typer.Option(help="How the bytes travel.", rich_help_panel=_HOW)] = Method.BROADCAST,
+    ranks: Annotated[
+        int | None,
+        typer.Option(min=1, help="Ranks that hold and send the checkpoint: one for each worker.", rich_help_panel=_HOW),
+    ] = None,
+    pause: Annotated[
+        Pause,
+        typer.Option(
+            help="Running requests are kept and go on with the new weights, aborted, or waited for; "
+            "none does not pause the engine.",
+            rich_help_panel=_HOW,
+        ),
+    ] = Pause.KEEP,
+    reset_caches: Annotated[
+        bool,
+        typer.Option(
+            "--reset-caches/--keep-caches",
+            help="Drop what the engine has cached from the old weights.",
+            rich_help_panel=_HOW,
+        ),
+    ] = True,
+    device: Annotated[
+        DeviceKind, typer.Option(help="Where the engines' workers run.", rich_help_panel=_HOW)
+    ] = DeviceKind.AUTO,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds for the update.", rich_help_panel=_HOW)] = 600.0,
+    wait: Annotated[
+        float, typer.Option(min=1, help="Seconds for an engine that is still starting.", rich_help_panel=_HOW)
+    ] = 600.0,
+    save_metas: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write the catalog (who holds what) to this JSON file.", rich_help_panel=_AFTER, show_default=False
+        ),
+    ] = None,
+    keep_serving: Annotated[
+        float,
+        typer.Option(min=0, help="Keep the ranks and their host memory for so many seconds.", rich_help_panel=_AFTER),
+    ] = 0.0,
+    json: Json = False,
+    verbose_: Verbose = False,
+) -> None:
+    """Bring a checkpoint into serving engines, in place.
+
+    Starts one rank for each worker of the engines, on the same host and the same GPUs; each rank reads its share of
+    the files into host memory. An engine that is still starting is waited for. When the command returns, every worker
+    holds exactly the new weights, or an error says which rank failed, where and why.
+
+    Under torchrun its ranks are used instead, for engines on several hosts.
+
+    \b
+    One vLLM on one GPU (or on the CPU, with --device cpu):
+      checkpoint-engine update ./step-100 --engine vllm --endpoint http://localhost:8000
+    Two instances of 4 GPUs each, on this host:
+      checkpoint-engine update ./step-100 --engine vllm -tp 4 \\
+        --endpoint http://localhost:8000 --endpoint http://localhost:8001
+    One of 16 GPUs on two hosts:
+      torchrun --nnodes 2 --nproc-per-node 8 --rdzv-endpoint HOST:29500 --rdzv-backend c10d \\
+        --no-python checkpoint-engine update ./step-100 --engine vllm -tp 16 --endpoint http://HOST:8000
+    """
+    del verbose_, method
+    needed = tensor_parallel_size * len(endpoint)
+    if ranks is not None and ranks != needed:
+        raise SettingError(
+            f"--ranks is {ranks}, but {len(endpoint)} endpoint(s) with --tensor-parallel-size {tensor_parallel_size} "
+            f"need {needed}: each rank feeds the worker on its own device"
+        )
+    if not directory.is_dir():
+        raise CheckpointFormatError(f"{directory} is not a directory")
+    job = Job(
+        directory=str(directory),
+        version=version or directory.resolve().name,
+        engine=engine,
+        endpoints=tuple(endpoint),
+        workers=tensor_parallel_size,
+        pause=pause.value,
+        reset_caches=reset_caches,
+        timeout=timeout,
+        wait=wait,
+        save_metas=str(save_metas) if save_metas else None,
+    )
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        _run_as_rank(job, device.value, keep_serving, as_json=json)
+    else:
+        _run_with_own_ranks(job, device.value, keep_serving, as_json=json)
+
+
+def _run_with_own_ranks(job: Job, device: str, keep_serving: float, *, as_json: bool) -> None:
+    with Ranks(job.workers * len(job.endpoints), device=device, verbose=verbose()) as ranks:
+        with UpdateView(notes) as view:
+            reports = ranks.run(job, view)
+        _show(job, reports, as_json=as_json)
+        if keep_serving:
+            _say_serving(keep_serving)
+            ranks.wait(keep_serving)
+
+
+def _run_as_rank(job: Job, device: str, keep_serving: float, *, as_json: bool) -> None:
+    from checkpoint_engine.cli.job import Rank  # noqa: PLC0415 - brings torch, which --help does not need
+    from checkpoint_engine.server import ParameterServer  # noqa: PLC0415
+
+    with ParameterServer(device=device) as server:
+        first = server.rank == 0
+        with UpdateView(notes) as view:
+            rank = Rank(server, view if first else _ignore)
+            try:
+                report = rank.run(job)
+            except UpdateError as error:
+                message = "\n".join(filter(None, [str(error), rank.engine_outcome()]))
+                raise UpdateError(message, rank=error.rank, phase=error.phase) from error
+        if first:
+            _show(job, [report], as_json=as_json)
+        if keep_serving:
+            if first:
+                _say_serving(keep_serving)
+            time.sleep(keep_serving)
+
+
+def _show(job: Job, reports: list[Done], *, as_json: bool) -> None:
+    first = reports[0]
+    seconds = slowest(reports)
+    if as_json:
+        print_json(
+            {
+                "ok": True,
+                "version": job.version,
+                "method": first.method,
+                "bytes": first.nbytes,
+                "tensors": first.tensors,
+                "buckets": first.buckets,
+                "endpoints": list(job.endpoints),
+                "seconds": seconds["total"],
+                "stages": seconds,
+            }
+        )
+        return
+    instances = "1 engine serves" if len(job.endpoints) == 1 else f"{len(job.endpoints)} engines serve"
+    output.print(
+        f"[bold green]✓[/] {instances} version [bold]{job.version}[/]: {size(first.nbytes)} in {seconds['total']:.2f} s"
+    )
+    print_stages(output, reports)
+
+
+def _say_serving(seconds: float) -> None:
+    notes.print(f"the ranks keep the checkpoint in host memory for {seconds:g} s; Ctrl-C ends them", style="dim")
+
+
+def _ignore(event: Progressed | Logged) -> None:
+    """Ranks other than the first show nothing."""
