@@ -1,0 +1,35 @@
+"""The parameter server over HTTP. Needs the extra `api`: pip install 'checkpoint-engine-core[api]'."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from checkpoint_engine.engine.client import request_inference_to_update
+from checkpoint_engine.errors import MissingDependencyError
+
+if TYPE_CHECKING:
+    from checkpoint_engine.api.app import create_app
+
+__all__ = ["create_app", "request_inference_to_update"]
+
+
+def __getattr__(name: str) -> object:
+    """Imports the application when it is first asked for.
+
+    Raises:
+        MissingDependencyError: FastAPI is not installed.
+    """
+    if name != "create_app":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        from checkpoint_engine.api.app import create_app  # noqa: PLC0415
+    except ModuleNotFoundError as error:
+        raise missing_extra(error) from error
+    return create_app
+
+
+def missing_extra(error: ModuleNotFoundError) -> MissingDependencyError:
+    """The error that says how the extra is installed."""
+    return MissingDependencyError(
+        f"the HTTP API needs FastAPI and uvicorn ({error.name} is missing): pip install 'checkpoint-engine-core[api]'"
+    )

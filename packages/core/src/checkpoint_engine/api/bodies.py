@@ -1,0 +1,156 @@
+"""What goes over HTTP as JSON, with the texts that the OpenAPI description shows."""
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+_Strict = ConfigDict(extra="forbid")
+
+
+class FilesBody(BaseModel):
+    """This rank's share of a checkpoint."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={"examples": [{"files": ["/models/step-7/model-00001-of-00002.safetensors"]}]},
+    )
+
+    files: Annotated[
+        list[str] | dict[str, list[str]],
+        Field(
+            description="Absolute paths of `.safetensors` files below an allowed directory; or an object that maps each "
+            "path to the names of the tensors to take from it. Each tensor belongs to exactly one rank."
+        ),
+    ]
+    use_shared_memory_pool: Annotated[
+        bool, Field(description="Keep the memory for the next checkpoint when this one is unregistered.")
+    ] = False
+    use_inplace_pin_memory: Annotated[
+        bool, Field(description="Use files that lie in `/dev/shm` where they are. They are never deleted.")
+    ] = True
+
+
+class UpdateBody(BaseModel):
+    """Who shall take the update, and who asks the engine for it."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={
+            "examples": [{"update_url": "http://127.0.0.1:8000/collective_rpc", "inference_group_ranks": [0, 1]}, {}]
+        },
+    )
+
+    ranks: Annotated[list[int], Field(description="Ranks to update; empty for all of them, by broadcast.")] = []
+    update_url: Annotated[
+        str | None,
+        Field(
+            description="The engine's `/collective_rpc`. Give it to the one rank that leads the engine, and leave it out "
+            "for the others. The host must be this one unless others were allowed."
+        ),
+    ] = None
+    inference_group_ranks: Annotated[
+        list[int],
+        Field(description="Ranks that feed this engine, in the order of its workers; empty for all ranks."),
+    ] = []
+    timeout: Annotated[float, Field(gt=0, le=86400, description="Seconds for the whole update.")] = 300.0
+    uds: Annotated[
+        str | None, Field(description="The engine's Unix socket; the host of `update_url` then does not matter.")
+    ] = None
+    version: Annotated[
+        str | None, Field(description="What the engines shall call it; the checkpoint's name if left out.")
+    ] = None
+
+
+class AbortBody(BaseModel):
+    """Why the update is given up."""
+
+    model_config = _Strict
+
+    reason: Annotated[str, Field(max_length=500)] = "asked for over HTTP"
+
+
+class Error(BaseModel):
+    """Every answer that is not a success."""
+
+    error: Annotated[str, Field(description="Class of the error.", examples=["CheckpointStateError"])]
+    message: Annotated[str, Field(description="What is wrong, and the way out.")]
+    rank: Annotated[int | None, Field(description="Where an update failed.")] = None
+    phase: Annotated[str | None, Field(description="What it was doing.")] = None
+
+
+class Named(BaseModel):
+    """The checkpoint that was meant."""
+
+    name: Annotated[str, Field(examples=["step-7"])]
+
+
+class Gathered(BaseModel):
+    """What all ranks hold together."""
+
+    name: str
+    tensors: int
+    nbytes: int
+    fingerprint: Annotated[
+        str, Field(description="SHA-256 over names, dtypes and shapes: equal for interchangeable checkpoints.")
+    ]
+
+
+class Checkpoint(BaseModel):
+    """One checkpoint as this rank sees it."""
+
+    name: str
+    registered: Annotated[bool, Field(description="Whether this rank holds a part of it.")]
+    gathered: Annotated[Gathered | None, Field(description="What all ranks hold, once that was gathered.")]
+
+
+class Checkpoints(BaseModel):
+    """All checkpoints of this rank."""
+
+    checkpoints: list[Checkpoint]
+
+
+class Report(BaseModel):
+    """A finished update as this rank saw it. Stages overlap, so their seconds add up to more than the total."""
+
+    version: str
+    method: str
+    nbytes: int
+    tensors: int
+    buckets: int
+    bucket_size: int
+    staging: str
+    seconds: Annotated[
+        dict[str, float], Field(examples=[{"total": 1.9, "copy": 1.1, "broadcast": 0.4, "load": 1.2, "finish": 0.1}])
+    ]
+
+
+class RunningUpdate(BaseModel):
+    """How far the update is."""
+
+    name: str
+    version: str
+    phase: str
+    buckets_done: int
+    buckets: int
+    bytes_done: int
+    nbytes: int
+    seconds: float
+
+
+class Updates(BaseModel):
+    """The update that runs on this rank, and how the last one ended."""
+
+    running: RunningUpdate | None
+    last: Annotated[Report | None, Field(description="The last update that succeeded.")]
+    last_error: Annotated[Error | None, Field(description="How the latest update failed; null if it succeeded.")]
+
+
+class Version(BaseModel):
+    """Who answers."""
+
+    version: str
+    torch: str
+    link_protocol: Annotated[int, Field(description="Engines must speak the same.")]
+    rank: int
+    world_size: int
+    device: str

@@ -1,0 +1,248 @@
+"""What the HTTP routes do, without HTTP."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+
+from checkpoint_engine.api import bodies
+from checkpoint_engine.api.access import EngineAccess, FileAccess
+from checkpoint_engine.api.answers import UnknownCheckpointError, UpdateAbortedError
+from checkpoint_engine.catalog import Catalog
+from checkpoint_engine.data_types import DataToGather, MemoryBufferMetaList
+from checkpoint_engine.engine.client import request_inference_to_update
+from checkpoint_engine.errors import (
+    CheckpointEngineError,
+    CheckpointStateError,
+    DuplicateTensorError,
+    SettingError,
+    UpdateError,
+)
+from checkpoint_engine.link.messages import PROTOCOL
+from checkpoint_engine.server import ParameterServer
+from checkpoint_engine.version import __version__
+
+
+@dataclass(frozen=True)
+class _Running:
+    name: str
+    version: str
+    start: float
+
+
+class Service:
+    """One rank's parameter server for callers on other threads. What all ranks do together runs one at a time."""
+
+    def __init__(self, server: ParameterServer, files: FileAccess, engines: EngineAccess) -> None:
+        self._server = server
+        self._files = files
+        self._engines = engines
+        self._together = threading.Lock()
+        self._doing = ""
+        self._running: _Running | None = None
+        self._abort_reason = ""
+        self._last_error: bodies.Error | None = None
+
+    def register(self, name: str, body: bodies.FilesBody) -> bodies.Named:
+        """Brings this rank's files into host memory."""
+        files = self._allowed(body.files)
+        self._server.register_checkpoint(
+            name,
+            files=files,
+            use_shared_memory_pool=body.use_shared_memory_pool,
+            use_inplace_pin_memory=body.use_inplace_pin_memory,
+        )
+        return bodies.Named(name=name)
+
+    def unregister(self, name: str, *, force: bool) -> bodies.Named:
+        """Frees them."""
+        with self._named(name):
+            self._server.unregister_checkpoint(name, force=force)
+        return bodies.Named(name=name)
+
+    def gather(self, name: str) -> bodies.Gathered:
+        """Tells all ranks what each of them holds."""
+        with self._named(name), self._alone(f"gather-metas of {name!r}"):
+            self._server.gather_metas(name)
+        return _gathered(self._server.catalog(name))
+
+    def update(self, name: str, body: bodies.UpdateBody) -> bodies.Report:
+        """Runs one update."""
+        chosen = self._checked_ranks(body.inference_group_ranks, "inference_group_ranks")
+        ranks = self._checked_ranks(body.ranks, "ranks")
+        socket = None if body.uds is None else self._engines.check_socket(body.uds)
+        # At a Unix socket the host of the URL is never looked up.
+        url = None if body.update_url is None else self._checked_url(body.update_url, socket)
+
+        def ask(addresses: list[tuple[str, str]]) -> None:
+            if url is not None:
+                handles = dict(addresses[rank] for rank in chosen) if chosen else dict(addresses)
+                request_inference_to_update(url, handles, timeout=body.timeout, uds=socket)
+
+        with self._named(name), self._alone(f"an update to {name!r}"):
+            self._running = _Running(name, body.version or name, time.monotonic())
+            self._abort_reason = ""
+            try:
+                self._server.update(
+                    name,
+                    ask,
+                    timeout=timedelta(seconds=body.timeout),
+                    ranks=ranks or None,
+                    version=body.version,
+                )
+                self._last_error = None
+            except CheckpointEngineError as error:
+                self._last_error = _error_body(error)
+                if self._abort_reason and isinstance(error, UpdateError):
+                    raise UpdateAbortedError(str(error)) from None
+                raise
+            finally:
+                self._running = None
+        report = self._report()
+        if report is None:
+            raise CheckpointStateError("the update left no report")
+        return report
+
+    def updates(self) -> bodies.Updates:
+        """What runs, and what ran."""
+        return bodies.Updates(running=self._progress(), last=self._report(), last_error=self._last_error)
+
+    def abort(self, reason: str) -> bodies.Named:
+        """Gives the running update up."""
+        running = self._running
+        self._abort_reason = reason
+        if running is None or not self._server.abort(reason):
+            raise CheckpointStateError("no update is running on this rank")
+        return bodies.Named(name=running.name)
+
+    def checkpoints(self) -> bodies.Checkpoints:
+        """All that this rank holds."""
+        names = self._server.checkpoints
+        return bodies.Checkpoints(
+            checkpoints=[
+                bodies.Checkpoint(name=name, registered=True, gathered=self._gathered_or_none(name)) for name in names
+            ]
+        )
+
+    def metas(self) -> dict[int, MemoryBufferMetaList]:
+        """What all ranks hold of the checkpoint gathered last."""
+        return self._server.get_metas()
+
+    def load_metas(self, metas: Mapping[int, DataToGather | MemoryBufferMetaList]) -> None:
+        """Makes known what ranks elsewhere hold."""
+        self._server.load_metas(metas)
+
+    def version(self) -> bodies.Version:
+        """Who we are."""
+        return bodies.Version(
+            version=__version__,
+            torch=torch.__version__,
+            link_protocol=PROTOCOL,
+            rank=self._server.rank,
+            world_size=self._server.world_size,
+            device=self._server.device.identity,
+        )
+
+    def _allowed(
+        self, files: Sequence[str] | Mapping[str, Sequence[str]]
+    ) -> list[str | Path] | dict[Path, Sequence[str]]:
+        if not isinstance(files, Mapping):
+            return [self._files.check(path) for path in files]
+        allowed: dict[Path, Sequence[str]] = {}
+        for path, names in files.items():
+            real = self._files.check(path)
+            if real in allowed:
+                raise DuplicateTensorError(f"the file {real} is given twice")
+            allowed[real] = names
+        return allowed
+
+    def _checked_url(self, url: str, socket: str | None) -> str:
+        if socket is None:
+            return self._engines.check_url(url)
+        path = "/" + url.split("://", 1)[-1].partition("/")[2]
+        return f"http://localhost{path}"
+
+    def _checked_ranks(self, ranks: Sequence[int], what: str) -> list[int]:
+        wrong = [rank for rank in ranks if not 0 <= rank < self._server.world_size]
+        if wrong or len(set(ranks)) != len(ranks):
+            raise SettingError(f"{what} is {list(ranks)}; ranks are 0 to {self._server.world_size - 1}, each once")
+        return list(ranks)
+
+    @contextmanager
+    def _alone(self, what: str) -> Generator[None]:
+        if not self._together.acquire(blocking=False):
+            raise CheckpointStateError(f"{self._doing} is under way on this rank; wait for it, or abort it")
+        self._doing = what
+        try:
+            yield
+        finally:
+            self._together.release()
+
+    @contextmanager
+    def _named(self, name: str) -> Generator[None]:
+        """Tells a checkpoint that nobody knows from one that is in the wrong state."""
+        try:
+            yield
+        except UpdateAbortedError:
+            raise
+        except CheckpointStateError as error:
+            if name in self._server.checkpoints or self._gathered_or_none(name) or self._together.locked():
+                raise
+            raise UnknownCheckpointError(str(error)) from error
+
+    def _gathered_or_none(self, name: str) -> bodies.Gathered | None:
+        try:
+            return _gathered(self._server.catalog(name))
+        except CheckpointStateError:
+            return None
+
+    def _progress(self) -> bodies.RunningUpdate | None:
+        running, progress = self._running, self._server.progress
+        if running is None:
+            return None
+        return bodies.RunningUpdate(
+            name=running.name,
+            version=running.version,
+            phase=progress.phase,
+            buckets_done=progress.buckets_done,
+            buckets=progress.buckets,
+            bytes_done=progress.bytes_done,
+            nbytes=progress.nbytes,
+            seconds=time.monotonic() - running.start,
+        )
+
+    def _report(self) -> bodies.Report | None:
+        report = self._server.last_report
+        if report is None:
+            return None
+        return bodies.Report(
+            version=report.version,
+            method=report.method,
+            nbytes=report.nbytes,
+            tensors=report.tensors,
+            buckets=report.buckets,
+            bucket_size=report.bucket_size,
+            staging=report.staging,
+            seconds=report.seconds,
+        )
+
+
+def _gathered(catalog: Catalog) -> bodies.Gathered:
+    return bodies.Gathered(
+        name=catalog.name,
+        tensors=sum(1 for _ in catalog.tensors()),
+        nbytes=catalog.nbytes,
+        fingerprint=catalog.fingerprint(),
+    )
+
+
+def _error_body(error: CheckpointEngineError) -> bodies.Error:
+    where = {"rank": error.rank, "phase": error.phase} if isinstance(error, UpdateError) else {}
+    return bodies.Error.model_validate({"error": type(error).__name__, "message": str(error), **where})
