@@ -53,7 +53,7 @@ def demo(
     processes, updates the engine in place, and compares every parameter of every worker, byte by byte, with an engine
     that starts anew from the files.
 
-    With more ranks than workers, several engine instances are updated at once: `--ranks 4 -tp 2` feeds two.
+    With more ranks than workers, several engine instances are updated at once: --ranks 4 -tp 2 feeds two.
     """
     del verbose_
     if ranks % tensor_parallel_size:
@@ -173,9 +173,7 @@ def _show(outcomes: Sequence[_Outcome], ranks: int, workers: int, seconds: float
     instances = ranks // workers
     engines = "one engine" if instances == 1 else f"{instances} engines"
     rank_words, worker_words = _count(ranks, "rank"), _count(workers, "worker")
-    output.print(
-        f"\n[bold]{rank_words} updated {engines} of {worker_words} in place[/], all as processes on this CPU\n"
-    )
+    output.print(f"\n[bold]{rank_words} updated {engines} of {worker_words} in place[/], all processes on this CPU\n")
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for column in ("version", "bytes", "time", "GB/s"):
         table.add_column(column, justify="left" if column == "version" else "right")
@@ -183,13 +181,8 @@ def _show(outcomes: Sequence[_Outcome], ranks: int, workers: int, seconds: float
     for outcome in outcomes:
         nbytes, total = outcome.reports[0].nbytes, slowest(outcome.reports)["total"]
         rate = f"{nbytes / total / 1e9:.2f}"
-        table.add_row(
-            outcome.version,
-            size(nbytes),
-            f"{total:.3f} s",
-            rate,
-            f"[green]✓[/] {_count(outcome.verified, 'parameter')} equal",
-        )
+        verdict = f"[green]✓[/] {_count(outcome.verified, 'parameter')} equal"
+        table.add_row(outcome.version, size(nbytes), f"{total:.3f} s", rate, verdict)
     output.print(table)
     output.print("[bold]The last update, stage by stage[/] (stages overlap)\n")
     print_stages(output, outcomes[-1].reports)

@@ -1,6 +1,8 @@
 """The `checkpoint-engine` command."""
 
+import inspect
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -16,10 +18,18 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    rich_markup_mode="markdown",
+    rich_markup_mode="rich",
 )
-app.command()(demo)
-app.command()(update)
+
+
+def help_of(command: Callable[..., object]) -> str:
+    """The docstring with its paragraphs unwrapped, for terminals of any width; those that begin with \\b stay."""
+    paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
+    return "\n\n".join(text if text.startswith("\b") else text.replace("\n", " ") for text in paragraphs)
+
+
+for command in (demo, update):
+    app.command(help=help_of(command))(command)
 
 
 def _show_version(value: bool) -> None:
@@ -37,8 +47,8 @@ def _about(
 ) -> None:
     """New weights for serving language models, in place: no restart, no second copy on the GPU.
 
-    Start with `checkpoint-engine demo`, which needs neither a GPU nor an engine. Then see
-    `checkpoint-engine update --help`.
+    Start with [bold]checkpoint-engine demo[/], which needs neither a GPU nor an engine. Then see
+    [bold]checkpoint-engine update --help[/].
     """
 
 

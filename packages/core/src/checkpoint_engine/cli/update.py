@@ -19,7 +19,9 @@ _AFTER = "Afterwards"
 
 
 def update(
-    directory: Annotated[Path, typer.Argument(help="Holds the checkpoint's *.safetensors.", show_default=False)],
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Holds the checkpoint's *.safetensors.", show_default=False)
+    ],
     engine: Annotated[
         str, typer.Option(help="vllm, or any other engine with a plugin.", rich_help_panel=_WORK, show_default=False)
     ],
@@ -90,14 +92,19 @@ def update(
     Under torchrun its ranks are used instead, for engines on several hosts.
 
     \b
-    One vLLM on one GPU (or on the CPU, with --device cpu):
-      checkpoint-engine update ./step-100 --engine vllm --endpoint http://localhost:8000
-    Two instances of 4 GPUs each, on this host:
-      checkpoint-engine update ./step-100 --engine vllm -tp 4 \\
+    [dim]# one vLLM on one GPU (or on the CPU, with --device cpu)[/]
+    checkpoint-engine update ./step-100 --engine vllm --endpoint http://localhost:8000
+
+    \b
+    [dim]# two instances of 4 GPUs each, on this host[/]
+    checkpoint-engine update ./step-100 --engine vllm -tp 4 \\
         --endpoint http://localhost:8000 --endpoint http://localhost:8001
-    One of 16 GPUs on two hosts:
-      torchrun --nnodes 2 --nproc-per-node 8 --rdzv-endpoint HOST:29500 --rdzv-backend c10d \\
-        --no-python checkpoint-engine update ./step-100 --engine vllm -tp 16 --endpoint http://HOST:8000
+
+    \b
+    [dim]# one instance of 16 GPUs on two hosts; run on each of them[/]
+    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d \\
+        --rdzv-endpoint HOST:29500 --no-python checkpoint-engine \\
+        update ./step-100 --engine vllm -tp 16 --endpoint http://HOST:8000
     """
     del verbose_, method
     needed = tensor_parallel_size * len(endpoint)
