@@ -65,12 +65,18 @@ class TorchGroup:
             raise RankError(f"the {self._backend} {what} failed on rank {self.rank}: {_first_line(error)}") from error
 
 
-def _open_gloo(store: dist.Store, rank: int, world_size: int, timeout: timedelta, device: torch.device) -> TorchGroup:
+def open_gloo(store: dist.Store, rank: int, world_size: int, timeout: timedelta, device: torch.device) -> TorchGroup:
+    """A gloo group; it takes tensors of any device, those of a GPU by way of the host."""
     del device
     return TorchGroup(dist.ProcessGroupGloo(store, rank, world_size, timeout), "gloo")
 
 
-def _open_nccl(store: dist.Store, rank: int, world_size: int, timeout: timedelta, device: torch.device) -> TorchGroup:
+def open_nccl(store: dist.Store, rank: int, world_size: int, timeout: timedelta, device: torch.device) -> TorchGroup:
+    """An NCCL group, connected at once.
+
+    Raises:
+        MissingDependencyError: this torch has no NCCL.
+    """
     if not dist.is_nccl_available():
         raise MissingDependencyError("this torch has no NCCL; install a CUDA build of torch")
     options = dist.ProcessGroupNCCL.Options()
@@ -98,5 +104,5 @@ def _first_line(error: BaseException) -> str:
     return str(error).strip().split("\n", 1)[0]
 
 
-register_communicator("gloo", _open_gloo)
-register_communicator("nccl", _open_nccl)
+register_communicator("gloo", open_gloo)
+register_communicator("nccl", open_nccl)
