@@ -58,12 +58,16 @@ class Engine:
 
     def tokens(self, length: int = 16) -> dict[str, Any]:
         self.llm.reset_prefix_cache()
-        outputs = self.llm.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=length, ignore_eos=True), use_tqdm=False)
+        outputs = self.llm.generate(
+            PROMPTS, SamplingParams(temperature=0, max_tokens=length, ignore_eos=True), use_tqdm=False
+        )
         return {"tokens": [list(output.outputs[0].token_ids) for output in outputs]}
 
     def accepted(self) -> dict[str, Any]:
         """Of the draft model's tokens, the share that the served model accepted so far."""
-        values = {m.name: getattr(m, "value", 0) for m in self.llm.get_metrics() if m.name.startswith("vllm:spec_decode")}
+        values = {
+            m.name: getattr(m, "value", 0) for m in self.llm.get_metrics() if m.name.startswith("vllm:spec_decode")
+        }
         return {name.rpartition("spec_decode_")[2]: value for name, value in values.items()}
 
     def update(self, checkpoint: str, **how: Any) -> dict[str, Any]:
@@ -74,6 +78,8 @@ class Engine:
             del tensors[name]
         for name in how.get("cut", ()):
             tensors[name] = tensors[name][:-1].contiguous()
+        for name in how.get("double", ()):
+            tensors[name] = torch.cat([tensors[name], tensors[name]])
         specs = {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
         model = compat.target_model(self.worker)
         undo = break_after(model, how["fail_after"]) if "fail_after" in how else None

@@ -19,11 +19,11 @@ __all__ = ["VllmClient", "VllmColocateWorkerExtension", "WorkerExtension", "__ve
 def __getattr__(name: str) -> object:
     # vLLM imports this package in each of its processes, also in those that need none of it.
     if name == "VllmClient":
-        from checkpoint_engine_vllm.client import VllmClient
+        from checkpoint_engine_vllm.client import VllmClient  # noqa: PLC0415
 
         return VllmClient
     if name in ("WorkerExtension", "VllmColocateWorkerExtension"):
-        from checkpoint_engine_vllm.extension import WorkerExtension
+        from checkpoint_engine_vllm.extension import WorkerExtension  # noqa: PLC0415
 
         return WorkerExtension
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import os
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 
@@ -16,7 +14,8 @@ from checkpoint_engine.engine.adapter import TensorSpec, Update
 from checkpoint_engine.errors import CheckpointStateError, WeightsRejectedError
 from checkpoint_engine_vllm import compat
 from checkpoint_engine_vllm.draft import DraftReload, open_draft
-from checkpoint_engine_vllm.loadplan import LoadPlan, make_plan
+from checkpoint_engine_vllm.loadplan import LoadPlan, Planner, missing_parameters
+from checkpoint_engine_vllm.protocols import Worker
 from checkpoint_engine_vllm.reload import Reload
 from checkpoint_engine_vllm.repairs import CpuRepairs, Repairs
 
@@ -32,13 +31,14 @@ _MOST_NAMED = 8
 class VllmAdapter:
     """The adapter of one worker; lives as long as the worker. See `checkpoint_engine.engine.adapter.Adapter`."""
 
-    def __init__(self, worker: Any) -> None:
+    def __init__(self, worker: Worker) -> None:
         self._worker = worker
         self.dirty = False
         """Whether the weights may be a mixture of old and new."""
         self.version = ""
         """Of the weights held, as far as they came through here."""
-        self._plan: tuple[str, LoadPlan | None] | None = None
+        self._planner = Planner()
+        self._checked = False
         self._target: Reload | None = None
         self._draft: DraftReload | None = None
         self._update: Update | None = None
@@ -59,15 +59,11 @@ class VllmAdapter:
         self._seconds = dict.fromkeys(self._seconds, 0.0)
         start = time.perf_counter()
         with compat.engine_context(self._worker):
-            model = compat.target_model(self._worker)
-            draft = open_draft(self._worker, update.tensors)
+            draft = open_draft(self._worker, update.tensors, self._planner)
             served = {name: spec for name, spec in update.tensors.items() if draft is None or not draft.only(name)}
-            plan = self._planned(served)
-            if plan is not None:
-                self._refuse(_MISSING, missing_parameters(plan, model, quantised=self._is_quantised()))
-                self._refuse("these tensors are larger than the model's parameters", self._too_large(plan, served))
+            self._check(served, draft)
             self._seconds["check"] = time.perf_counter() - start
-            self._target = Reload(model, self._worker.model_config, self._repairs())
+            self._target = Reload(compat.target_model(self._worker), self._worker.model_config, self._repairs())
             self._draft = draft
             self._target.begin()
             if draft is not None:
@@ -100,7 +96,7 @@ class VllmAdapter:
         if lost:
             raise WeightsRejectedError(f"announced but not delivered: {_listed(lost)}")
         with compat.engine_context(self._worker):
-            if self._plan is None or self._plan[1] is None:
+            if not self._checked:
                 self._refuse(_MISSING, target.incomplete())
             if draft is not None:
                 self._refuse(_MISSING, draft.incomplete())
@@ -134,22 +130,20 @@ class VllmAdapter:
 
     # -- inside
 
-    def _planned(self, tensors: Mapping[str, TensorSpec]) -> LoadPlan | None:
-        """The plan for these tensors; kept, because the next update mostly brings the same."""
-        digest = hashlib.sha256()
-        for name, spec in sorted(tensors.items()):
-            digest.update(f"{name}\0{spec.dtype}\0{spec.shape}\n".encode())
-        key = digest.hexdigest()
-        if self._plan is None or self._plan[0] != key:
-            self._plan = None
-            self._plan = (key, make_plan(self._worker.vllm_config, self._worker.model_config, tensors))
-        return self._plan[1]
-
     def _repairs(self) -> Repairs:
         return CpuRepairs() if compat.on_cpu(self._worker) else Repairs()
 
-    def _is_quantised(self) -> bool:
-        return getattr(self._worker.vllm_config, "quant_config", None) is not None
+    def _check(self, tensors: Mapping[str, TensorSpec], draft: DraftReload | None) -> None:
+        """Refuses what would not fit, before anything has changed."""
+        config, model_config = self._worker.vllm_config, self._worker.model_config
+        plan = self._planner.plan("served", config, model_config, tensors)
+        self._checked = plan is not None
+        if plan is not None:
+            model, quantised = compat.target_model(self._worker), config.quant_config is not None
+            self._refuse(_MISSING, missing_parameters(plan, model, quantised=quantised))
+            self._refuse("these tensors are larger than the model's parameters", self._too_large(plan, tensors))
+        if draft is not None:
+            self._refuse(_MISSING, draft.missing())
 
     def _too_large(self, plan: LoadPlan, tensors: Mapping[str, TensorSpec]) -> list[str]:
         """Tensors of which all workers together take only a part: vLLM's loaders cut silently what is too long."""
@@ -187,30 +181,6 @@ class VllmAdapter:
             "cloned_bytes": target.cloned_bytes + (0 if draft is None else draft.cloned_bytes),
             **{f"{step}_seconds": round(seconds, 6) for step, seconds in self._seconds.items()},
         }
-
-
-def missing_parameters(plan: LoadPlan, model: torch.nn.Module, *, quantised: bool) -> list[str]:
-    """Parameters that a checkpoint would leave without (some of) their weights, with what they would get."""
-    covered = {name for name, coverage in plan.parameters.items() if coverage.complete}
-    addresses: dict[int, set[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter.numel():
-            addresses.setdefault(parameter.untyped_storage().data_ptr(), set()).add(name)
-    # vLLM may have tied parameters after it loaded its first checkpoint.
-    tied = {name for names in addresses.values() if names & covered for name in names}
-    return [
-        f"{name} (nothing)"
-        if not coverage.filled
-        else f"{name} ({coverage.filled} of {coverage.elements} elements, from {', '.join(sorted(coverage.tensors))})"
-        for name, coverage in plan.parameters.items()
-        if not coverage.complete and name not in tied and not (quantised and _is_optional(name))
-    ]
-
-
-def _is_optional(parameter: str) -> bool:
-    """Whether a quantised checkpoint may lack it: vLLM has a default for it."""
-    own_name = parameter.rpartition(".")[2]
-    return "weight" not in own_name or own_name.endswith(("shape", "g_idx", "zero_point", "sort_indices"))
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -9,15 +9,13 @@ from typing import Any, cast
 
 from checkpoint_engine.deadline import Deadline
 from checkpoint_engine.engine.client import CollectiveRpcClient, PauseMode
-from checkpoint_engine.engine.endpoint import shorten
+from checkpoint_engine.engine.endpoint import Reply, shorten
 from checkpoint_engine.errors import CheckpointEngineError, EngineRequestError
 
 logger = logging.getLogger(__name__)
 
 _NOT_FOUND = 404
-_NO_DEV_MODE = (
-    "start `vllm serve` with VLLM_SERVER_DEV_MODE=1 in its environment: without it, vLLM offers no way to update weights"
-)
+_NO_DEV_MODE = "start `vllm serve` with VLLM_SERVER_DEV_MODE=1 in its environment, else it cannot be asked to update"
 _NO_EXTENSION = (
     "its workers lack our methods: install checkpoint-engine-vllm in vLLM's environment, or name the class with "
     "--worker-extension-cls checkpoint_engine_vllm.WorkerExtension (VLLM_PLUGINS, if set, must list checkpoint_engine)"
@@ -57,7 +55,9 @@ class VllmClient(CollectiveRpcClient):
             return super().collective_rpc(method, deadline, args)
         except EngineRequestError as error:
             hint = self._missing_set_up(deadline)
-            raise EngineRequestError(f"{error}; {hint}") from error if hint else error
+            if not hint:
+                raise
+            raise EngineRequestError(f"{error}; {hint}") from error
 
     def pause(self, mode: PauseMode, *, reset_caches: bool, deadline: Deadline) -> None:
         """`POST /pause`; running requests are kept, aborted or waited for.
@@ -71,16 +71,13 @@ class VllmClient(CollectiveRpcClient):
         if known and "mode" not in known:
             if mode == "keep":
                 raise EngineRequestError(
-                    f"{self.endpoint.address} runs a vLLM that cannot keep running requests across a pause; use pause mode "
-                    "abort or wait"
+                    f"{self.endpoint.address} runs a vLLM that cannot keep running requests across a pause; use pause "
+                    "mode abort or wait"
                 )
             query = {"wait_for_inflight_requests": str(mode == "wait").lower(), **query}
         reply = self.endpoint.send("POST", "/pause", deadline, query=query)
         if not reply.ok:
-            hint = f"; {_NO_DEV_MODE}" if reply.status == _NOT_FOUND else ""
-            raise EngineRequestError(
-                f"{self.endpoint.address} answered POST /pause with {reply.status}: {shorten(reply.text)}{hint}"
-            )
+            raise self._refused("/pause", reply, _NO_DEV_MODE if reply.status == _NOT_FOUND else "")
 
     def resume(self, deadline: Deadline) -> None:
         """`POST /resume`."""
@@ -98,8 +95,8 @@ class VllmClient(CollectiveRpcClient):
             while not self._reset(path, query, deadline):
                 if patience.expired:
                     raise EngineRequestError(
-                        f"{self.endpoint.address} cannot reset its prefix cache: requests still hold blocks of it. Pause "
-                        "the engine for the update, or keep the caches if stale entries do no harm"
+                        f"{self.endpoint.address} cannot reset its prefix cache: requests still hold blocks of it. "
+                        "Pause the engine for the update, or keep the caches if stale entries do no harm"
                     )
                 time.sleep(0.1)
 
@@ -107,9 +104,7 @@ class VllmClient(CollectiveRpcClient):
         """`POST /update_weight_version`, where vLLM has it (0.32 and newer)."""
         reply = self.endpoint.send("POST", "/update_weight_version", deadline, body={"new_version": version})
         if not reply.ok and reply.status != _NOT_FOUND:
-            raise EngineRequestError(
-                f"{self.endpoint.address} answered POST /update_weight_version with {reply.status}: {shorten(reply.text)}"
-            )
+            raise self._refused("/update_weight_version", reply)
 
     # -- inside
 
@@ -118,10 +113,12 @@ class VllmClient(CollectiveRpcClient):
         if reply.status == _NOT_FOUND:
             logger.warning("%s has no %s; that cache was not reset", self.endpoint.address, path)
         elif not reply.ok:
-            raise EngineRequestError(
-                f"{self.endpoint.address} answered POST {path} with {reply.status}: {shorten(reply.text)}"
-            )
+            raise self._refused(path, reply)
         return '"success":false' not in reply.text.replace(" ", "")
+
+    def _refused(self, path: str, reply: Reply, hint: str = "") -> EngineRequestError:
+        text = f"{self.endpoint.address} answered POST {path} with {reply.status}: {shorten(reply.text)}"
+        return EngineRequestError(f"{text}; {hint}" if hint else text)
 
     def _missing_set_up(self, deadline: Deadline) -> str:
         """Why no worker method can be called, if it is vLLM's set-up; asked only after a failure."""

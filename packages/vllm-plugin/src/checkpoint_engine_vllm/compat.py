@@ -9,15 +9,16 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from checkpoint_engine.errors import MissingDependencyError
+from checkpoint_engine_vllm.protocols import LayerState, ModelConfig, VllmConfig, Worker
 
 _RELOAD = "vllm.model_executor.model_loader.reload.layerwise"
 
@@ -27,8 +28,8 @@ class Layerwise:
     """vLLM's layerwise reload (0.16 and newer)."""
 
     initialize: Callable[[torch.nn.Module], None]
-    finalize: Callable[[torch.nn.Module, Any], None]
-    info: Callable[[torch.nn.Module], Any]
+    finalize: Callable[[torch.nn.Module, ModelConfig], None]
+    info: Callable[[torch.nn.Module], LayerState]
     """The state of one module's reload."""
 
 
@@ -48,8 +49,8 @@ def layerwise() -> Layerwise:
         )
     except (ImportError, AttributeError) as error:
         raise MissingDependencyError(
-            f"vLLM {version()} cannot reload weights layer by layer ({error}); checkpoint-engine-vllm needs vLLM 0.16 or "
-            "newer: pip install --upgrade 'vllm>=0.16'"
+            f"vLLM {version()} cannot reload weights layer by layer ({error}); checkpoint-engine-vllm needs vLLM 0.16 "
+            "or newer: pip install --upgrade 'vllm>=0.16'"
         ) from error
 
 
@@ -63,14 +64,14 @@ def version() -> str:
 
 
 @contextlib.contextmanager
-def engine_context(worker: Any) -> Iterator[None]:
+def engine_context(worker: Worker) -> Generator[None]:
     """What vLLM's loaders expect around them."""
     set_config = importlib.import_module("vllm.config").set_current_vllm_config
     with torch.no_grad(), set_config(worker.vllm_config), torch.device(worker.device):
         yield
 
 
-def on_cpu(worker: Any) -> bool:
+def on_cpu(worker: Worker) -> bool:
     """Whether the worker computes on the CPU."""
     return worker.device.type == "cpu"
 
@@ -78,12 +79,12 @@ def on_cpu(worker: Any) -> bool:
 # -- models ---------------------------------------------------------------------------------------------------------
 
 
-def target_model(worker: Any) -> torch.nn.Module:
+def target_model(worker: Worker) -> torch.nn.Module:
     """The served model, without wrappers for CUDA graphs."""
     return worker.model_runner.get_model()
 
 
-def draft_model(worker: Any) -> torch.nn.Module | None:
+def draft_model(worker: Worker) -> torch.nn.Module | None:
     """The model that speculative decoding drafts with, if it is one; both model runners."""
     runner = worker.model_runner
     if hasattr(runner, "get_draft_model"):
@@ -91,12 +92,12 @@ def draft_model(worker: Any) -> torch.nn.Module | None:
     else:
         drafter = getattr(runner, "drafter", None) or getattr(runner, "speculator", None)
         model = getattr(drafter, "model", None)
-        unwrap = None if model is None else getattr(type(model), "unwrap", None)
-        model = unwrap(model) if unwrap else model
+        unwrap: Callable[[], object] | None = getattr(model, "unwrap", None)
+        model = model if unwrap is None else unwrap()
     return model if isinstance(model, torch.nn.Module) else None
 
 
-def draft_config(worker: Any) -> Any:
+def draft_config(worker: Worker) -> VllmConfig:
     """The configuration that the draft model was built from."""
     runner = worker.model_runner
     drafter = getattr(runner, "drafter", None) or getattr(runner, "speculator", None)
@@ -104,15 +105,20 @@ def draft_config(worker: Any) -> Any:
     return worker.vllm_config if make is None else make()
 
 
-def draft_model_config(worker: Any) -> Any:
+def draft_model_config(worker: Worker) -> ModelConfig | None:
     """The model configuration of the draft model; None if it has none of its own."""
     return getattr(worker.vllm_config.speculative_config, "draft_model_config", None)
 
 
-def draft_shares_checkpoint(worker: Any) -> bool:
+def draft_shares_checkpoint(worker: Worker) -> bool:
     """Whether the draft model's weights lie in the served model's checkpoint, as those of MTP layers do."""
     config = draft_model_config(worker)
     return config is not None and config.model == worker.model_config.model
+
+
+def modules_by_name(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """Every module of a model, itself included as the empty name."""
+    return {name: module for name, module in cast("Any", model).named_modules()}  # noqa: C416 - says the types
 
 
 def is_attention(layer: torch.nn.Module) -> bool:
@@ -124,7 +130,9 @@ def is_attention(layer: torch.nn.Module) -> bool:
     if hasattr(attention, "is_deferred_attention_layer"):
         return bool(attention.is_deferred_attention_layer(layer))
     kinds = tuple(
-        getattr(attention, name) for name in ("Attention", "MLAAttention", "MMEncoderAttention") if hasattr(attention, name)
+        getattr(attention, name)
+        for name in ("Attention", "MLAAttention", "MMEncoderAttention")
+        if hasattr(attention, name)
     )
     return isinstance(layer, kinds)
 
@@ -154,7 +162,7 @@ def _mtp_switch() -> Callable[[], AbstractContextManager[None]] | None:
 # -- a second model without data -----------------------------------------------------------------------------------
 
 
-def build_without_data(config: Any, model_config: Any) -> torch.nn.Module:
+def build_without_data(config: VllmConfig, model_config: ModelConfig) -> torch.nn.Module:
     """Builds a model on the meta device beside the live one, sharing nothing with it.
 
     Args:
@@ -180,14 +188,14 @@ def build_without_data(config: Any, model_config: Any) -> torch.nn.Module:
         return initialize(vllm_config=config, model_config=model_config)
 
 
-def _switch_off_compilation(compilation: Any) -> None:
+def _switch_off_compilation(compilation: object) -> None:
     modes = getattr(importlib.import_module("vllm.config"), "CompilationMode", None)
     if modes is not None and hasattr(compilation, "mode"):
-        compilation.mode = modes.NONE
+        cast("Any", compilation).mode = modes.NONE
 
 
 @contextlib.contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+def _default_dtype(dtype: torch.dtype) -> Generator[None]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -197,8 +205,8 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _own_rotary_embeddings() -> Iterator[None]:
-    """vLLM caches rotary embeddings for the process: neither take the live ones nor leave any without data."""
+def _own_rotary_embeddings() -> Generator[None]:
+    """Neither takes the rotary embeddings that vLLM caches for the whole process, nor leaves any without data there."""
     module = importlib.import_module("vllm.model_executor.layers.rotary_embedding")
     cached: dict[Any, Any] = getattr(module, "_ROPE_DICT", {})
     before = dict(cached)

@@ -8,14 +8,14 @@ its tensors in one call, or where it is unknown which it needs, they are kept in
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 
 from checkpoint_engine.engine.adapter import TensorSpec
 from checkpoint_engine.errors import WeightsRejectedError
 from checkpoint_engine_vllm import compat
-from checkpoint_engine_vllm.loadplan import LoadPlan, make_plan
+from checkpoint_engine_vllm.loadplan import LoadPlan, Planner, missing_parameters
+from checkpoint_engine_vllm.protocols import ModelConfig, Worker
 from checkpoint_engine_vllm.reload import Reload
 from checkpoint_engine_vllm.repairs import Repairs
 
@@ -23,7 +23,7 @@ PREFIX = "draft_model."
 """Tensors whose names begin so are the draft model's alone; it gets them without the prefix."""
 
 
-def open_draft(worker: Any, tensors: Mapping[str, TensorSpec]) -> DraftReload | None:
+def open_draft(worker: Worker, tensors: Mapping[str, TensorSpec], planner: Planner) -> DraftReload | None:
     """The draft model's part in an update; None if there is no draft model, or the update has nothing for it.
 
     Raises:
@@ -36,23 +36,32 @@ def open_draft(worker: Any, tensors: Mapping[str, TensorSpec]) -> DraftReload | 
             first = PREFIX + next(iter(own))
             raise WeightsRejectedError(f"tensor {first!r} is for a draft model, but this engine has none")
         return None
-    if not own and not compat.draft_shares_checkpoint(worker):
+    model_config = compat.draft_model_config(worker)
+    if model_config is None or not (own or compat.draft_shares_checkpoint(worker)):
         return None
-    return DraftReload(worker, model, own or tensors, prefixed=bool(own))
+    plan = planner.plan("draft", compat.draft_config(worker), model_config, own or tensors)
+    return DraftReload(worker, model, model_config, plan, prefixed=bool(own))
 
 
 class DraftReload:
     """The reload of the draft model, next to that of the served model."""
 
     def __init__(
-        self, worker: Any, model: torch.nn.Module, tensors: Mapping[str, TensorSpec], *, prefixed: bool
+        self,
+        worker: Worker,
+        model: torch.nn.Module,
+        model_config: ModelConfig,
+        plan: LoadPlan | None,
+        *,
+        prefixed: bool,
     ) -> None:
-        self._model_config = compat.draft_model_config(worker) or worker.model_config
+        self._model_config = model_config
+        self._is_quantised = compat.draft_config(worker).quant_config is not None
         self._prefixed = prefixed
         self._model = model
         self._lent = frozenset(compat.target_model(worker).modules())
-        self._plan = make_plan(compat.draft_config(worker), self._model_config, tensors)
-        self._needed = None if self._plan is None else self._needs(self._plan)
+        self._plan = plan
+        self._needed = None if plan is None else self._needs(plan)
         self._at_once = self._needed is None or not compat.can_load_mtp_in_buckets()
         self._kept: list[tuple[str, torch.Tensor]] = []
         self._reload: Reload | None = None
@@ -78,7 +87,9 @@ class DraftReload:
 
     def load(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
         """Takes what the draft model needs of these."""
-        mine = [(name.removeprefix(PREFIX), tensor) for name, tensor in tensors if not self._prefixed or self.only(name)]
+        mine = [
+            (name.removeprefix(PREFIX), tensor) for name, tensor in tensors if not self._prefixed or self.only(name)
+        ]
         mine = [(name, tensor) for name, tensor in mine if self._needed is None or name in self._needed]
         self.tensors += len(mine)
         if self._reload is not None:
@@ -86,9 +97,18 @@ class DraftReload:
         else:
             self._kept.extend((name, tensor.to("cpu", copy=True)) for name, tensor in mine)
 
+    def missing(self) -> list[str]:
+        """Parameters of the draft model's own that the update would leave without weights, as planned."""
+        if self._plan is None:
+            return []
+        found = missing_parameters(self._plan, self._model, quantised=self._is_quantised, lent=self._lent)
+        return [f"{name} of the draft model" for name in found]
+
     def incomplete(self) -> list[str]:
-        """Parameters of the draft model's own that lack weights; asked before the served model finishes."""
-        return [] if self._reload is None else [f"{name} of the draft model" for name in self._reload.incomplete()]
+        """The same, as far as vLLM's own book-keeping shows; asked before the served model finishes."""
+        if self._reload is None or self._plan is not None:
+            return []
+        return [f"{name} of the draft model" for name in self._reload.incomplete()]
 
     def finish(self) -> None:
         """Called after the served model has finished.
@@ -114,7 +134,7 @@ class DraftReload:
     def _needs(self, plan: LoadPlan) -> frozenset[str]:
         """Tensors that go into modules of the draft model's own."""
         own: set[str] = set()
-        for name, module in self._model.named_modules():
+        for prefix, module in compat.modules_by_name(self._model).items():
             if module not in self._lent:
-                own.update(f"{name}.{parameter}" if name else parameter for parameter in module._parameters)  # noqa: SLF001
+                own.update(f"{prefix}.{name}".lstrip(".") for name, _ in module.named_parameters(recurse=False))
         return frozenset(name for name, parameters in plan.destinations.items() if not parameters.isdisjoint(own))

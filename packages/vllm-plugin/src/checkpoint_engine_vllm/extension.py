@@ -10,9 +10,10 @@ from typing import Any, cast
 
 from checkpoint_engine.device import Device, open_device
 from checkpoint_engine.engine.receiver import Received, pick_handle, receive_update
-from checkpoint_engine.errors import CheckpointEngineError, CheckpointStateError
+from checkpoint_engine.errors import CheckpointStateError
 from checkpoint_engine_vllm import compat
 from checkpoint_engine_vllm.adapter import VllmAdapter
+from checkpoint_engine_vllm.protocols import Worker
 
 logger = logging.getLogger(__name__)
 
@@ -31,11 +32,11 @@ class WorkerExtension:
         Returns a report: `ok`, `dirty` (the weights may be a mixture), `version` held now, `error`, `phase`, `seconds`.
         """
         del version  # the sender says it as well
-        return _state_of(self).update(handles, float(timeout))
+        return _state_of(cast("Worker", self)).update(handles, float(timeout))
 
     def checkpoint_engine_status(self) -> dict[str, Any]:
         """What this worker holds: `version`, `dirty`, `updating`, `error` of the last update, and library versions."""
-        return _state_of(self).status()
+        return _state_of(cast("Worker", self)).status()
 
     def update_weights_from_ipc(self, handles: Mapping[str, str]) -> None:
         """Takes the update that one of `handles` (device identity -> handle) offers to this worker.
@@ -43,13 +44,13 @@ class WorkerExtension:
         Raises:
             CheckpointEngineError: it did not succeed.
         """
-        _state_of(self).receive(handles, _DEFAULT_TIMEOUT)
+        _state_of(cast("Worker", self)).receive(handles, _DEFAULT_TIMEOUT)
 
 
 class WorkerState:
     """What is kept beside a worker from one update to the next."""
 
-    def __init__(self, worker: Any) -> None:
+    def __init__(self, worker: Worker) -> None:
         self._worker = worker
         self._adapter = VllmAdapter(worker)
         self._busy = threading.Lock()
@@ -71,7 +72,7 @@ class WorkerState:
         start = time.perf_counter()
         try:
             received = self.receive(handles, timeout)
-        except Exception as error:  # noqa: BLE001 - the report carries it to whoever asked; raising would end the worker
+        except Exception:  # noqa: BLE001 - the status has it; the report carries it to whoever asked
             return {**self.status(), "ok": False, "phase": "update", "seconds": time.perf_counter() - start}
         return {**received.details, **self.status(), "ok": True, "phase": "", "seconds": received.seconds}
 
@@ -102,7 +103,7 @@ class WorkerState:
         return f"still holds version {self._adapter.version!r}"
 
 
-def _state_of(worker: Any) -> WorkerState:
+def _state_of(worker: Worker) -> WorkerState:
     state = cast("WorkerState | None", getattr(worker, _STATE, None))
     if state is None:
         state = WorkerState(worker)
@@ -110,7 +111,7 @@ def _state_of(worker: Any) -> WorkerState:
     return state
 
 
-def _place_of(worker: Any, handles: int) -> tuple[Device, int, int]:
+def _place_of(worker: Worker, handles: int) -> tuple[Device, int, int]:
     """The worker's device, its rank among all workers that one call reaches, and how many those are."""
     parallel = worker.vllm_config.parallel_config
     rank, world_size = int(worker.rank), int(parallel.world_size)

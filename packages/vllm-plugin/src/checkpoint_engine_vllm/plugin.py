@@ -29,7 +29,7 @@ def register() -> None:
         return
 
     @functools.wraps(create)
-    def create_engine_config(*args: Any, **kwargs: Any) -> Any:
+    def create_engine_config(*args: object, **kwargs: object) -> object:
         config = create(*args, **kwargs)
         _use_our_extension(config)
         return config
@@ -38,8 +38,8 @@ def register() -> None:
     arguments.create_engine_config = create_engine_config
 
 
-def _use_our_extension(config: Any) -> None:
-    parallel = getattr(config, "parallel_config", None)
+def _use_our_extension(config: object) -> None:
+    parallel: Any = getattr(config, "parallel_config", None)
     worker = getattr(parallel, "worker_cls", None)
     own_worker = isinstance(worker, str) and worker.startswith("vllm.")
     if own_worker and getattr(parallel, "worker_extension_cls", None) == "":

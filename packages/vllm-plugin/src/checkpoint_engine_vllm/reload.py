@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -16,6 +16,7 @@ from checkpoint_engine.engine.adapter import TensorSpec
 from checkpoint_engine.errors import CheckpointEngineError, WorkerError
 from checkpoint_engine_vllm import compat
 from checkpoint_engine_vllm.loadplan import Watched, rejection
+from checkpoint_engine_vllm.protocols import LayerState, ModelConfig
 from checkpoint_engine_vllm.repairs import Repairs
 
 logger = logging.getLogger(__name__)
@@ -28,7 +29,11 @@ class Reload:
     """Replaces the weights of one model. Everything here runs inside `compat.engine_context`."""
 
     def __init__(
-        self, model: torch.nn.Module, model_config: Any, repairs: Repairs, lent: frozenset[torch.nn.Module] = frozenset()
+        self,
+        model: torch.nn.Module,
+        model_config: ModelConfig,
+        repairs: Repairs,
+        lent: frozenset[torch.nn.Module] = frozenset(),
     ) -> None:
         """Makes the reload of `model`; modules in `lent` belong to another model, whose reload fills them."""
         self.model = model
@@ -36,9 +41,9 @@ class Reload:
         self._model_config = model_config
         self._layerwise = compat.layerwise()
         self._repairs = repairs
-        self._opened: list[tuple[torch.nn.Module, Any]] = []
+        self._opened: list[tuple[torch.nn.Module, LayerState]] = []
         """Layers that take weights in this reload, and vLLM's state of them."""
-        self._written_in_place: list[tuple[Any, torch.Tensor, torch.Tensor]] = []
+        self._written_in_place: list[tuple[LayerState, torch.Tensor, torch.Tensor]] = []
         """State of a layer, a tensor of it that vLLM overwrites while the layer is incomplete, and its old values."""
         self.cloned_bytes = 0
 
@@ -63,7 +68,7 @@ class Reload:
         watched = Watched(tensors)
         try:
             with compat.bucketed_load():
-                self.model.load_weights(iter(watched))  # pyright: ignore[reportCallIssue, reportUnknownMemberType]
+                cast("Any", self.model).load_weights(iter(watched))
         except CheckpointEngineError:
             raise
         except Exception as error:
@@ -71,13 +76,15 @@ class Reload:
                 found = dict(tensors).get(watched.last)
                 spec = None if found is None else TensorSpec(found.dtype, tuple(found.shape))
                 raise rejection(watched.last, spec, error) from error
-            raise WorkerError(f"vLLM's loader failed at tensor {watched.last!r}: {type(error).__name__}: {error}") from error
+            raise WorkerError(
+                f"vLLM's loader failed at tensor {watched.last!r}: {type(error).__name__}: {error}"
+            ) from error
         self._detach({tensor.untyped_storage().data_ptr() for _, tensor in tensors})
 
     def incomplete(self) -> list[str]:
         """Parameters that got nothing, or only some of their parts, as far as vLLM's own book-keeping shows."""
-        names = {layer: name for name, layer in self.model.named_modules()}
-        served = {_address(parameter) for layer, parameter in self._finished_parameters()} - {0}
+        names = {layer: name for name, layer in compat.modules_by_name(self.model).items()}
+        served = {_address(parameter) for parameter in self._finished_parameters()} - {0}
         found: list[str] = []
         for layer, info in self._opened:
             if not info.can_load() or layer in self._lent or compat.is_attention(layer):
@@ -86,7 +93,7 @@ class Reload:
             for parameter, arguments in info.loaded_weights:
                 loaded.setdefault(parameter, []).append(arguments.arguments)
             shared = {name for name, old in info.kernel_tensors[0].items() if _address(old) in served}
-            for parameter in layer._parameters:  # noqa: SLF001 - only the layer's own
+            for parameter, _ in layer.named_parameters(recurse=False):
                 if parameter not in loaded and parameter not in shared:
                     found.append(f"{names[layer]}.{parameter}")
                 elif parameter in loaded and _lacks_parts(layer, loaded[parameter]):
@@ -118,12 +125,12 @@ class Reload:
 
     # -- inside
 
-    def _remember_what_is_written_in_place(self, layer: torch.nn.Module, info: Any) -> None:
-        """vLLM keeps some small tensors, such as biases, where they are: counting a load already overwrites them."""
+    def _remember_what_is_written_in_place(self, layer: torch.nn.Module, info: LayerState) -> None:
+        """Keeps small tensors that vLLM leaves where they are, such as biases: counting a load overwrites them."""
         if getattr(info, "runtime_bound", False):
             return
-        for tensor in (*layer._parameters.values(), *layer._buffers.values()):  # noqa: SLF001 - only the layer's own
-            if tensor is not None and not tensor.is_meta:
+        for tensor in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)):
+            if not tensor.is_meta:
                 self._written_in_place.append((info, tensor, tensor.detach().clone()))
 
     def _detach(self, storages: set[int]) -> None:
@@ -134,24 +141,22 @@ class Reload:
                     for key, value in bound.arguments.items():
                         bound.arguments[key] = self._detached(value, storages)
 
-    def _detached(self, value: Any, storages: set[int]) -> Any:
+    def _detached(self, value: object, storages: set[int]) -> object:
         if isinstance(value, torch.Tensor):
             if value.is_meta or not value.numel() or value.untyped_storage().data_ptr() not in storages:
                 return value
             self.cloned_bytes += value.nbytes
             return value.clone()
         if isinstance(value, tuple):
-            return tuple(self._detached(item, storages) for item in value)  # pyright: ignore[reportUnknownVariableType]
+            return tuple(self._detached(item, storages) for item in cast("tuple[object, ...]", value))
         if isinstance(value, dict):
-            return {key: self._detached(item, storages) for key, item in value.items()}  # pyright: ignore[reportUnknownVariableType]
+            return {key: self._detached(item, storages) for key, item in cast("dict[object, object]", value).items()}
         return value
 
-    def _finished_parameters(self) -> Iterator[tuple[torch.nn.Module, torch.Tensor]]:
+    def _finished_parameters(self) -> Iterator[torch.Tensor]:
         for layer in self.model.modules():
             if not self._layerwise.info(layer).can_load():
-                for parameter in layer._parameters.values():  # noqa: SLF001 - only the layer's own
-                    if parameter is not None and not parameter.is_meta:
-                        yield layer, parameter
+                yield from layer.parameters(recurse=False)
 
 
 def _address(tensor: torch.Tensor) -> int:

@@ -1,0 +1,47 @@
+"""What is used of vLLM's own objects, so that types can be checked without vLLM."""
+
+from __future__ import annotations
+
+from inspect import BoundArguments
+from typing import Any, Protocol
+
+import torch
+
+
+class ModelConfig(Protocol):
+    """vLLM's configuration of one model."""
+
+    model: str
+    dtype: torch.dtype
+
+
+class VllmConfig(Protocol):
+    """vLLM's whole configuration."""
+
+    parallel_config: Any
+    compilation_config: Any
+    speculative_config: Any
+    quant_config: Any
+
+
+class Worker(Protocol):
+    """A worker of vLLM, on a GPU or the CPU."""
+
+    rank: int
+    device: torch.device
+    vllm_config: VllmConfig
+    model_config: ModelConfig
+    model_runner: Any
+
+
+class LayerState(Protocol):
+    """What vLLM notes about a module while its weights are reloaded."""
+
+    load_numel: int
+    load_numel_total: int
+    loaded_weights: list[tuple[str, BoundArguments]]
+    kernel_tensors: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]
+
+    def can_load(self) -> bool:
+        """Whether the module still waits for weights."""
+        ...
