@@ -1,4 +1,4 @@
-"""Runs in vLLM's environment: one real vLLM engine in this process, driven by lines of JSON.
+"""Runs in vLLM's environment: a real vLLM engine in this process, driven by lines of JSON.
 
 Reads {"do": ..., ...} from stdin and answers each with a line on the descriptor given as the only argument. It feeds
 `VllmAdapter` directly: buckets in one block of memory that is overwritten after every `load`, which is what a sender
@@ -7,48 +7,65 @@ is allowed to do, and faults at will.
 
 from __future__ import annotations
 
+import faulthandler
 import gc
-import glob
+import hashlib
 import json
 import os
 import sys
-from typing import Any
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import torch
-from checkpoint_engine.engine.adapter import TensorSpec, Update
 from safetensors import safe_open
-from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.model_executor.layers.linear import LinearBase
 
+from checkpoint_engine.engine.adapter import TensorSpec, Update
 from checkpoint_engine_vllm import compat
 from checkpoint_engine_vllm.adapter import VllmAdapter
+from vllm import LLM, SamplingParams
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 PROMPTS = ["Hello, my name is", "The capital of France is", "The quick brown fox"]
+SCRATCH = torch.empty(8 << 20, dtype=torch.uint8)
+"""Where every bucket lies in turn."""
 
 
 class Engine:
-    """The engine that was started last, and its adapter."""
+    """The engine that was started last, and its adapter. Methods are what `do` may ask for."""
 
     def __init__(self) -> None:
         self.llm: Any = None
         self.adapter: Any = None
 
-    def start(self, model: str, load_format: str = "auto", **options: Any) -> dict[str, Any]:
-        self.stop()
-        self.llm = LLM(
-            model=model, load_format=load_format, enforce_eager=True, max_model_len=128, max_num_seqs=4, dtype="bfloat16",
-            kv_cache_memory_bytes=64 << 20, distributed_executor_backend="uni", disable_log_stats=False, **options,
-        )  # fmt: skip
-        self.adapter = VllmAdapter(self.worker)
-        return {"draft": compat.draft_model(self.worker) is not None}
-
     @property
     def worker(self) -> Any:
         return self.llm.llm_engine.model_executor.driver_worker.worker
 
+    def start(self, model: str, load_format: str = "auto", **options: Any) -> dict[str, Any]:
+        self.stop()
+        self.llm = LLM(
+            model=model,
+            load_format=load_format,
+            enforce_eager=True,
+            max_model_len=128,
+            max_num_seqs=4,
+            dtype="bfloat16",
+            kv_cache_memory_bytes=64 << 20,
+            distributed_executor_backend="uni",
+            disable_log_stats=False,
+            **options,
+        )
+        self.adapter = VllmAdapter(self.worker)
+        return {}
+
     def stop(self) -> dict[str, Any]:
         if self.llm is not None:
-            from vllm.distributed import cleanup_dist_env_and_memory
-
             self.adapter = None
             self.llm.llm_engine.engine_core.shutdown()
             self.llm = None
@@ -57,64 +74,110 @@ class Engine:
         return {}
 
     def tokens(self, length: int = 16) -> dict[str, Any]:
+        """Greedy tokens, and how many of the draft model's were offered and accepted for them."""
         self.llm.reset_prefix_cache()
-        outputs = self.llm.generate(
-            PROMPTS, SamplingParams(temperature=0, max_tokens=length, ignore_eos=True), use_tqdm=False
-        )
-        return {"tokens": [list(output.outputs[0].token_ids) for output in outputs]}
-
-    def accepted(self) -> dict[str, Any]:
-        """Of the draft model's tokens, the share that the served model accepted so far."""
-        values = {
-            m.name: getattr(m, "value", 0) for m in self.llm.get_metrics() if m.name.startswith("vllm:spec_decode")
+        before = self._spec_decode()
+        how = SamplingParams(temperature=0, max_tokens=length, ignore_eos=True)
+        outputs = self.llm.generate(PROMPTS, how, use_tqdm=False)
+        after = self._spec_decode()
+        return {
+            "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+            **{name: after[name] - before.get(name, 0) for name in after},
         }
-        return {name.rpartition("spec_decode_")[2]: value for name, value in values.items()}
 
-    def update(self, checkpoint: str, **how: Any) -> dict[str, Any]:
-        tensors = read(checkpoint)
-        for old, new in how.get("rename", {}).items():
-            tensors[new] = tensors.pop(old)
-        for name in how.get("drop", ()):
-            del tensors[name]
-        for name in how.get("cut", ()):
-            tensors[name] = tensors[name][:-1].contiguous()
-        for name in how.get("double", ()):
-            tensors[name] = torch.cat([tensors[name], tensors[name]])
+    def update(
+        self,
+        checkpoint: str,
+        bucket_bytes: int = 100_000,
+        fail_after: int | None = None,
+        without: tuple[str, ...] = (),
+        draft: str | None = None,
+        **change: Any,
+    ) -> dict[str, Any]:
+        tensors = changed(read(checkpoint), **change)
+        if draft is not None:
+            tensors.update({f"draft_model.{name}": tensor for name, tensor in read(draft).items()})
         specs = {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-        model = compat.target_model(self.worker)
-        undo = break_after(model, how["fail_after"]) if "fail_after" in how else None
-        try:
-            self.adapter.begin(Update("id", "test", how.get("version", checkpoint), specs))
-            for bucket in buckets(tensors, how.get("bucket_bytes", 100_000)):
-                self.adapter.load(views(bucket))
-                SCRATCH.fill_(0x41)
-            details = dict(self.adapter.finish())
-        except Exception as error:  # noqa: BLE001 - reported to the test
-            intact = self.adapter.abort()
-            return {"error": type(error).__name__, "message": str(error), "intact": intact, "dirty": self.adapter.dirty}
-        finally:
-            if undo:
-                undo()
+        with ExitStack() as faults:
+            for thing in without:
+                faults.enter_context(lacking(thing))
+            if fail_after is not None:
+                faults.enter_context(broken_loader(compat.target_model(self.worker), fail_after))
+            try:
+                self.adapter.begin(Update("id", "test", Path(checkpoint).name, specs))
+                for bucket in buckets(tensors, bucket_bytes):
+                    self.adapter.load(placed(bucket))
+                    SCRATCH.fill_(0x41)
+                details = dict(self.adapter.finish())
+            except Exception as error:  # noqa: BLE001 - reported to the test
+                intact = self.adapter.abort()
+                return {
+                    "error": type(error).__name__,
+                    "message": str(error),
+                    "intact": intact,
+                    "dirty": self.adapter.dirty,
+                }
         return {"error": None, "dirty": self.adapter.dirty, "version": self.adapter.version, "details": details}
 
     def state(self) -> dict[str, Any]:
-        """What must not change across updates: addresses; and what must not be left behind: meta tensors."""
-        model = compat.target_model(self.worker)
+        """What every layer computes, hashed; addresses of parameters; and parameters left without data."""
+        served, draft = compat.target_model(self.worker), compat.draft_model(self.worker)
         return {
-            "addresses": {name: p.data_ptr() for name, p in model.named_parameters()},
-            "meta": [name for name, p in model.named_parameters() if p.is_meta],
+            "served": fingerprint(served),
+            "draft": {} if draft is None else fingerprint(draft),
+            "addresses": {name: parameter.data_ptr() for name, parameter in served.named_parameters()},
+            "without_data": [name for name, parameter in served.named_parameters() if parameter.is_meta],
         }
 
+    def _spec_decode(self) -> dict[str, int]:
+        counters = {"num_draft_tokens", "num_accepted_tokens"}
+        found = {metric.name.rpartition("spec_decode_")[2]: metric for metric in self.llm.get_metrics()}
+        return {name: int(found[name].value) for name in counters & found.keys()}
 
-SCRATCH = torch.empty(8 << 20, dtype=torch.uint8)
+
+def fingerprint(model: torch.nn.Module) -> dict[str, str]:
+    """Hashes of parameters, and of what linear layers make of a fixed input: on the CPU weights are packed away."""
+    result = {}
+    for name, module in model.named_modules():
+        digest = hashlib.sha256()
+        if isinstance(module, LinearBase):
+            generator = torch.Generator().manual_seed(0)
+            width = getattr(module, "input_size_per_partition", module.input_size)
+            given = torch.randn((4, width), generator=generator).to(torch.bfloat16)
+            digest.update(as_bytes(module.quant_method.apply(module, given)))
+        for _, parameter in module.named_parameters(recurse=False):
+            digest.update(as_bytes(parameter.detach()))
+        result[name] = digest.hexdigest()
+    return result
+
+
+def as_bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def read(checkpoint: str) -> dict[str, torch.Tensor]:
     found = {}
-    for file in sorted(glob.glob(checkpoint + "/*.safetensors")):
+    for file in sorted(Path(checkpoint).glob("*.safetensors")):
         with safe_open(file, "pt") as opened:
             found.update({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118 - not a mapping
     return found
+
+
+def changed(
+    tensors: dict[str, torch.Tensor],
+    rename: dict[str, str] | None = None,
+    drop: tuple[str, ...] = (),
+    only: tuple[str, ...] = (),
+    shorten: tuple[str, ...] = (),
+    double: tuple[str, ...] = (),
+) -> dict[str, torch.Tensor]:
+    tensors = {(rename or {}).get(name, name): tensor for name, tensor in tensors.items() if name not in drop}
+    tensors = {name: tensor for name, tensor in tensors.items() if not only or name in only}
+    for name in shorten:
+        tensors[name] = tensors[name][:-1].contiguous()
+    for name in double:
+        tensors[name] = torch.cat([tensors[name], tensors[name]])
+    return tensors
 
 
 def buckets(tensors: dict[str, torch.Tensor], size: int) -> list[list[tuple[str, torch.Tensor]]]:
@@ -129,7 +192,7 @@ def buckets(tensors: dict[str, torch.Tensor], size: int) -> list[list[tuple[str,
     return result
 
 
-def views(bucket: list[tuple[str, torch.Tensor]]) -> list[tuple[str, torch.Tensor]]:
+def placed(bucket: list[tuple[str, torch.Tensor]]) -> list[tuple[str, torch.Tensor]]:
     result, offset = [], 0
     for name, tensor in bucket:
         raw = tensor.contiguous().reshape(-1).view(torch.uint8)
@@ -140,8 +203,16 @@ def views(bucket: list[tuple[str, torch.Tensor]]) -> list[tuple[str, torch.Tenso
     return result
 
 
-def break_after(model: Any, tensors: int) -> Any:
-    """Makes the model's loader raise when it has taken that many tensors; returns what mends it."""
+def lacking(thing: str) -> Any:
+    """Takes something away that not every vLLM, or not every model, has."""
+    if thing == "plan":
+        return mock.patch.object(compat, "build_without_data", side_effect=RuntimeError("taken away by the test"))
+    return mock.patch.object(compat, "_mtp_switch", return_value=None)
+
+
+@contextmanager
+def broken_loader(model: Any, tensors: int) -> Iterator[None]:
+    """Makes the model's loader raise when it has taken that many tensors."""
     original, taken = model.load_weights, [0]
 
     def counted(weights: Any) -> Any:
@@ -152,17 +223,22 @@ def break_after(model: Any, tensors: int) -> Any:
             yield pair
 
     model.load_weights = lambda weights: original(counted(weights))
-    return lambda: delattr(model, "load_weights")
+    try:
+        yield
+    finally:
+        del model.load_weights
 
 
 def main() -> None:
-    answers = os.fdopen(int(sys.argv[1]), "w")
+    faulthandler.enable()
     engine = Engine()
-    for line in sys.stdin:
-        request = json.loads(line)
-        answer = getattr(engine, request.pop("do"))(**request)
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
+    with os.fdopen(int(sys.argv[1]), "w") as answers:
+        for line in sys.stdin:
+            request = json.loads(line)
+            answer = getattr(engine, request.pop("do"))(**request)
+            answers.write(json.dumps(answer) + "\n")
+            answers.flush()
+    engine.stop()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,234 @@
+"""Real vLLM for tests, from the environment that scripts/make_vllm_env.sh makes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+CHECKPOINTS = [f"{kind}{variant}" for kind in ("qwen3", "tied", "moe", "mtp") for variant in ("", "-b")]
+PROMPTS = ["Hello, my name is", "The capital of France is", "The quick brown fox"]
+START_SECONDS = 240
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.vllm)
+            if item.get_closest_marker("timeout") is None:
+                item.add_marker(pytest.mark.timeout(600))
+
+
+@pytest.fixture(scope="session")
+def vllm_bin() -> Path:
+    """The `bin` of vLLM's environment; CHECKPOINT_ENGINE_VLLM_ENV names another one."""
+    found = Path(os.environ.get("CHECKPOINT_ENGINE_VLLM_ENV", ROOT / ".venvs" / "vllm")) / "bin"
+    if not (found / "vllm").exists():
+        pytest.skip(f"no vLLM in {found.parent}: run scripts/make_vllm_env.sh")
+    return found
+
+
+def vllm_environment(**more: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("VLLM_", "PS_"))}
+    return {
+        **kept,
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "auto",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        **more,
+    }
+
+
+@pytest.fixture(scope="session")
+def checkpoints(vllm_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory of tiny checkpoints: `qwen3`, `qwen3-b` (another seed) and so on."""
+    directory = tmp_path_factory.mktemp("checkpoints")
+    subprocess.run([vllm_bin / "python", HERE / "models.py", directory, *CHECKPOINTS], check=True, timeout=120)
+    return directory
+
+
+class EngineProcess:
+    """A process of `engine_process.py`; `engine("update", checkpoint=...)` asks it and returns its answer."""
+
+    def __init__(self, python: Path, log: Path) -> None:
+        self.log = log
+        reading, writing = os.pipe()
+        with log.open("w") as output:
+            self._process = subprocess.Popen(
+                [python, HERE / "engine_process.py", str(writing)],
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=output,
+                pass_fds=(writing,),
+                text=True,
+                env=vllm_environment(VLLM_ENABLE_V1_MULTIPROCESSING="0"),
+            )
+        os.close(writing)
+        self._answers = os.fdopen(reading)
+
+    def __call__(self, do: str, **request: Any) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps({"do": do, **request}, default=str) + "\n")
+        self._process.stdin.flush()
+        line = self._answers.readline()
+        if not line:
+            code = self._process.wait(timeout=30)
+            raise AssertionError(f"the engine process ended with {code}:\n{self.log.read_text()[-4000:]}")
+        return json.loads(line)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._process.communicate(timeout=60)
+        self._answers.close()
+
+
+@pytest.fixture(scope="session")
+def engine(vllm_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
+    """One process in which engines are started one after the other: seconds instead of half a minute each."""
+    process = EngineProcess(vllm_bin / "python", tmp_path_factory.mktemp("engine") / "log")
+    yield process
+    process.close()
+
+
+@pytest.fixture(scope="session")
+def cold(engine: EngineProcess, checkpoints: Path) -> Callable[..., dict[str, Any]]:
+    """What a cold start of a checkpoint generates and computes; each is started once."""
+    known: dict[tuple[str, str], dict[str, Any]] = {}
+
+    def start(name: str, **options: Any) -> dict[str, Any]:
+        key = (name, json.dumps(options, sort_keys=True, default=str))
+        if key not in known:
+            engine("start", model=checkpoints / name, **options)
+            known[key] = engine("tokens") | engine("state")
+        return known[key]
+
+    return start
+
+
+class Server:
+    """A running `vllm serve`."""
+
+    def __init__(self, bin_directory: Path, model: Path, log: Path, *options: str, **environment: str) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = log
+        command = [
+            *(bin_directory / "vllm", "serve", model, "--host", "127.0.0.1", "--port", str(self.port)),
+            *("--served-model-name", "tiny", "--max-model-len", "2048", "--max-num-seqs", "4", "--enforce-eager"),
+            *("--dtype", "bfloat16", "--gpu-memory-utilization", "0.2", *options),
+        ]
+        env = vllm_environment(**{"VLLM_SERVER_DEV_MODE": "1", **environment})
+        with log.open("w") as output:
+            self.process = subprocess.Popen(
+                list(map(str, command)), stdout=output, stderr=output, env=env, start_new_session=True
+            )
+
+    def wait(self) -> None:
+        end = time.monotonic() + START_SECONDS
+        while time.monotonic() < end:
+            if self.process.poll() is not None:
+                break
+            with contextlib.suppress(httpx.TransportError):
+                if httpx.get(f"{self.url}/health", timeout=5).status_code == 200:
+                    return
+            time.sleep(0.5)
+        raise AssertionError(f"vLLM did not start:\n{self.log.read_text()[-4000:]}")
+
+    def get(self, path: str) -> Any:
+        return httpx.get(f"{self.url}{path}", timeout=30).json()
+
+    def rpc(self, method: str, *args: Any) -> Any:
+        body = {"method": method, "args": list(args)}
+        reply = httpx.post(f"{self.url}/collective_rpc", json=body, timeout=60)
+        reply.raise_for_status()
+        return reply.json()["results"]
+
+    def tokens(self, length: int = 16) -> list[list[int]]:
+        """Greedy tokens for the same prompts as `engine_process.py`."""
+        found = []
+        for prompt in PROMPTS:
+            body = completion(prompt, length)
+            reply = httpx.post(f"{self.url}/v1/completions", json=body, timeout=120)
+            reply.raise_for_status()
+            found.append(reply.json()["choices"][0]["token_ids"])
+        return found
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGINT)
+        try:
+            self.process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait(timeout=30)
+
+
+def completion(prompt: str, length: int) -> dict[str, Any]:
+    return {
+        "model": "tiny",
+        "prompt": prompt,
+        "max_tokens": length,
+        "temperature": 0,
+        "ignore_eos": True,
+        "return_token_ids": True,
+    }
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def serve(
+    vllm_bin: Path, checkpoints: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., Server]]:
+    """Starts `vllm serve` of one of the tiny checkpoints (or of any directory); it ends with the module."""
+    servers: list[Server] = []
+
+    def start(model: str | Path, *options: str, **environment: str) -> Server:
+        log = tmp_path_factory.mktemp("serve") / "log"
+        server = Server(vllm_bin, checkpoints / model, log, *options, **environment)
+        servers.append(server)
+        server.wait()
+        return server
+
+    yield start
+    for server in servers:
+        server.close()
+
+
+@pytest.fixture(scope="session")
+def update() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs `checkpoint-engine update` as a person would, in the parameter server's own environment."""
+
+    def run(directory: Path, server: Server, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        command = [
+            *(Path(sys.executable).parent / "checkpoint-engine", "update", directory, "--engine", "vllm"),
+            *("--endpoint", server.url, "--device", "cpu", "--timeout", "120", "--wait", "60", *options),
+        ]
+        env = {**os.environ, "COLUMNS": "200", **environment}
+        return subprocess.run(
+            list(map(str, command)), capture_output=True, text=True, timeout=240, check=False, env=env
+        )
+
+    return run
