@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
+import msgspec
 import torch
 
 from checkpoint_engine.catalog import Catalog, Holding, SegmentEntry, TensorEntry
@@ -30,8 +31,8 @@ def _dtype(value: object) -> torch.dtype:
 
 
 def _shape(value: Sequence[int]) -> torch.Size:
-    if any(not 0 <= size < 1 << 63 for size in value):
-        raise CheckpointFormatError(f"a shape of {list(value)} is impossible")
+    if not isinstance(value, (list, tuple)) or any(type(size) is not int or not 0 <= size < 1 << 63 for size in value):
+        raise CheckpointFormatError(f"a shape of {value!r} is impossible")
     return torch.Size(value)
 
 
@@ -167,6 +168,37 @@ def metas_to_catalog(metas: Mapping[int, MemoryBufferMetaList], name: str = "") 
         for rank in sorted(metas)
     )
     return Catalog(name=name, holdings=holdings).validate()
+
+
+def metas_to_json(metas: Mapping[int, MemoryBufferMetaList]) -> bytes:
+    """The same JSON that pydantic and `GET /v1/metas` make of it."""
+    return msgspec.json.encode({str(rank): held for rank, held in metas.items()}, enc_hook=_to_plain)
+
+
+def metas_from_json(data: bytes, source: str = "metas") -> dict[int, MemoryBufferMetaList]:
+    """Reads what `metas_to_json`, pydantic or `GET /v1/metas` wrote.
+
+    Raises:
+        CheckpointFormatError: not JSON, or not metas.
+    """
+    try:
+        return msgspec.json.decode(data, type=dict[int, MemoryBufferMetaList], dec_hook=_from_plain)
+    except msgspec.MsgspecError as error:
+        raise CheckpointFormatError(f"{source} holds no metas: {error}") from error
+
+
+def _to_plain(value: object) -> object:
+    if isinstance(value, torch.dtype):
+        return str(value)
+    raise NotImplementedError
+
+
+def _from_plain(kind: type, value: Any) -> object:  # noqa: ANN401 - whatever JSON holds
+    if kind is torch.dtype:
+        return _dtype(value)
+    if kind is torch.Size:
+        return _shape(value)
+    raise NotImplementedError
 
 
 def _buffer_of(segment: SegmentEntry) -> MemoryBufferMetas:

@@ -18,8 +18,8 @@ class FilesBody(BaseModel):
     files: Annotated[
         list[str] | dict[str, list[str]],
         Field(
-            description="Absolute paths of `.safetensors` files below an allowed directory; or an object that maps each "
-            "path to the names of the tensors to take from it. Each tensor belongs to exactly one rank."
+            description="Absolute paths of `.safetensors` files below an allowed directory; or an object that maps "
+            "each path to the names of the tensors to take from it. Each tensor belongs to exactly one rank."
         ),
     ]
     use_shared_memory_pool: Annotated[
@@ -44,8 +44,8 @@ class UpdateBody(BaseModel):
     update_url: Annotated[
         str | None,
         Field(
-            description="The engine's `/collective_rpc`. Give it to the one rank that leads the engine, and leave it out "
-            "for the others. The host must be this one unless others were allowed."
+            description="The engine's `/collective_rpc`. Give it to the one rank that leads the engine, and leave it "
+            "out for the others. The host must be this one unless others were allowed."
         ),
     ] = None
     inference_group_ranks: Annotated[

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import socket
 import stat
@@ -113,12 +112,13 @@ def serve(app: FastAPI, listener: socket.socket, on_stop: Callable[[], None]) ->
         timeout_keep_alive=_KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=_GRACE_SECONDS,
     )
-    server = _Server(config, on_stop)
+    own_path = Path(listener.getsockname()) if listener.family == socket.AF_UNIX else None
     try:
-        server.run(sockets=[listener])
+        _Server(config, on_stop).run(sockets=[listener])
     finally:
-        _unlink_own(listener)
         listener.close()
+        if own_path is not None:
+            own_path.unlink(missing_ok=True)
 
 
 class _Server(uvicorn.Server):
@@ -172,12 +172,6 @@ def _bind_private(path: Path) -> socket.socket:
         os.umask(mask)
     listener.listen()
     return listener
-
-
-def _unlink_own(listener: socket.socket) -> None:
-    if listener.family == socket.AF_UNIX:
-        with contextlib.suppress(OSError):
-            Path(listener.getsockname()).unlink()
 
 
 def _read_private(file: Path) -> str:

@@ -9,6 +9,9 @@ import typer
 
 from checkpoint_engine.cli.common import Verbose, print_error
 from checkpoint_engine.cli.demo import demo
+from checkpoint_engine.cli.doctor import doctor
+from checkpoint_engine.cli.inspect import inspect_checkpoint
+from checkpoint_engine.cli.serve import serve
 from checkpoint_engine.cli.update import update
 from checkpoint_engine.errors import CheckpointEngineError
 from checkpoint_engine.version import __version__
@@ -28,8 +31,14 @@ def help_of(command: Callable[..., object]) -> str:
     return "\n\n".join(text if text.startswith("\b") else text.replace("\n", " ") for text in paragraphs)
 
 
-for command in (demo, update):
-    app.command(help=help_of(command))(command)
+for name, command in {
+    "demo": demo,
+    "update": update,
+    "serve": serve,
+    "doctor": doctor,
+    "inspect": inspect_checkpoint,
+}.items():
+    app.command(name, help=help_of(command))(command)
 
 
 def _show_version(value: bool) -> None:

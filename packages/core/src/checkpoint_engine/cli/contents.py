@@ -1,0 +1,190 @@
+"""What a checkpoint holds, read from headers or from a catalog, and the plan by which it would travel."""
+
+from __future__ import annotations
+
+import heapq
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import msgspec
+
+from checkpoint_engine.catalog import Catalog, Holding, SegmentEntry, TensorEntry
+from checkpoint_engine.data_types import metas_from_json, metas_to_catalog
+from checkpoint_engine.errors import CheckpointFormatError, SettingError
+from checkpoint_engine.host.filling import place
+from checkpoint_engine.host.loader import find_files, select, split_among_ranks
+from checkpoint_engine.host.segment import Segment
+from checkpoint_engine.planning.buckets import plan_buckets
+from checkpoint_engine.settings import Settings
+
+
+class DtypeShare(msgspec.Struct, frozen=True):
+    """All tensors of one dtype."""
+
+    dtype: str
+    tensors: int
+    nbytes: int
+
+
+class LargeTensor(msgspec.Struct, frozen=True):
+    """One of the largest tensors."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+class RankShare(msgspec.Struct, frozen=True):
+    """What one rank holds, and the buckets in which it sends it."""
+
+    rank: int
+    tensors: int
+    nbytes: int
+    buckets: int
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """How it would travel."""
+
+    bucket_size: int
+    largest_bucket: int
+    buckets: int
+    nbytes: int
+    """With the padding between tensors."""
+    ranks: list[RankShare]
+
+
+class Contents(msgspec.Struct, frozen=True):
+    """What is shown of a checkpoint."""
+
+    name: str
+    files: int
+    tensors: int
+    nbytes: int
+    fingerprint: str
+    dtypes: list[DtypeShare]
+    largest: list[LargeTensor]
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class _Imagined:
+    """Stands for a segment where only its size matters."""
+
+    nbytes: int
+
+
+class _ImaginedSegments:
+    """Lays tensors out as registering would, without taking memory."""
+
+    spare = 1 << 62
+
+    def take(self, smallest: int, wanted: int) -> Segment:
+        return cast("Segment", _Imagined(max(smallest, wanted)))
+
+
+def read_contents(source: Path, ranks: int | None, bucket_size: int | None, largest: int) -> Contents:
+    """Reads headers or a catalog, and plans.
+
+    Raises:
+        CheckpointFormatError: there is no checkpoint, or it is broken.
+        DuplicateTensorError: a tensor occurs twice.
+        SettingError: the number of ranks of a catalog cannot be chosen.
+    """
+    if source.is_dir():
+        files = find_files(source)
+        catalog = catalog_of_files(source.resolve().name, files, ranks or 1)
+    else:
+        files = []
+        catalog = catalog_of_json(source)
+        if ranks is not None and ranks != len(catalog.holdings):
+            raise SettingError(f"{source} is held by {len(catalog.holdings)} ranks already; leave --ranks out")
+    tensors = list(catalog.tensors())
+    return Contents(
+        name=catalog.name,
+        files=len(files),
+        tensors=len(tensors),
+        nbytes=catalog.nbytes,
+        fingerprint=catalog.fingerprint(),
+        dtypes=_by_dtype(tensors),
+        largest=[
+            LargeTensor(tensor.name, tensor.dtype, tensor.shape, tensor.nbytes)
+            for tensor in heapq.nlargest(largest, tensors, key=lambda tensor: tensor.nbytes)
+        ],
+        plan=_plan(catalog, bucket_size or Settings.from_environment().bucket_size),
+    )
+
+
+def catalog_of_files(name: str, files: list[Path], ranks: int) -> Catalog:
+    """The catalog that so many ranks would have, had they read these files.
+
+    Raises:
+        CheckpointFormatError: a file is missing or broken.
+        DuplicateTensorError: two files hold the same tensor.
+    """
+    select(files)
+    holdings: list[Holding] = []
+    for rank, share in enumerate(split_among_ranks(files, ranks)):
+        wanted = [tensor for selection in select(share) for tensor in selection.tensors]
+        holdings.append(Holding(rank, "", "", tuple(_laid_out(wanted))))
+    return Catalog(name, tuple(holdings)).validate()
+
+
+def catalog_of_json(path: Path) -> Catalog:
+    """A catalog, or metas in the shape that `GET /v1/metas` has.
+
+    Raises:
+        CheckpointFormatError: it is neither.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CheckpointFormatError(f"cannot read {path}: {error.strerror}") from error
+    try:
+        return Catalog.from_json(data, source=str(path))
+    except CheckpointFormatError as not_a_catalog:
+        if b'"holdings"' in data:
+            raise
+        try:
+            return metas_to_catalog(metas_from_json(data, source=str(path)), path.stem)
+        except CheckpointFormatError as error:
+            raise CheckpointFormatError(
+                f"{path} is neither a directory, nor a catalog, nor metas: {error}"
+            ) from not_a_catalog
+
+
+def _laid_out(tensors: list[TensorEntry]) -> Iterator[SegmentEntry]:
+    for placement in place(tensors, _ImaginedSegments()):
+        yield SegmentEntry(placement.segment.nbytes, placement.tensors)
+
+
+def _by_dtype(tensors: list[TensorEntry]) -> list[DtypeShare]:
+    count: dict[str, int] = defaultdict(int)
+    nbytes: dict[str, int] = defaultdict(int)
+    for tensor in tensors:
+        count[tensor.dtype] += 1
+        nbytes[tensor.dtype] += tensor.nbytes
+    return [DtypeShare(dtype, count[dtype], nbytes[dtype]) for dtype in sorted(count, key=lambda d: -nbytes[d])]
+
+
+def _plan(catalog: Catalog, bucket_size: int) -> Plan:
+    plan = plan_buckets(catalog, bucket_size)
+    return Plan(
+        bucket_size=plan.bucket_size,
+        largest_bucket=plan.largest,
+        buckets=len(plan.buckets),
+        nbytes=plan.nbytes,
+        ranks=[
+            RankShare(
+                rank=holding.rank,
+                tensors=sum(len(segment.tensors) for segment in holding.segments),
+                nbytes=sum(tensor.nbytes for segment in holding.segments for tensor in segment.tensors),
+                buckets=sum(1 for bucket in plan.buckets if bucket.owner == holding.rank),
+            )
+            for holding in catalog.holdings
+        ],
+    )
