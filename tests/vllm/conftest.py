@@ -132,7 +132,7 @@ class Server:
         self.log = log
         command = [
             *(bin_directory / "vllm", "serve", model, "--host", "127.0.0.1", "--port", str(self.port)),
-            *("--served-model-name", "tiny", "--max-model-len", "2048", "--max-num-seqs", "4", "--enforce-eager"),
+            *("--served-model-name", "tiny", "--max-model-len", "8192", "--max-num-seqs", "4", "--enforce-eager"),
             *("--dtype", "bfloat16", "--gpu-memory-utilization", "0.2", *options),
         ]
         env = vllm_environment(**{"VLLM_SERVER_DEV_MODE": "1", **environment})

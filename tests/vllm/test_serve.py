@@ -1,0 +1,212 @@
+"""`checkpoint-engine update` against real `vllm serve`: what is generated afterwards is what a cold start generates."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+Cold = Callable[..., dict[str, Any]]
+Serve = Callable[..., Any]
+Update = Callable[..., "subprocess.CompletedProcess[str]"]
+
+HERE = Path(__file__).parent
+TINY_BUCKETS = {"PS_MAX_BUCKET_SIZE_GB": "0.00001"}
+"""10 KB: smaller than any layer."""
+
+
+@pytest.mark.parametrize("kind", ["tied", "moe"])
+def test_from_dummy_weights_to_a_to_b_and_back(
+    serve: Serve, update: Update, cold: Cold, checkpoints: Path, kind: str
+) -> None:
+    expected = {name: cold(name)["tokens"] for name in (kind, f"{kind}-b")}
+    # No --worker-extension-cls: installing the package is all the set-up.
+    server = serve(kind, "--load-format", "dummy")
+    assert server.tokens() not in expected.values()
+    for name in (kind, f"{kind}-b", kind):
+        done = update(checkpoints / name, server, **TINY_BUCKETS)
+        assert done.returncode == 0, done.stderr
+        assert server.tokens() == expected[name]
+        assert server.get("/weight_info") == {"weight_version": name}
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def dense(serve: Serve) -> Any:
+    """A dense model, started with dummy weights; tests bring it to what they need first."""
+    return serve(
+        "qwen3",
+        *("--load-format", "dummy", "--worker-extension-cls", "faulty_extension.FaultyExtension"),
+        PYTHONPATH=str(HERE),
+    )
+
+
+@pytest.fixture
+def serving_a(dense: Any, update: Update, checkpoints: Path) -> Any:
+    assert update(checkpoints / "qwen3", dense).returncode == 0
+    return dense
+
+
+def test_dense_from_dummy_weights_to_a_to_b_and_back(dense: Any, update: Update, cold: Cold, checkpoints: Path) -> None:
+    expected = {name: cold(name)["tokens"] for name in ("qwen3", "qwen3-b")}
+    assert dense.tokens() not in expected.values()
+    for name, environment in (("qwen3", {}), ("qwen3-b", TINY_BUCKETS), ("qwen3", TINY_BUCKETS)):
+        done = update(checkpoints / name, dense, **environment)
+        assert done.returncode == 0, done.stderr
+        assert dense.tokens() == expected[name]
+
+
+@pytest.mark.parametrize("pause", ["keep", "wait", "abort", "none"])
+def test_each_pause_mode_of_an_idle_engine(
+    serving_a: Any, update: Update, cold: Cold, checkpoints: Path, pause: str
+) -> None:
+    done = update(checkpoints / "qwen3-b", serving_a, "--pause", pause, "--version", f"after-{pause}")
+    assert done.returncode == 0, done.stderr
+    assert serving_a.tokens() == cold("qwen3-b")["tokens"]
+    assert serving_a.get("/is_paused") == {"is_paused": False}
+    assert serving_a.rpc("checkpoint_engine_status")[0]["version"] == f"after-{pause}"
+
+
+def test_a_request_in_flight_goes_on_with_the_new_weights(
+    serving_a: Any, update: Update, cold: Cold, checkpoints: Path
+) -> None:
+    length = 6000
+    stream = Stream(serving_a.url, length)
+    stream.wait_for(20)
+    done = update(checkpoints / "qwen3-b", serving_a, "--pause", "keep")
+    assert done.returncode == 0, done.stderr
+    when_updated = len(stream.tokens)
+    stream.join()
+    assert stream.error is None
+    assert len(stream.tokens) == length
+    assert 20 <= when_updated < length, "the request was over before the update: make it longer"
+    assert stream.tokens[:16] == cold("qwen3")["tokens"][0]
+    assert serving_a.tokens() == cold("qwen3-b")["tokens"]
+
+
+def test_an_aborted_request_ends_and_the_next_gets_the_new_weights(
+    serving_a: Any, update: Update, cold: Cold, checkpoints: Path
+) -> None:
+    stream = Stream(serving_a.url, 8000)
+    stream.wait_for(20)
+    done = update(checkpoints / "qwen3-b", serving_a, "--pause", "abort")
+    assert done.returncode == 0, done.stderr
+    stream.join()
+    assert len(stream.tokens) < 8000
+    assert serving_a.tokens() == cold("qwen3-b")["tokens"]
+
+
+@pytest.mark.parametrize(("fault", "named"), [("unknown", "nonsense.weight"), ("missing", "model.norm.weight")])
+def test_what_does_not_fit_is_refused_and_the_old_weights_go_on_serving(
+    serving_a: Any, update: Update, cold: Cold, checkpoints: Path, tmp_path: Path, fault: str, named: str
+) -> None:
+    rename = {"model.norm.weight": "nonsense.weight"} if fault == "unknown" else {"model.norm.weight": None}
+    broken = renamed(checkpoints / "qwen3-b", tmp_path / "broken", rename)
+    done = update(broken, serving_a)
+    assert done.returncode != 0
+    assert named in done.stderr
+    assert "WeightsRejectedError" in done.stderr
+    assert serving_a.get("/is_paused") == {"is_paused": False}
+    assert serving_a.tokens() == cold("qwen3")["tokens"]
+    status = serving_a.rpc("checkpoint_engine_status")[0]
+    assert (status["dirty"], status["version"]) == (False, "qwen3")
+    assert named in status["error"]
+
+
+def test_the_wrong_tensor_parallel_size_is_refused(
+    serving_a: Any, update: Update, cold: Cold, checkpoints: Path
+) -> None:
+    done = update(checkpoints / "qwen3-b", serving_a, "--tensor-parallel-size", "2")
+    assert done.returncode != 0
+    assert "--tensor-parallel-size" in done.stderr
+    assert serving_a.get("/is_paused") == {"is_paused": False}
+    assert serving_a.tokens() == cold("qwen3")["tokens"]
+
+
+def test_a_loader_that_fails_at_once_leaves_the_old_weights_serving(
+    serving_a: Any, update: Update, cold: Cold, checkpoints: Path
+) -> None:
+    serving_a.rpc("checkpoint_engine_test_break", 0)
+    done = update(checkpoints / "qwen3-b", serving_a)
+    serving_a.rpc("checkpoint_engine_test_break", -1)
+    assert done.returncode != 0
+    assert "a fault made by the test" in done.stderr
+    assert serving_a.get("/is_paused") == {"is_paused": False}
+    assert serving_a.tokens() == cold("qwen3")["tokens"]
+
+
+def test_a_loader_that_fails_in_the_middle_leaves_the_engine_paused_until_a_full_update(
+    serving_a: Any, update: Update, cold: Cold, checkpoints: Path
+) -> None:
+    serving_a.rpc("checkpoint_engine_test_break", 12)
+    done = update(checkpoints / "qwen3-b", serving_a, **TINY_BUCKETS)
+    serving_a.rpc("checkpoint_engine_test_break", -1)
+    assert done.returncode != 0
+    assert "a fault made by the test" in done.stderr
+    assert serving_a.get("/is_paused") == {"is_paused": True}
+    assert serving_a.rpc("checkpoint_engine_status")[0]["dirty"] is True
+    healed = update(checkpoints / "qwen3-b", serving_a)
+    assert healed.returncode == 0, healed.stderr
+    assert serving_a.get("/is_paused") == {"is_paused": False}
+    assert serving_a.rpc("checkpoint_engine_status")[0]["dirty"] is False
+    assert serving_a.tokens() == cold("qwen3-b")["tokens"]
+
+
+class Stream:
+    """A completion that arrives piece by piece in a thread."""
+
+    def __init__(self, url: str, length: int) -> None:
+        self.tokens: list[int] = []
+        self.error: Exception | None = None
+        self._body = {
+            "model": "tiny",
+            "prompt": "Hello, my name is",
+            "max_tokens": length,
+            "temperature": 0,
+            "ignore_eos": True,
+            "return_token_ids": True,
+            "stream": True,
+        }
+        self._url = f"{url}/v1/completions"
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            with httpx.stream("POST", self._url, json=self._body, timeout=180) as reply:
+                for line in reply.iter_lines():
+                    if line.startswith("data: {"):
+                        for choice in json.loads(line[6:])["choices"]:
+                            self.tokens.extend(choice.get("token_ids") or [])
+        except httpx.HTTPError as error:
+            self.error = error
+
+    def wait_for(self, tokens: int) -> None:
+        end = time.monotonic() + 60
+        while len(self.tokens) < tokens:
+            assert time.monotonic() < end, f"{len(self.tokens)} tokens came; {self.error}"
+            time.sleep(0.02)
+
+    def join(self) -> None:
+        self._thread.join(timeout=180)
+        assert not self._thread.is_alive()
+
+
+def renamed(source: Path, target: Path, names: dict[str, str | None]) -> Path:
+    """A copy of a checkpoint in which tensors have other names, or (None) are gone."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(source, target)
+    (target / "model.safetensors.index.json").unlink()
+    for file in target.glob("*.safetensors"):
+        tensors = {names.get(name, name): tensor for name, tensor in load_file(file).items()}
+        save_file({name: tensor for name, tensor in tensors.items() if name is not None}, file)
+    return target

@@ -1,0 +1,37 @@
+"""Two tensor-parallel workers. Each server is the other's reference: one starts cold from A, one from B."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Serve = Callable[..., Any]
+Update = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "moe"])
+def test_two_workers_from_a_to_b_and_back(serve: Serve, update: Update, checkpoints: Path, kind: str) -> None:
+    a, b = kind, f"{kind}-b"
+    two_workers = ("--tensor-parallel-size", "2")
+    # vLLM binds the workers to cores; `auto` wants a NUMA node for each.
+    first = serve(a, *two_workers, VLLM_CPU_OMP_THREADS_BIND="0|1")
+    tokens = {a: first.tokens()}
+    assert update(checkpoints / b, first, *two_workers, PS_MAX_BUCKET_SIZE_GB="0.00001").returncode == 0
+    after_update = first.tokens()
+    assert update(checkpoints / a, first, *two_workers).returncode == 0
+    assert first.tokens() == tokens[a]
+    versions = [status["version"] for status in first.rpc("checkpoint_engine_status")]
+    assert versions == [a, a]
+    refused = update(checkpoints / b, first, "--tensor-parallel-size", "1")
+    assert refused.returncode != 0
+    assert "--tensor-parallel-size 2" in refused.stderr
+    assert first.tokens() == tokens[a]
+    first.close()
+
+    second = serve(b, *two_workers, VLLM_CPU_OMP_THREADS_BIND="0|1")
+    assert second.tokens() == after_update != tokens[a]
+    second.close()
