@@ -91,6 +91,8 @@ class Rank:
         self._report = report
         self._seconds: dict[str, float] = {}
         self._lead: EngineLead | None = None
+        self.updating = False
+        """Whether the job has come to the update itself; it ends with its own report then, whatever happens."""
 
     def run(self, job: Job) -> Done:
         """Does the job.
@@ -99,6 +101,7 @@ class Rank:
             CheckpointEngineError: it could not be done.
         """
         self._seconds = {}
+        self.updating = False
         rank, ranks = self._server.rank, self._server.world_size
         check_ranks(ranks, job)
         self._lead = EngineLead(job, rank // job.workers) if rank % job.workers == 0 else None
@@ -111,10 +114,11 @@ class Rank:
             self._server.gather_metas(name, timeout=timedelta(seconds=job.wait))
         if job.save_metas and rank == 0:
             _save(self._server, name, Path(job.save_metas))
+        self.updating = True
         with self._watched():
             ask = self._lead.ask if self._lead else _ask_nobody
             self._server.update(name, ask, timeout=timedelta(seconds=job.timeout), version=job.version)
-        return self._done()
+        return self._done(job)
 
     def engine_outcome(self) -> str:
         """After a failed update: what became of the engine that this rank leads, if it leads one."""
@@ -136,11 +140,12 @@ class Rank:
         if ready.done():
             ready.result()
 
-    def _done(self) -> Done:
+    def _done(self, job: Job) -> Done:
         report = self._server.last_report
         if report is None:
             raise CheckpointStateError("the update left no report")
         return Done(
+            job=job.number,
             rank=self._server.rank,
             method=report.method,
             nbytes=report.nbytes,

@@ -21,12 +21,15 @@ class Job(msgspec.Struct, frozen=True, tag=True):
     wait: float = 600.0
     """Seconds for an engine that is still starting."""
     save_metas: str | None = None
+    number: int = 0
+    """Counts the jobs; reports carry it, so that one of an earlier job is not taken for one of this."""
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
-    """Give up what is being done, because another rank failed."""
+    """Give up a job, because another rank failed."""
 
     reason: str
+    job: int
 
 
 class Progressed(msgspec.Struct, frozen=True, tag=True):
@@ -46,6 +49,7 @@ class Logged(msgspec.Struct, frozen=True, tag=True):
 class Done(msgspec.Struct, frozen=True, tag=True):
     """A job is done. `seconds` by stage; stages of the update overlap."""
 
+    job: int
     rank: int
     method: str
     nbytes: int
@@ -57,8 +61,12 @@ class Done(msgspec.Struct, frozen=True, tag=True):
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
-    """A job failed. `error` is the class of the error; `rank` and `phase` say where an update failed."""
+    """A job failed, or the rank could not start (`job` 0).
 
+    `error` is the class of the error; `rank` and `phase` say where an update failed.
+    """
+
+    job: int
     error: str
     message: str
     phase: str = ""

@@ -6,15 +6,18 @@ import argparse
 import logging
 import os
 import threading
+import time
 
 import msgspec
 
 from checkpoint_engine.cli.job import Rank
 from checkpoint_engine.cli.messages import Abort, Done, Failed, FromParent, FromRank, Job, Logged, Progressed
+from checkpoint_engine.deadline import Deadline
 from checkpoint_engine.errors import CheckpointEngineError, RankError, UpdateError
 from checkpoint_engine.processes import ParentPipe
 from checkpoint_engine.server import ParameterServer
 
+_ABORT_SECONDS = 2.0
 _SETTLE_SECONDS = 8.0
 """For putting the engine into a known state after the parent is gone."""
 
@@ -47,10 +50,19 @@ class _RankProcess:
             if isinstance(message, Job):
                 self._job = threading.Thread(target=self._run, args=(message,), name="job", daemon=True)
                 self._job.start()
-            elif isinstance(message, Abort) and not self._server.abort(message.reason):
-                _send(self._pipe, Failed("RankError", message.reason, secondary=True))
+            elif isinstance(message, Abort):
+                self._abort(message)
         if self._server.abort("the command that ran the update has ended"):
             self._job.join(_SETTLE_SECONDS)
+
+    def _abort(self, order: Abort) -> None:
+        if not self._rank.updating:
+            _send(self._pipe, Failed(order.job, "RankError", order.reason, secondary=True))
+            return
+        patience = Deadline(_ABORT_SECONDS)
+        # The update may be about to begin; and once it is over, the job reports by itself.
+        while self._job.is_alive() and not self._server.abort(order.reason) and not patience.expired:
+            time.sleep(0.02)
 
     def _run(self, job: Job) -> None:
         _send(self._pipe, self._outcome(job))
@@ -60,14 +72,14 @@ class _RankProcess:
             return self._rank.run(job)
         except UpdateError as error:
             logger.info("the update failed", exc_info=True)
-            return Failed("UpdateError", str(error), error.phase, error.rank, self._rank.engine_outcome())
+            return Failed(job.number, "UpdateError", str(error), error.phase, error.rank, self._rank.engine_outcome())
         except CheckpointEngineError as error:
             logger.info("the job failed", exc_info=True)
-            return Failed(type(error).__name__, str(error), secondary=isinstance(error, RankError))
+            return Failed(job.number, type(error).__name__, str(error), secondary=isinstance(error, RankError))
         except Exception as error:
             # A bug of ours: the parent says so, and shows the log with the traceback.
             logger.exception("the job failed")
-            return Failed(type(error).__name__, str(error))
+            return Failed(job.number, type(error).__name__, str(error))
 
     def _progressed(self, progress: Progressed) -> None:
         if self._server.rank == 0 and progress != self._last:
@@ -94,7 +106,7 @@ def main() -> None:
     try:
         server = ParameterServer(device=options.device)
     except CheckpointEngineError as error:
-        _send(pipe, Failed(type(error).__name__, str(error)))
+        _send(pipe, Failed(0, type(error).__name__, str(error)))
         return
     with server:
         _RankProcess(pipe, server).serve()

@@ -45,6 +45,8 @@ class Ranks:
     def __init__(
         self, count: int, *, device: str | None = None, verbose: bool = False, environment: dict[str, str] | None = None
     ) -> None:
+        self._jobs = 0
+        self._ended: dict[int, _Ended] = {}
         self._events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
         self._logs = [None if verbose else _open_log() for _ in range(count)]
         common = {
@@ -76,14 +78,19 @@ class Ranks:
     def run(self, job: Job, listener: Listener) -> list[Done]:
         """Has all ranks do a job; returns their reports in order of rank.
 
+        After an `UpdateError` the ranks can do another job; after any other error they are to be closed.
+
         Raises:
-            CheckpointEngineError: what the first rank that failed says; all ranks have ended then.
+            CheckpointEngineError: what the first rank that failed says.
         """
+        self._jobs += 1
+        job = msgspec.structs.replace(job, number=self._jobs)
         try:
             return self._run(job, listener)
         except KeyboardInterrupt:
             # The engines shall not stay paused because somebody lost patience.
-            self._collect_failures(-1, Failed("KeyboardInterrupt", "interrupted by the user"), set(), listener)
+            interrupted = Failed(job.number, "KeyboardInterrupt", "interrupted by the user")
+            self._collect_failures(-1, interrupted, set(), listener)
             raise
 
     def wait(self, seconds: float) -> None:
@@ -115,6 +122,8 @@ class Ranks:
         self.close()
 
     def _run(self, job: Job, listener: Listener) -> list[Done]:
+        for rank, ended in self._ended.items():
+            raise self._explain({rank: ended})
         self._tell_all(job)
         done: dict[int, Done] = {}
         deadline = Deadline(job.wait + job.timeout + _MARGIN_SECONDS)
@@ -136,24 +145,33 @@ class Ranks:
 
     def _next(self, deadline: Deadline, job: Job) -> _Event:
         try:
-            return self._events.get(timeout=deadline.remaining)
+            return self._next_of_job(deadline)
         except queue.Empty:
             raise DeadlineError(
                 f"the ranks neither finished nor failed within {deadline.seconds:g} s (--wait {job.wait:g} and "
                 f"--timeout {job.timeout:g}, and a minute more); see --verbose"
             ) from None
 
+    def _next_of_job(self, deadline: Deadline) -> _Event:
+        """The next event that is not a late word about an earlier job."""
+        while True:
+            rank, event = self._events.get(timeout=deadline.remaining)
+            if isinstance(event, _Ended):
+                self._ended[rank] = event
+            if not isinstance(event, Done | Failed) or event.job in (0, self._jobs):
+                return rank, event
+
     def _collect_failures(
         self, first: int, event: Failed | _Ended, over: set[int], listener: Listener
     ) -> dict[int, Failed | _Ended]:
         """Makes the other ranks give up, and waits until they have."""
         how = f"rank {first} {event.how}" if isinstance(event, _Ended) else event.message
-        self._tell_all(Abort(how), but=[first])
+        self._tell_all(Abort(how, self._jobs), but=[first])
         failures: dict[int, Failed | _Ended] = {}
         deadline = Deadline(_SETTLE_SECONDS)
         with contextlib.suppress(queue.Empty):
-            while len(failures.keys() | over | {first}) < len(self._children):
-                rank, other = self._events.get(timeout=deadline.remaining)
+            while len(failures.keys() | self._ended.keys() | over | {first}) < len(self._children):
+                rank, other = self._next_of_job(deadline)
                 if isinstance(other, Logged):
                     listener(other)
                 elif isinstance(other, Done):

@@ -48,7 +48,8 @@ class TorchGroup:
 
     def abort(self) -> None:
         """Makes calls that hang fail."""
-        with contextlib.suppress(RuntimeError):  # it may have failed by itself, which is what we want
+        # It may have failed by itself, which is what we want, or another thread has closed it meanwhile.
+        with contextlib.suppress(RuntimeError, AttributeError):
             self._group.abort()
 
     def close(self) -> None:

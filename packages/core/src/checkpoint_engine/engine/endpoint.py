@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -56,6 +57,7 @@ class Endpoint:
         request = f"{method} {path}"
         deadline.check(f"{request} to {self.address}")
         try:
+            self._probe(deadline)
             with (
                 # Proxies of the environment are for the internet, not for an engine beside us.
                 httpx.Client(
@@ -100,6 +102,17 @@ class Endpoint:
             raise EngineRequestError(
                 f"{self.address} answered {method} {path} with what is not JSON: {shorten(reply.text)}"
             ) from None
+
+    def _probe(self, deadline: Deadline) -> None:
+        """Knocks at a Unix socket: httpcore leaks its own socket when nobody listens there."""
+        if self._socket is None:
+            return
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.settimeout(deadline.remaining or None)
+            try:
+                probe.connect(self._socket)
+            except OSError as error:
+                raise EngineRequestError(f"cannot ask {self.address}: {error.strerror or error}") from error
 
     def _read(self, response: httpx.Response, deadline: Deadline, request: str) -> str:
         pieces: list[str] = []

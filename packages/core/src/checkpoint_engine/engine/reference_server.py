@@ -65,6 +65,7 @@ class Front:
             ("POST", "/collective_rpc"): self._collective_rpc,
             ("POST", "/pause"): self._pause,
             ("POST", "/resume"): self._resume,
+            ("POST", "/fault"): self._set_fault,
             ("POST", "/reset_prefix_cache"): lambda _query, _body: {"success": True},
         }
 
@@ -100,6 +101,16 @@ class Front:
         except CheckpointEngineError as error:
             raise HttpError(500, str(error)) from error
         return {"results": results}
+
+    def _set_fault(self, query: dict[str, str], _body: bytes) -> object:
+        fault = query.get("name", "")
+        if fault not in (*FRONT_FAULTS, *WORKER_FAULTS):
+            raise HttpError(400, f"there is no fault {fault!r}")
+        if fault in FRONT_FAULTS:
+            self._fault = fault
+        else:
+            self._workers.call(Request(0, "set_fault", [fault]), 10.0)
+        return {}
 
     def _strike(self) -> None:
         fault, self._fault = self._fault, ""

@@ -22,6 +22,8 @@ from checkpoint_engine.engine.reference_workers import READY, WORKER_FAULTS, Ans
 from checkpoint_engine.errors import WeightsRejectedError
 from checkpoint_engine.processes import ParentPipe
 
+_STALL_SECONDS = 4.0
+
 logger = logging.getLogger(__name__)
 
 
@@ -30,7 +32,7 @@ class FaultyAdapter(ReferenceAdapter):
 
     def __init__(self, engine: ReferenceEngine, fault: str) -> None:
         super().__init__(engine)
-        self._fault = fault
+        self.fault = fault
 
     def begin(self, update: Update) -> None:
         """Refuses, if so asked."""
@@ -40,7 +42,7 @@ class FaultyAdapter(ReferenceAdapter):
 
     def load(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
         """Fails half-way through the first bucket, if so asked."""
-        if not self._fault.endswith("-in-load"):
+        if not self.fault.endswith("-in-load"):
             super().load(tensors)
             return
         super().load(tensors[: len(tensors) // 2])
@@ -48,8 +50,9 @@ class FaultyAdapter(ReferenceAdapter):
             os.kill(os.getpid(), signal.SIGKILL)
         if self._strikes("raise-in-load"):
             raise KeyError("this loader was told to fail")
-        if self._strikes("hang-in-load"):
-            time.sleep(3600)
+        if self._strikes("stall-in-load"):
+            time.sleep(_STALL_SECONDS)
+            super().load(tensors)
 
     def finish(self) -> Mapping[str, str | int | float]:
         """Fails when all is loaded, if so asked."""
@@ -58,9 +61,9 @@ class FaultyAdapter(ReferenceAdapter):
         return super().finish()
 
     def _strikes(self, fault: str) -> bool:
-        if self._fault != fault:
+        if self.fault != fault:
             return False
-        self._fault = ""
+        self.fault = ""
         return True
 
 
@@ -71,7 +74,7 @@ class Worker:
         kind, _, first = device.partition(":")
         self._device = open_device(kind, index=int(first or 0) + tp_rank, rank=tp_rank)
         self._engine = ReferenceEngine(spec, tp_rank=tp_rank, tp_size=tp_size, device=self._device.torch_device)
-        self._adapter = FaultyAdapter(self._engine, fault) if fault else ReferenceAdapter(self._engine)
+        self._adapter = FaultyAdapter(self._engine, fault)
         self._addresses = self._engine.addresses()
         self.methods: dict[str, Callable[..., object]] = {
             method.__name__: method
@@ -81,6 +84,7 @@ class Worker:
                 self.update_weights_from_ipc,
                 self.verify,
                 self.checksum,
+                self.set_fault,
             )
         }
 
@@ -136,6 +140,11 @@ class Worker:
     def checksum(self) -> str:
         """SHA-256 over all parameters."""
         return self._engine.checksum()
+
+    def set_fault(self, fault: str) -> None:
+        """Makes the next update go wrong on the last worker, for tests."""
+        if self._engine.tp_rank == self._engine.tp_size - 1:
+            self._adapter.fault = fault
 
     def _receive(self, handles: dict[str, str], timeout: float) -> Received:
         handle = pick_handle(handles, self._device, self._engine.tp_rank, self._engine.tp_size)

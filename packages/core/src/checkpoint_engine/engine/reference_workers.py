@@ -15,7 +15,7 @@ from checkpoint_engine.processes import Child, end_all
 
 WORKER_MODULE = "checkpoint_engine.engine.reference_worker"
 FRONT_FAULTS = ("error500", "hang")
-WORKER_FAULTS = ("refuse", "die-in-load", "raise-in-load", "hang-in-load", "raise-in-finish")
+WORKER_FAULTS = ("refuse", "die-in-load", "raise-in-load", "stall-in-load", "raise-in-finish")
 """Things that go wrong on request, once, for tests; in a worker it is the last one that fails."""
 
 READY = 0
