@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from datetime import timedelta
 
 import torch.distributed as dist
 
 from checkpoint_engine.errors import AddressInUseError, DeadlineError, SettingError
 
-_opened = 0
+_shared: Counter[int] = Counter()
 
 
 def open_store(
@@ -25,15 +26,11 @@ def open_store(
         AddressInUseError: the port on rank 0 is taken.
         DeadlineError: the other ranks did not come in time.
     """
-    global _opened  # noqa: PLW0603 - a second server in this process must not read the first one's keys
-    _opened += 1
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    prefix = f"checkpoint-engine/{attempt}/{_opened}"
     if world_size == 1:
-        return dist.PrefixStore(prefix, dist.HashStore())
+        return dist.HashStore()
     if master_addr is None and master_port is None and dist.is_initialized():
         default = dist.distributed_c10d._get_default_store()  # pyright: ignore[reportPrivateUsage]
-        return dist.PrefixStore(prefix, default)
+        return _part_of(default, rank)
     host = master_addr or os.environ.get("MASTER_ADDR")
     port = master_port if master_port is not None else _port_from_environment()
     if host is None or port is None:
@@ -56,7 +53,14 @@ def open_store(
                 f"port {port} on {host} is in use; set MASTER_PORT (or master_port) to a free port"
             ) from error
         raise DeadlineError(f"rank {rank} could not reach the store of rank 0 at {host}:{port}: {error}") from error
-    return dist.PrefixStore(prefix, store)
+    return _part_of(store, rank) if hosted_by_agent else store
+
+
+def _part_of(store: dist.Store, rank: int) -> dist.Store:
+    """A part of a store that outlives us: neither another server nor an earlier attempt of the job has written to it."""
+    _shared[rank] += 1
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"checkpoint-engine/{attempt}/{_shared[rank]}", store)
 
 
 def _port_from_environment() -> int | None:
