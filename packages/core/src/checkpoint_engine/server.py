@@ -28,6 +28,7 @@ from checkpoint_engine.planning.buckets import Bucket
 from checkpoint_engine.settings import Settings, rank_from_environment
 from checkpoint_engine.transfer.report import Progress, UpdateReport
 from checkpoint_engine.transfer.update import BroadcastUpdate, RequestFunction, UpdateOrder
+from checkpoint_engine.transfer.watch import Failure, failure_key
 
 if TYPE_CHECKING:
     from checkpoint_engine.data_types import MemoryBufferMetaList
@@ -228,8 +229,7 @@ class ParameterServer:
         Raises:
             DeadlineError: a rank did not come in time; the message says which.
         """
-        key = self._next_key("barrier")
-        self._connected().board.gather(key, b"", Deadline(timeout.total_seconds()), Cancel(), "all ranks being here")
+        self._gather("barrier", b"", timeout, "all ranks being here")
 
     def gather_metas(self, name: str, *, timeout: timedelta = timedelta(minutes=5)) -> None:
         """Tells all ranks what each of them holds of a checkpoint; ranks that hold nothing take part too.
@@ -239,16 +239,9 @@ class ParameterServer:
             CheckpointStateError: no rank holds anything of that name.
             DeadlineError: a rank did not come in time.
         """
-        key = self._next_key("metas")
         held = self._store.get(name).entries if name in self._store.names() else []
         mine = Holding(self._rank, socket.gethostname(), self._device.identity, tuple(held))
-        parts = self._connected().board.gather(
-            key,
-            msgspec.msgpack.encode((name, mine)),
-            Deadline(timeout.total_seconds()),
-            Cancel(),
-            f"all ranks gathering {name!r}",
-        )
+        parts = self._gather("metas", msgspec.msgpack.encode((name, mine)), timeout, f"all ranks gathering {name!r}")
         holdings: list[Holding] = []
         for part in parts:
             other, holding = msgspec.msgpack.decode(part, type=tuple[str, Holding])
@@ -282,7 +275,6 @@ class ParameterServer:
             CheckpointStateError: not gathered, or another update is running.
             UpdateError: it did not complete; the message names the rank, the phase and the cause.
         """
-        key = self._next_key("update")
         catalog, digest = self._gathered_as(name)
         if ranks and sorted(ranks) != list(range(self._world_size)):
             raise SettingError(
@@ -292,7 +284,7 @@ class ParameterServer:
         if not self._busy.acquire(blocking=False):
             raise CheckpointStateError("an update is running on this rank already; wait for it, or abort it")
         try:
-            self._run(UpdateOrder(key, catalog, digest, version or name, req_func, timeout))
+            self._run(UpdateOrder(self._next_call(), catalog, digest, version or name, req_func, timeout))
         finally:
             self._busy.release()
 
@@ -338,10 +330,26 @@ class ParameterServer:
             raise CheckpointStateError("the group of ranks was closed")
         return self._group
 
-    def _next_key(self, what: str) -> str:
-        """Ranks call in the same order, so the number is the same on all of them, whatever failed before."""
+    def _gather(self, what: str, mine: bytes, timeout: timedelta, waiting_for: str) -> list[bytes]:
+        board, call = self._connected().board, self._next_call()
+        try:
+            return board.gather(f"{call}/{what}", mine, Deadline(timeout.total_seconds()), Cancel(), waiting_for)
+        except CheckpointEngineError as error:
+            board.post(
+                failure_key(call), msgspec.json.encode(Failure(self._rank, what, type(error).__name__, str(error)))
+            )
+            raise
+
+    def _next_call(self) -> str:
+        """Ranks call in the same order, so the number is the same on all of them.
+
+        A call that failed because another rank did not come is passed over by that rank.
+        """
+        board = self._connected().board
         self._calls += 1
-        return f"{what}-{self._calls}"
+        while board.read(failure_key(f"call-{self._calls}")) is not None:
+            self._calls += 1
+        return f"call-{self._calls}"
 
     def _disconnect(self) -> None:
         if self._group is not None:

@@ -31,12 +31,17 @@ class Failure(msgspec.Struct, frozen=True):
     message: str
 
 
+def failure_key(call: str) -> str:
+    """Where the first rank that fails in a call says so."""
+    return f"{call}/failure"
+
+
 class Watch:
     """Runs in the background from `__enter__` to `__exit__`."""
 
     def __init__(self, board: Board, key: str, cancel: Cancel, deadline: Deadline) -> None:
         self._board = board
-        self._key = f"{key}/failure"
+        self._key = failure_key(key)
         self._cancel = cancel
         self._deadline = deadline
         self._over = threading.Event()
