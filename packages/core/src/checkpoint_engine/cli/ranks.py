@@ -89,9 +89,9 @@ class Ranks:
             return self._run(job, listener)
         except KeyboardInterrupt:
             # The engines shall not stay paused because somebody lost patience.
-            interrupted = Failed(job.number, "KeyboardInterrupt", "interrupted by the user")
-            self._collect_failures(-1, interrupted, set(), listener)
-            raise
+            interrupted = Failed(job.number, "RankError", "interrupted by the user")
+            failures = self._collect_failures(None, interrupted, set(), listener)
+            raise self._explain(failures or {0: interrupted}) from None
 
     def wait(self, seconds: float) -> None:
         """Lets the ranks live on, holding their memory.
@@ -162,15 +162,16 @@ class Ranks:
                 return rank, event
 
     def _collect_failures(
-        self, first: int, event: Failed | _Ended, over: set[int], listener: Listener
+        self, first: int | None, event: Failed | _Ended, over: set[int], listener: Listener
     ) -> dict[int, Failed | _Ended]:
         """Makes the other ranks give up, and waits until they have."""
         how = f"rank {first} {event.how}" if isinstance(event, _Ended) else event.message
-        self._tell_all(Abort(how, self._jobs), but=[first])
+        self._tell_all(Abort(how, self._jobs), but=() if first is None else [first])
+        others = set(range(len(self._children))) - {first}
         failures: dict[int, Failed | _Ended] = {}
         deadline = Deadline(_SETTLE_SECONDS)
         with contextlib.suppress(queue.Empty):
-            while len(failures.keys() | self._ended.keys() | over | {first}) < len(self._children):
+            while others - failures.keys() - self._ended.keys() - over:
                 rank, other = self._next_of_job(deadline)
                 if isinstance(other, Logged):
                     listener(other)

@@ -11,6 +11,7 @@ from checkpoint_engine.cli.common import DeviceKind, Json, Method, Pause, Verbos
 from checkpoint_engine.cli.messages import Done, Job, Logged, Progressed
 from checkpoint_engine.cli.ranks import Ranks
 from checkpoint_engine.cli.summary import UpdateView, print_stages, size, slowest
+from checkpoint_engine.engine.client import load_client
 from checkpoint_engine.errors import CheckpointFormatError, SettingError, UpdateError
 
 _WORK = "What to update"
@@ -115,6 +116,9 @@ def update(
         )
     if not directory.is_dir():
         raise CheckpointFormatError(f"{directory} is not a directory")
+    client = load_client(engine)
+    for address in endpoint:
+        client(address)  # a wrong address is told here, before any process starts
     job = Job(
         directory=str(directory),
         version=version or directory.resolve().name,

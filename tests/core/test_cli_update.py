@@ -1,0 +1,349 @@
+"""Updates by rank processes, and everything that can go wrong with engines and ranks on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from checkpoint_engine.catalog import Catalog
+from checkpoint_engine.cli.main import main
+from checkpoint_engine.cli.messages import Job, Logged, Progressed
+from checkpoint_engine.cli.ranks import Ranks
+from checkpoint_engine.deadline import Deadline
+from checkpoint_engine.engine.client import ReferenceClient
+from checkpoint_engine.engine.reference import ModelSpec, make_checkpoint
+from checkpoint_engine.engine.reference_process import ReferenceProcess
+from checkpoint_engine.errors import RankError, UpdateError
+
+SPEC = ModelSpec(experts=2)
+SMALL_BUCKETS = {"PS_MAX_BUCKET_SIZE_GB": str(64 / (1 << 20))}  # 64 KiB: about ten buckets
+TP = 2
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("checkpoints")
+    for seed, name in enumerate(("a", "b", "unknown", "missing", "misshapen")):
+        make_checkpoint(directory / name, SPEC, seed, shards=2)
+    for name in ("unknown", "missing", "misshapen"):
+        (directory / name / "model.safetensors.index.json").unlink()
+        file = directory / name / "model-00002-of-00002.safetensors"
+        tensors = load_file(file)
+        if name == "unknown":
+            tensors["model.surprise"] = torch.ones(3)
+        else:
+            norm = tensors.pop("model.norm.weight")
+            if name == "misshapen":
+                tensors["model.norm.weight"] = torch.cat([norm, norm])
+        save_file(tensors, file)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[ReferenceProcess]:
+    with ReferenceProcess(SPEC.to_json(), TP) as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    with Ranks(TP, device="cpu", environment=SMALL_BUCKETS) as started:
+        yield started
+
+
+def job(engine: ReferenceProcess, directory: Path, **changes: object) -> Job:
+    fields = {"timeout": 30.0, "wait": 60.0, "version": directory.name, "workers": TP, **changes}
+    return Job(directory=str(directory), engine="reference", endpoints=(engine.endpoint,), **fields)  # pyright: ignore[reportArgumentType]
+
+
+def ignore(event: Progressed | Logged) -> None:
+    del event
+
+
+def assert_holds(engine: ReferenceProcess, directory: Path) -> None:
+    """Every worker holds exactly this checkpoint, and the engine serves."""
+    client = ReferenceClient(engine.endpoint)
+    for result in client.collective_rpc("verify", Deadline(20), [str(directory)]):
+        assert result["ok"], result
+    assert not is_paused(client)
+
+
+def is_paused(client: ReferenceClient) -> bool:
+    return client.endpoint.call("GET", "/is_paused", Deadline(5))["is_paused"]
+
+
+def status(engine: ReferenceProcess) -> tuple[set[bool], bool]:
+    """Whether the workers are dirty, and whether the engine is paused."""
+    client = ReferenceClient(engine.endpoint)
+    return {worker.dirty for worker in client.status(Deadline(20))}, is_paused(client)
+
+
+def test_a_to_b_and_back(engine: ReferenceProcess, ranks: Ranks, checkpoints: Path) -> None:
+    seen: list[Progressed] = []
+
+    def listen(event: Progressed | Logged) -> None:
+        if isinstance(event, Progressed):
+            seen.append(event)
+
+    for name in ("a", "b", "a"):
+        reports = ranks.run(job(engine, checkpoints / name), listen)
+        assert [report.rank for report in reports] == [0, 1]
+        assert reports[0].buckets > 5
+        assert {"read", "gather", "copy", "broadcast", "load", "total"} <= reports[0].seconds.keys()
+        assert_holds(engine, checkpoints / name)
+        versions = {worker.version for worker in ReferenceClient(engine.endpoint).status(Deadline(20))}
+        assert versions == {name}
+    assert "read" in {event.phase for event in seen}
+
+
+@pytest.mark.parametrize("name", ["unknown", "missing", "misshapen"])
+def test_other_tensors_than_the_engine_has_change_nothing(
+    name: str, engine: ReferenceProcess, ranks: Ranks, checkpoints: Path
+) -> None:
+    ranks.run(job(engine, checkpoints / "a"), ignore)
+    named = "model.surprise" if name == "unknown" else "model.norm.weight"
+    with pytest.raises(UpdateError, match=named) as caught:
+        ranks.run(job(engine, checkpoints / name), ignore)
+    assert "still holds its old weights" in str(caught.value)
+    assert_holds(engine, checkpoints / "a")
+    ranks.run(job(engine, checkpoints / "b"), ignore)
+    assert_holds(engine, checkpoints / "b")
+
+
+@pytest.mark.parametrize(
+    ("fault", "words", "dirty"),
+    [
+        ("refuse", "this engine was told to refuse", False),
+        ("error500", "with 500: .*this engine was told to answer 500", False),
+        ("raise-in-load", "this loader was told to fail", True),
+        ("raise-in-finish", "told to fail at the end", True),
+    ],
+)
+def test_engine_that_fails_is_named_and_healed_by_the_next_update(
+    fault: str, words: str, dirty: bool, engine: ReferenceProcess, ranks: Ranks, checkpoints: Path
+) -> None:
+    ranks.run(job(engine, checkpoints / "a"), ignore)
+    start = time.monotonic()
+    set_fault(engine, fault)
+    with pytest.raises(UpdateError, match=words) as caught:
+        ranks.run(job(engine, checkpoints / "b"), ignore)
+    assert time.monotonic() - start < 15
+    if dirty:
+        assert "mixture" in str(caught.value)
+        dirty_workers, paused = status(engine)
+        assert True in dirty_workers
+        assert paused
+        ranks.run(job(engine, checkpoints / "b"), ignore)
+        assert_holds(engine, checkpoints / "b")
+    else:
+        assert_holds(engine, checkpoints / "a")
+
+
+@pytest.mark.parametrize("fault", ["hang", "stall-in-load"])
+def test_engine_that_never_answers_meets_the_deadline(fault: str, ranks: Ranks, checkpoints: Path) -> None:
+    with ReferenceProcess(SPEC.to_json(), TP, fault=fault) as engine:
+        start = time.monotonic()
+        ReferenceClient(engine.endpoint).wait_ready(Deadline(60))
+        ready = time.monotonic()
+        with pytest.raises(UpdateError, match=r"2 s"):
+            ranks.run(job(engine, checkpoints / "b", timeout=2.0), ignore)
+        assert time.monotonic() - ready < 40
+        assert start < ready
+        if fault == "hang":
+            ranks.run(job(engine, checkpoints / "b"), ignore)
+            assert_holds(engine, checkpoints / "b")
+
+
+def test_engine_that_dies_in_the_middle_is_named(ranks: Ranks, checkpoints: Path) -> None:
+    with ReferenceProcess(SPEC.to_json(), TP, fault="die-in-load") as engine:
+        ReferenceClient(engine.endpoint).wait_ready(Deadline(60))
+        start = time.monotonic()
+        with pytest.raises(UpdateError, match=r"engine worker|worker 1") as caught:
+            ranks.run(job(engine, checkpoints / "b"), ignore)
+        assert time.monotonic() - start < 25
+        assert "SIGKILL" in str(caught.value)
+    with ReferenceProcess(SPEC.to_json(), TP) as engine:
+        ranks.run(job(engine, checkpoints / "b"), ignore)
+        assert_holds(engine, checkpoints / "b")
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_is_killed_is_named_and_ends_the_others(
+    victim: int, engine: ReferenceProcess, ranks: Ranks, checkpoints: Path
+) -> None:
+    client = ReferenceClient(engine.endpoint)
+    client.wait_ready(Deadline(60))
+    set_fault(engine, "stall-in-load")  # holds the update in the middle until the rank is dead
+    with Ranks(TP, device="cpu", environment=SMALL_BUCKETS) as mine:
+        pids = mine.pids
+
+        def kill_in_load(event: Progressed | Logged) -> None:
+            if isinstance(event, Progressed) and event.phase == "load" and Path(f"/proc/{pids[victim]}").exists():
+                os.kill(pids[victim], signal.SIGKILL)
+
+        start = time.monotonic()
+        with pytest.raises(RankError, match=rf"rank {victim} \(pid {pids[victim]}\) was killed by SIGKILL"):
+            mine.run(job(engine, checkpoints / "a"), kill_in_load)
+        assert time.monotonic() - start < 30
+    dirty_workers, paused = status(engine)
+    assert True in dirty_workers
+    assert paused
+    ranks.run(job(engine, checkpoints / "b"), ignore)
+    assert_holds(engine, checkpoints / "b")
+
+
+def set_fault(engine: ReferenceProcess, name: str) -> None:
+    ReferenceClient(engine.endpoint).endpoint.call("POST", "/fault", Deadline(10), query={"name": name})
+
+
+# -- the command itself
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "checkpoint_engine.cli.main", "update", *map(str, arguments)]
+
+
+def run_command(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=100, check=False)
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_command_updates_and_saves_the_catalog(engine: ReferenceProcess, checkpoints: Path, tmp_path: Path) -> None:
+    metas = tmp_path / "metas.json"
+    finished = run_command(
+        *(checkpoints / "a", "--engine", "reference", "--endpoint", engine.endpoint, "--device", "cpu"),
+        *("-tp", TP, "--version", "step-7", "--save-metas", metas, "--json"),
+    )
+    assert finished.returncode == 0, finished.stderr
+    report = json.loads(finished.stdout)
+    assert report["ok"] is True
+    assert report["version"] == "step-7"
+    assert report["seconds"] == report["stages"]["total"] > 0
+    assert_holds(engine, checkpoints / "a")
+    catalog = Catalog.load(metas)
+    assert catalog.nbytes == report["bytes"]
+    assert [holding.rank for holding in catalog.holdings] == [0, 1]
+
+
+def test_command_uses_the_ranks_of_torchrun(engine: ReferenceProcess, checkpoints: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(TP)]
+    arguments = ["--engine", "reference", "--endpoint", engine.endpoint, "-tp", str(TP), "--device", "cpu"]
+    finished = subprocess.run(
+        [*torchrun, "-m", "checkpoint_engine.cli.main", "update", str(checkpoints / "b"), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.count("1 engine serves version b") == 1
+    assert "load into parameters" in finished.stdout
+    assert_holds(engine, checkpoints / "b")
+
+
+def test_command_refuses_a_wrong_tensor_parallel_size_before_reading(
+    engine: ReferenceProcess, checkpoints: Path
+) -> None:
+    finished = run_command(
+        *(checkpoints / "a", "--engine", "reference", "--endpoint", engine.endpoint, "--device", "cpu", "--json")
+    )
+    assert finished.returncode == 1
+    assert "has 2 workers, not 1: pass --tensor-parallel-size 2" in finished.stderr
+    assert "reading the files" not in finished.stderr
+    assert "Traceback" not in finished.stderr
+    assert json.loads(finished.stdout)["error"] == "SettingError"
+
+
+def test_command_gives_up_on_an_engine_that_never_comes(checkpoints: Path) -> None:
+    finished = run_command(
+        *(
+            checkpoints / "a",
+            "--engine",
+            "reference",
+            "--endpoint",
+            "http://127.0.0.1:9",
+            "--device",
+            "cpu",
+            "--wait",
+            2,
+        )
+    )
+    assert finished.returncode == 1
+    assert "DeadlineError: http://127.0.0.1:9 was not ready within 2 s" in finished.stderr
+    assert "Connection refused" in finished.stderr
+
+
+def test_command_names_a_truncated_file(engine: ReferenceProcess, checkpoints: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    make_checkpoint(broken, SPEC, seed=1)
+    file = broken / "model-00002-of-00002.safetensors"
+    os.truncate(file, file.stat().st_size - 100)
+    finished = run_command(broken, "--engine", "reference", "--endpoint", engine.endpoint, "-tp", TP, "--device", "cpu")
+    assert finished.returncode == 1
+    assert "CheckpointFormatError" in finished.stderr
+    assert file.name in finished.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["/nowhere", "--engine", "reference", "--endpoint", "http://h:1"], "CheckpointFormatError: /nowhere"),
+        ([".", "--engine", "nosuch", "--endpoint", "http://h:1"], "pip install checkpoint-engine-nosuch"),
+        ([".", "--engine", "reference", "--endpoint", "h:1"], "SettingError: 'h:1' is no endpoint"),
+        ([".", "--engine", "reference", "--endpoint", "http://h:1", "--ranks", "3"], "need 1: each rank feeds"),
+    ],
+)
+def test_command_refuses_at_once_what_cannot_work(
+    arguments: list[str], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["checkpoint-engine", "update", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 1
+    assert words in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_ranks_end_with_a_command_that_is_killed(engine: ReferenceProcess, checkpoints: Path) -> None:
+    arguments = ["--engine", "reference", "--endpoint", engine.endpoint, "-tp", TP, "--device", "cpu", "--json"]
+    with subprocess.Popen(
+        command(checkpoints / "a", *arguments, "--keep-serving", 60), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as running:
+        assert running.stdout is not None
+        assert json.loads(running.stdout.readline())["ok"] is True
+        ranks = children_of(running.pid)
+        assert len(ranks) == TP
+        running.kill()
+    patience = Deadline(10)
+    while any(Path(f"/proc/{pid}").exists() for pid in ranks):
+        patience.check("the end of the ranks")
+        time.sleep(0.05)
+
+
+def test_ctrl_c_gives_the_update_up_in_order(engine: ReferenceProcess, ranks: Ranks, checkpoints: Path) -> None:
+    set_fault(engine, "stall-in-load")
+    arguments = ["--engine", "reference", "--endpoint", engine.endpoint, "-tp", TP, "--device", "cpu"]
+    with subprocess.Popen(
+        command(checkpoints / "b", *arguments), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as running:
+        assert running.stderr is not None
+        for line in running.stderr:
+            if "sending" in line:
+                running.send_signal(signal.SIGINT)
+                break
+        assert running.wait(30) != 0
+    assert status(engine) == ({True, False}, True) or status(engine) == ({True}, True)
+    ranks.run(job(engine, checkpoints / "a"), ignore)
+    assert_holds(engine, checkpoints / "a")

@@ -1,0 +1,46 @@
+"""`checkpoint-engine demo` as people run it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+
+def run_demo(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "checkpoint_engine.cli.main", "demo", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
+
+
+def test_demo_updates_twice_and_verifies_everything() -> None:
+    start = time.monotonic()
+    finished = run_demo("--json")
+    assert finished.returncode == 0, finished.stderr
+    assert time.monotonic() - start < 60  # 30 s where nothing else runs
+    report = json.loads(finished.stdout)
+    assert report["ok"] is True
+    assert report["method"] == "broadcast"
+    assert [update["version"] for update in report["updates"]] == ["step-1", "step-2"]
+    assert report["bytes"] == sum(update["bytes"] for update in report["updates"]) > 50e6
+    assert report["verified_tensors"] == 2 * 2 * 46  # updates, workers, parameters of a worker
+    assert report["seconds"] > 0
+
+
+def test_demo_feeds_two_engines_and_prints_a_table() -> None:
+    finished = run_demo("--ranks", "2", "--tensor-parallel-size", "1", "--updates", "1")
+    assert finished.returncode == 0, finished.stderr
+    assert "2 ranks updated 2 engines of 1 worker in place" in finished.stdout
+    assert "92 parameters equal" in finished.stdout
+    assert "load into parameters" in finished.stdout
+
+
+@pytest.mark.parametrize("arguments", [("--ranks", "3"), ("--ranks", "1", "-tp", "2")])
+def test_demo_refuses_ranks_that_do_not_match(arguments: tuple[str, ...]) -> None:
+    finished = run_demo(*arguments)
+    assert finished.returncode == 1
+    assert "SettingError" in finished.stderr
+    assert "multiple" in finished.stderr
+    assert "Traceback" not in finished.stderr
