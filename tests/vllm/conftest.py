@@ -48,7 +48,7 @@ def vllm_environment(**more: str) -> dict[str, str]:
     return {
         **kept,
         "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "auto",
+        "VLLM_CPU_OMP_THREADS_BIND": "0",
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
@@ -132,7 +132,7 @@ class Server:
         self.log = log
         command = [
             *(bin_directory / "vllm", "serve", model, "--host", "127.0.0.1", "--port", str(self.port)),
-            *("--served-model-name", "tiny", "--max-model-len", "8192", "--max-num-seqs", "4", "--enforce-eager"),
+            *("--served-model-name", "tiny", "--max-model-len", "4096", "--max-num-seqs", "4", "--enforce-eager"),
             *("--dtype", "bfloat16", "--gpu-memory-utilization", "0.2", *options),
         ]
         env = vllm_environment(**{"VLLM_SERVER_DEV_MODE": "1", **environment})

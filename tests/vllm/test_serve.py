@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,33 +75,62 @@ def test_each_pause_mode_of_an_idle_engine(
     assert serving_a.rpc("checkpoint_engine_status")[0]["version"] == f"after-{pause}"
 
 
+@pytest.fixture
+def slow(serving_a: Any) -> Iterator[Any]:
+    """Slow enough for a request to last as long as any update, until `rpc` speeds it up again."""
+    serving_a.rpc("checkpoint_engine_test_slow", 0.05)
+    yield serving_a
+    serving_a.rpc("checkpoint_engine_test_slow", 0)
+
+
+@pytest.mark.parametrize("pause", ["keep", "none"])
 def test_a_request_in_flight_goes_on_with_the_new_weights(
-    serving_a: Any, update: Update, cold: Cold, checkpoints: Path
+    slow: Any, update: Update, cold: Cold, checkpoints: Path, pause: str
 ) -> None:
-    length = 6000
-    stream = Stream(serving_a.url, length)
+    length = 3000
+    stream = Stream(slow.url, length)
     stream.wait_for(20)
-    done = update(checkpoints / "qwen3-b", serving_a, "--pause", "keep")
+    keep_caches = ["--keep-caches"] if pause == "none" else []
+    done = update(checkpoints / "qwen3-b", slow, "--pause", pause, *keep_caches)
     assert done.returncode == 0, done.stderr
-    when_updated = len(stream.tokens)
+    before_update = len(stream.tokens)
+    slow.rpc("checkpoint_engine_test_slow", 0)
     stream.join()
     assert stream.error is None
     assert len(stream.tokens) == length
-    assert 20 <= when_updated < length, "the request was over before the update: make it longer"
+    assert 20 <= before_update < length
     assert stream.tokens[:16] == cold("qwen3")["tokens"][0]
-    assert serving_a.tokens() == cold("qwen3-b")["tokens"]
+    if pause == "keep":
+        assert slow.tokens() == cold("qwen3-b")["tokens"]
 
 
 def test_an_aborted_request_ends_and_the_next_gets_the_new_weights(
-    serving_a: Any, update: Update, cold: Cold, checkpoints: Path
+    slow: Any, update: Update, cold: Cold, checkpoints: Path
 ) -> None:
-    stream = Stream(serving_a.url, 8000)
+    stream = Stream(slow.url, 4000)
     stream.wait_for(20)
-    done = update(checkpoints / "qwen3-b", serving_a, "--pause", "abort")
+    done = update(checkpoints / "qwen3-b", slow, "--pause", "abort")
+    assert done.returncode == 0, done.stderr
+    slow.rpc("checkpoint_engine_test_slow", 0)
+    stream.join()
+    assert 20 <= len(stream.tokens) < 4000
+    assert slow.tokens() == cold("qwen3-b")["tokens"]
+
+
+def test_a_request_that_is_waited_for_ends_with_the_old_weights(
+    slow: Any, update: Update, cold: Cold, checkpoints: Path
+) -> None:
+    stream = Stream(slow.url, 200)
+    stream.wait_for(20)
+    done = update(checkpoints / "qwen3-b", slow, "--pause", "wait")
     assert done.returncode == 0, done.stderr
     stream.join()
-    assert len(stream.tokens) < 8000
-    assert serving_a.tokens() == cold("qwen3-b")["tokens"]
+    assert len(stream.tokens) == 200
+    slow.rpc("checkpoint_engine_test_slow", 0)
+    after = Stream(slow.url, 200)
+    after.join()
+    assert after.tokens != stream.tokens
+    assert slow.tokens() == cold("qwen3-b")["tokens"]
 
 
 @pytest.mark.parametrize(("fault", "named"), [("unknown", "nonsense.weight"), ("missing", "model.norm.weight")])
