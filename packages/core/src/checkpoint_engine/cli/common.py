@@ -14,9 +14,9 @@ from rich.text import Text
 
 from checkpoint_engine.errors import CheckpointEngineError
 
-output = Console()
+output = Console(highlight=False)
 """Results."""
-notes = Console(stderr=True)
+notes = Console(stderr=True, highlight=False)
 """Everything else, so that results can be piped."""
 
 

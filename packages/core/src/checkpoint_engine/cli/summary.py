@@ -12,11 +12,13 @@ from rich.progress import (
     DownloadColumn,
     Progress,
     SpinnerColumn,
+    Task,
     TextColumn,
     TimeElapsedColumn,
     TransferSpeedColumn,
 )
 from rich.table import Table
+from rich.text import Text
 from typing_extensions import Self
 
 from checkpoint_engine.cli.messages import Done, Logged, Progressed
@@ -46,6 +48,20 @@ _STAGES = {
 """Stage -> what people call it, and whether it moves bytes."""
 
 
+class _Moved(DownloadColumn):
+    """Bytes, in the phases that move any."""
+
+    def render(self, task: Task) -> Text:
+        return Text() if task.total is None else super().render(task)
+
+
+class _Speed(TransferSpeedColumn):
+    """Speed, in the phases that move bytes."""
+
+    def render(self, task: Task) -> Text:
+        return Text() if task.total is None else super().render(task)
+
+
 class UpdateView:
     """A progress bar on a terminal; lines elsewhere. Call it with what the ranks report."""
 
@@ -56,8 +72,8 @@ class UpdateView:
             SpinnerColumn(),
             TextColumn("{task.description}"),
             BarColumn(),
-            DownloadColumn(),
-            TransferSpeedColumn(),
+            _Moved(),
+            _Speed(),
             TimeElapsedColumn(),
             console=console,
             transient=True,
