@@ -303,7 +303,7 @@ class ParameterServer:
                 board=group.board,
                 device=self._device,
                 settings=self._settings,
-                open_communicator=group.communicator,
+                communicators=group,
                 read=read,
                 progress=self.progress,
             )
@@ -366,17 +366,19 @@ class _Group:
         self._store = store
         self._timeout = timeout
         self._communicators: dict[str, Communicator] = {}
-        self._made = 0
+        self.generation = ""
 
-    def communicator(self, device: Device) -> Communicator | None:
-        """The communicator for tensors of this device; None for a single rank, which needs none."""
+    def open(self, device: Device, generation: str) -> Communicator | None:
+        """The communicator of that generation for tensors of this device; None for a single rank, which needs none."""
         if self.board.world_size == 1:
             return None
+        if generation != self.generation:
+            self.drop_communicators()
+            self.generation = generation
         if device.backend not in self._communicators:
-            self._made += 1
             self._communicators[device.backend] = open_communicator(
                 device.backend,
-                dist.PrefixStore(f"{device.backend}-{self._made}", self._store),
+                dist.PrefixStore(f"{generation}/{device.backend}", self._store),
                 self.board.rank,
                 self.board.world_size,
                 self._timeout,
@@ -389,6 +391,7 @@ class _Group:
         for communicator in self._communicators.values():
             communicator.close()
         self._communicators.clear()
+        self.generation = ""
 
 
 def _device_index(rank: int, gpu_count: int | None) -> int:

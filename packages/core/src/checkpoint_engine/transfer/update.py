@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Protocol
 
 import msgspec
 import torch
@@ -43,6 +44,7 @@ class _Introduction(msgspec.Struct, frozen=True):
     handle: str
     available: int
     digest: str
+    generation: str
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,17 @@ class UpdateOrder:
     timeout: timedelta
 
 
+class Communicators(Protocol):
+    """Keeps communicators from one update to the next."""
+
+    generation: str
+    """Names those that are open; empty if there are none."""
+
+    def open(self, device: Device, generation: str) -> Communicator | None:
+        """The one of that generation for tensors of this device, opened if need be; None for a single rank."""
+        ...
+
+
 class BroadcastUpdate:
     """Runs one update by broadcast. Every rank makes one and calls `run`."""
 
@@ -67,7 +80,7 @@ class BroadcastUpdate:
         board: Board,
         device: Device,
         settings: Settings,
-        open_communicator: Callable[[Device], Communicator | None],
+        communicators: Communicators,
         read: Callable[[Bucket], torch.Tensor],
         progress: Progress,
     ) -> None:
@@ -75,7 +88,7 @@ class BroadcastUpdate:
         self._board = board
         self._device = device
         self._settings = settings
-        self._open_communicator = open_communicator
+        self._communicators = communicators
         self._read = read
         self._progress = progress
         self._deadline = Deadline(order.timeout.total_seconds())
@@ -101,7 +114,7 @@ class BroadcastUpdate:
         stack.callback(listener.close)
         ranks = self._introduce(listener.handle)
         staging_device, layout = self._choose_staging(plan, min(rank.available for rank in ranks))
-        communicator = self._open_communicator(staging_device)
+        communicator = self._communicators.open(staging_device, self._agreed_generation(ranks))
         if communicator is not None:
             self.cancel.on_set(communicator.abort)
 
@@ -155,10 +168,11 @@ class BroadcastUpdate:
             handle,
             int(free * self._settings.mem_fraction),
             self._order.digest,
+            self._communicators.generation,
         )
         ranks = [
             msgspec.msgpack.decode(text, type=_Introduction)
-            for text in self._gather("introduction", msgspec.msgpack.encode(mine))
+            for text in self._gather("introduced", msgspec.msgpack.encode(mine))
         ]
         for rank, other in enumerate(ranks):
             if other.digest != mine.digest:
@@ -167,6 +181,11 @@ class BroadcastUpdate:
                     "call gather_metas on all ranks again"
                 )
         return ranks
+
+    def _agreed_generation(self, ranks: list[_Introduction]) -> str:
+        """A rank that failed in a call that others did not notice has closed its communicators; all make new ones."""
+        held = {rank.generation for rank in ranks}
+        return held.pop() if len(held) == 1 and "" not in held else self._order.key
 
     def _choose_staging(self, plan: BucketPlan, available: int) -> tuple[Device, StagingLayout]:
         """All ranks decide alike, since all know the smallest free memory."""
