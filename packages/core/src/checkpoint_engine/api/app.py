@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import APIRouter, FastAPI
+from fastapi import APIRouter, FastAPI, Query
 from fastapi import Path as InPath
 from fastapi.security import HTTPBearer
 
@@ -40,6 +40,7 @@ _Name = Annotated[
     str,
     InPath(description="What the checkpoint is called, the same on all ranks.", examples=["step-7"], max_length=200),
 ]
+_Seconds = Annotated[float, Query(gt=0, le=86400, description="Seconds to wait for the other ranks.")]
 _Metas = dict[int, DataToGather | MemoryBufferMetaList]
 _NOT_FOUND = "No checkpoint of that name is known here."
 _STATE = "The call does not fit the state: registered twice, not gathered, in use, or another update is running."
@@ -122,9 +123,9 @@ def _checkpoint_routes(service: Service) -> APIRouter:
             {404: _NOT_FOUND, 409: _STATE, 422: "Two ranks hold the same tensor.", 504: "A rank is late."}
         ),
     )
-    def gather_metas(name: _Name) -> bodies.Gathered:  # pyright: ignore[reportUnusedFunction]
+    def gather_metas(name: _Name, timeout: _Seconds = 300.0) -> bodies.Gathered:  # pyright: ignore[reportUnusedFunction]
         """Call this on all ranks at the same time, also on ranks that hold nothing of the checkpoint."""
-        return service.gather(name)
+        return service.gather(name, timeout)
 
     return router
 

@@ -67,10 +67,10 @@ class Service:
             self._server.unregister_checkpoint(name, force=force)
         return bodies.Named(name=name)
 
-    def gather(self, name: str) -> bodies.Gathered:
+    def gather(self, name: str, timeout: float) -> bodies.Gathered:
         """Tells all ranks what each of them holds."""
         with self._named(name), self._alone(f"gather-metas of {name!r}"):
-            self._server.gather_metas(name)
+            self._server.gather_metas(name, timeout=timedelta(seconds=timeout))
         return _gathered(self._server.catalog(name))
 
     def update(self, name: str, body: bodies.UpdateBody) -> bodies.Report:
