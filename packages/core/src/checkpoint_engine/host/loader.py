@@ -187,7 +187,7 @@ def _collect(filling: Iterator[Filled]) -> list[Filled]:
         filled.extend(filling)
     except BaseException:
         for done in filled:
-            done.segment.close()
+            done.segment.discard()
         raise
     return filled
 
@@ -200,7 +200,7 @@ def _fill(
             try:
                 fill(pool, placement)
             except BaseException:
-                placement.segment.close()
+                placement.segment.discard()
                 raise
             yield placement.filled()
 
@@ -224,7 +224,8 @@ def _runs(tensors: Sequence[TensorEntry]) -> Iterator[list[TensorEntry]]:
 def _map_in_place(file: SafetensorsFile, run: Sequence[TensorEntry]) -> Filled:
     start = file.data_start + run[0].offset
     end = file.data_start + run[-1].offset + run[-1].nbytes
-    segment = Segment.map_file(file.path, start, end)
+    with file.open():
+        segment = Segment.map_file(file.path, start, end)
     try:
         file.check_unchanged(segment.fd)
     except CheckpointFormatError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import mmap
 import os
 from pathlib import Path
@@ -17,6 +18,7 @@ from checkpoint_engine.host.memory import require_host_memory
 LARGEST_SEGMENT = 64 << 30
 """Bytes. Recent drivers refuse to register several hundred GiB in one call."""
 
+_MADV_REMOVE = 9
 _MADV_POPULATE_WRITE = 23
 _PAGE = mmap.PAGESIZE
 
@@ -57,9 +59,11 @@ class Segment:
         if nbytes > LARGEST_SEGMENT:
             raise HostMemoryError(f"a segment of {nbytes} bytes was asked for, the largest is {LARGEST_SEGMENT}")
         require_host_memory(nbytes, "a segment")
-        descriptor = os.memfd_create("checkpoint-engine-segment", os.MFD_CLOEXEC)
+        descriptor = os.memfd_create("checkpoint-engine-segment", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(descriptor, nbytes)
+            # Whoever gets the descriptor cannot pull the memory from under somebody else.
+            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
             segment = cls(descriptor, nbytes)
         except OSError as error:
             os.close(descriptor)
@@ -148,6 +152,12 @@ class Segment:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+
+    def discard(self) -> None:
+        """Closes it, and gives anonymous memory back at once even if a view lives on, which then reads zeros."""
+        if self.file is None and self._mapping is not None:
+            _libc.madvise(self.address, self.nbytes, _MADV_REMOVE)
+        self.close()
 
     def _prefer_huge_pages(self) -> None:
         # Touching and pinning are several times faster where the administrator allows it for shared memory.

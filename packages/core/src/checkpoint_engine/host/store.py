@@ -243,8 +243,9 @@ class CheckpointStore:
             for future in pinning:
                 future.result()
         except BaseException:
+            # The error's traceback still refers to the memory; it must be free for a second attempt all the same.
             for done in filled:
-                done.segment.close()
+                done.segment.discard()
             raise
         return filled
 

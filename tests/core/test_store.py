@@ -1,0 +1,314 @@
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from checkpoint_engine.device import CpuDevice, open_device
+from checkpoint_engine.device.cpu import CpuPinned
+from checkpoint_engine.dtypes import torch_dtype
+from checkpoint_engine.errors import (
+    CheckpointFormatError,
+    CheckpointStateError,
+    DuplicateTensorError,
+    HostMemoryError,
+)
+from checkpoint_engine.host import filling
+from checkpoint_engine.host.segment import Segment
+from checkpoint_engine.host.store import CheckpointStore, Registered
+
+
+class CountingPinned(CpuPinned):
+    def __init__(self, device: CountingDevice) -> None:
+        self.device = device
+
+    def close(self) -> None:
+        self.device.pinned -= 1
+
+
+class CountingDevice(CpuDevice):
+    """The CPU, which counts what is pinned and refuses after a number of pins, as a driver may."""
+
+    def __init__(self, most: int = 1000) -> None:
+        super().__init__(rank=0)
+        self.pinned = 0
+        self.pins = 0
+        self.most = most
+
+    def pin(self, buffer: torch.Tensor) -> CountingPinned:
+        if self.pins == self.most:
+            raise HostMemoryError("the driver refuses")
+        self.pins += 1
+        self.pinned += 1
+        return CountingPinned(self)
+
+
+@pytest.fixture
+def device() -> CountingDevice:
+    return CountingDevice()
+
+
+@pytest.fixture
+def store(device: CountingDevice) -> Iterator[CheckpointStore]:
+    gc.collect()
+    before = open_descriptors()
+    store = CheckpointStore(device)
+    yield store
+    store.close()
+    assert device.pinned == 0
+    assert open_descriptors() == before
+
+
+def open_descriptors() -> int:
+    """Descriptors of segments and of checkpoint files that this process has open."""
+    names = [os.path.realpath(descriptor) for descriptor in Path("/proc/self/fd").iterdir()]
+    return sum("checkpoint-engine-segment" in name or ".safetensors" in name for name in names)
+
+
+def shared_memory() -> int:
+    """Bytes of shared memory that this process has touched."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssShmem:")[1].split()[0]) * 1024
+
+
+def contents(registered: Registered) -> dict[str, torch.Tensor]:
+    return {
+        tensor.name: segment.tensor[tensor.offset : tensor.offset + tensor.nbytes]
+        .view(torch_dtype(tensor.dtype))
+        .view(tensor.shape)
+        .clone()
+        for segment, entry in zip(registered.segments, registered.entries, strict=True)
+        for tensor in entry.tensors
+    }
+
+
+def tensors(value: int, count: int = 3, size: int = 1000) -> dict[str, torch.Tensor]:
+    return {f"layer.{i}": torch.full((size,), value + i, dtype=torch.int32) for i in range(count)}
+
+
+def assert_holds(store: CheckpointStore, name: str, expected: dict[str, torch.Tensor]) -> None:
+    found = contents(store.get(name))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_files_and_tensors_together_are_one_checkpoint(store: CheckpointStore, tmp_path: Path) -> None:
+    save_file({"head": torch.ones(5)}, tmp_path / "a.safetensors")
+    registered = store.register("both", files=[tmp_path / "a.safetensors"], named_tensors=tensors(1))
+    assert registered is store.get("both")
+    assert_holds(store, "both", tensors(1) | {"head": torch.ones(5)})
+    assert registered.nbytes == 3 * 4000 + 20
+    assert len(registered.pins) == len(registered.segments) == len(registered.entries)
+    assert store.names() == ["both"]
+
+
+def test_every_segment_is_pinned_once_and_let_go(
+    store: CheckpointStore, device: CountingDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(filling, "SEGMENT_TARGET", 4096)
+    registered = store.register("a", named_tensors=tensors(1, count=5))
+    assert device.pins == device.pinned == len(registered.segments) == 5
+    store.unregister("a")
+    assert device.pinned == 0
+
+
+@pytest.mark.parametrize("empty", [{}, {"x": torch.empty(0, 4)}])
+def test_an_empty_checkpoint_is_a_checkpoint(store: CheckpointStore, empty: dict[str, torch.Tensor]) -> None:
+    for pool in (False, True):
+        assert store.register("empty", named_tensors=empty, pool=pool).nbytes == 0
+        assert_holds(store, "empty", empty)
+        store.unregister("empty")
+
+
+def test_a_name_registered_twice_is_refused_and_the_first_stays(store: CheckpointStore) -> None:
+    store.register("a", named_tensors=tensors(1))
+    with pytest.raises(CheckpointStateError, match="'a' is registered already"):
+        store.register("a", named_tensors=tensors(2))
+    assert_holds(store, "a", tensors(1))
+
+
+def test_a_name_that_is_just_being_registered_is_taken_too(
+    store: CheckpointStore, device: CountingDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered, go_on = threading.Event(), threading.Event()
+    pin = device.pin
+
+    def slow_pin(buffer: torch.Tensor) -> CountingPinned:
+        entered.set()
+        assert go_on.wait(10)
+        return pin(buffer)
+
+    monkeypatch.setattr(device, "pin", slow_pin)
+    first = threading.Thread(target=store.register, args=("a",), kwargs={"named_tensors": tensors(1)})
+    first.start()
+    assert entered.wait(10)
+    with pytest.raises(CheckpointStateError, match="registered already"):
+        store.register("a", named_tensors=tensors(2))
+    with pytest.raises(CheckpointStateError, match="not registered"):
+        store.get("a")
+    go_on.set()
+    first.join(10)
+    assert_holds(store, "a", tensors(1))
+
+
+def test_an_unknown_name_is_refused_with_those_that_are_known(store: CheckpointStore) -> None:
+    store.register("a")
+    store.register("b")
+    with pytest.raises(CheckpointStateError, match="'c' is not registered; registered are: 'a', 'b'"):
+        store.get("c")
+    for call in (store.unregister, lambda name: store.use(name).__enter__()):
+        with pytest.raises(CheckpointStateError):
+            call("c")
+
+
+def test_a_failure_frees_everything_and_leaves_the_others(store: CheckpointStore, tmp_path: Path) -> None:
+    store.register("a", named_tensors=tensors(1))
+    taken = open_descriptors()
+    save_file({"x": torch.ones(5)}, tmp_path / "good.safetensors")
+    (tmp_path / "bad.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(CheckpointFormatError):
+        store.register("b", files=[tmp_path / "good.safetensors", tmp_path / "bad.safetensors"])
+    with pytest.raises(DuplicateTensorError, match=r"'x' is in .*good\.safetensors and again among the named tensors"):
+        store.register("b", files=[tmp_path / "good.safetensors"], named_tensors={"x": torch.ones(1)})
+    assert open_descriptors() == taken
+    assert store.names() == ["a"]
+    assert_holds(store, "a", tensors(1))
+    store.register("b", files=[tmp_path / "good.safetensors"])
+
+
+def test_a_driver_that_refuses_half_way_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(filling, "SEGMENT_TARGET", 4096)
+    device = CountingDevice(most=3)
+    store = CheckpointStore(device)
+    before = shared_memory()
+    with pytest.raises(HostMemoryError, match="the driver refuses"):
+        store.register("a", named_tensors=tensors(1, count=8, size=1 << 18))
+    assert device.pinned == 0
+    assert shared_memory() - before < 1 << 20
+    assert store.names() == []
+
+
+def test_unregistering_while_in_use_is_refused(store: CheckpointStore) -> None:
+    store.register("a", named_tensors=tensors(1))
+    with store.use("a") as outer, store.use("a") as inner:
+        assert outer is inner
+        for force in (False, True):
+            with pytest.raises(CheckpointStateError, match="'a' is being sent"):
+                store.unregister("a", force=force)
+        assert_holds(store, "a", tensors(1))
+    store.unregister("a")
+    assert store.names() == []
+
+
+def test_use_ends_with_an_error_too(store: CheckpointStore) -> None:
+    store.register("a", named_tensors=tensors(1))
+    with pytest.raises(RuntimeError), store.use("a"):
+        raise RuntimeError("the update failed")
+    store.unregister("a")
+
+
+def test_a_pool_serves_other_shapes_without_new_memory(
+    store: CheckpointStore, device: CountingDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(filling, "SEGMENT_TARGET", 3 * 4096)
+    store.register("a", named_tensors=tensors(1, count=7), pool=True)
+    addresses = {segment.address for segment in store.get("a").segments}
+    store.unregister("a")
+    assert device.pinned == device.pins == 3
+    store.register("b", named_tensors=tensors(5, count=20, size=300), pool=True)
+    assert {segment.address for segment in store.get("b").segments} <= addresses
+    assert device.pins == 3
+    assert_holds(store, "b", tensors(5, count=20, size=300))
+
+
+def test_a_pool_grows_where_it_does_not_suffice(store: CheckpointStore, device: CountingDevice) -> None:
+    store.register("a", named_tensors=tensors(1, count=2, size=100), pool=True)
+    store.unregister("a")
+    bigger = {"small": torch.ones(50), "large": torch.ones(10_000), "last": torch.ones(40)}
+    store.register("b", named_tensors=bigger, pool=True)
+    assert_holds(store, "b", bigger)
+    assert device.pins == 2
+
+
+def test_two_pooled_checkpoints_at_once_do_not_share(store: CheckpointStore) -> None:
+    store.register("a", named_tensors=tensors(1), pool=True)
+    store.register("b", named_tensors=tensors(10), pool=True)
+    assert_holds(store, "a", tensors(1))
+    assert_holds(store, "b", tensors(10))
+
+
+def test_force_frees_the_pool(store: CheckpointStore, device: CountingDevice) -> None:
+    store.register("a", named_tensors=tensors(1), pool=True)
+    store.unregister("a", force=True)
+    assert device.pinned == 0
+
+
+def test_an_idle_pool_gives_way_when_memory_is_short(
+    store: CheckpointStore, device: CountingDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.register("a", named_tensors=tensors(1, count=1), pool=True)
+    store.unregister("a")
+    create = Segment.create
+
+    def create_once_the_pool_is_empty(nbytes: int) -> Segment:
+        if device.pinned:
+            raise HostMemoryError("no memory")
+        return create(nbytes)
+
+    monkeypatch.setattr(Segment, "create", create_once_the_pool_is_empty)
+    store.register("b", named_tensors=tensors(1, count=1, size=100_000), pool=True)
+    assert_holds(store, "b", tensors(1, count=1, size=100_000))
+
+
+@pytest.fixture
+def on_tmpfs() -> Iterator[Path]:
+    if not os.path.ismount("/dev/shm"):
+        pytest.skip("no tmpfs on /dev/shm")
+    directory = Path(tempfile.mkdtemp(prefix="checkpoint-engine-test-", dir="/dev/shm"))
+    yield directory
+    shutil.rmtree(directory)
+
+
+def test_a_file_in_place_stays_when_its_checkpoint_goes(store: CheckpointStore, on_tmpfs: Path) -> None:
+    path = on_tmpfs / "a.safetensors"
+    save_file(tensors(1), path)
+    content = path.read_bytes()
+    for pool in (False, True):
+        store.register("a", files=[path], pool=pool)
+        assert store.get("a").segments[0].file == path
+        store.unregister("a", force=True)
+    assert path.read_bytes() == content
+
+
+def test_a_file_in_place_that_was_truncated_is_refused_before_use(store: CheckpointStore, on_tmpfs: Path) -> None:
+    path = on_tmpfs / "a.safetensors"
+    save_file(tensors(1), path)
+    store.register("a", files=[path])
+    os.truncate(path, 100)
+    with pytest.raises(CheckpointFormatError, match="truncated to 100 bytes"), store.use("a"):
+        pass
+    store.unregister("a")
+
+
+def test_the_real_device_pins() -> None:
+    store = CheckpointStore(open_device("cpu"))
+    assert len(store.register("a", named_tensors=tensors(1)).pins) == 1
+    store.close()
+    assert store.names() == []
+
+
+@pytest.mark.gpu
+def test_a_gpu_copies_from_a_registered_checkpoint() -> None:
+    store = CheckpointStore(open_device("cuda"))
+    registered = store.register("a", named_tensors=tensors(1))
+    assert registered.segments[0].tensor.is_pinned()
+    assert torch.equal(registered.segments[0].tensor.cuda().cpu(), registered.segments[0].tensor)
+    store.close()
