@@ -1,0 +1,228 @@
+"""`VllmClient` against a stand-in for vLLM's routes: versions and set-ups that no server here can show."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from checkpoint_engine.deadline import Deadline
+from checkpoint_engine.engine.client import load_client
+from checkpoint_engine.errors import CheckpointEngineError, EngineRequestError, MissingDependencyError
+from checkpoint_engine_vllm import VllmClient, compat, plugin
+
+OK = {"ok": True, "dirty": False, "version": "v2", "error": "", "phase": "", "seconds": 0.1}
+STATUS = {"dirty": False, "version": "v1", "updating": False}
+Answer = tuple[int, Any]
+
+
+class StandIn:
+    """Answers by route; a route that is not listed is 404. `asked` are the requests, in order."""
+
+    def __init__(self) -> None:
+        self.routes: dict[str, Callable[[Any], Answer]] = {"/health": lambda _: (200, "")}
+        self.methods: dict[str, Answer] = {}
+        self.asked: list[str] = []
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.answer(None)
+
+            def do_POST(self) -> None:
+                length = int(self.headers.get("content-length", 0))
+                self.answer(json.loads(self.rfile.read(length) or "null"))
+
+            def answer(self, body: Any) -> None:
+                outer.asked.append(self.path)
+                route = outer.routes.get(self.path.partition("?")[0])
+                status, reply = (404, {"detail": "Not Found"}) if route is None else route(body)
+                raw = reply.encode() if isinstance(reply, str) else json.dumps(reply).encode()
+                self.send_response(status)
+                self.send_header("content-length", str(len(raw)))
+                self.end_headers()
+                self.wfile.write(raw)
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+        self.client = VllmClient(f"http://127.0.0.1:{self.server.server_port}", timeout=5)
+
+    def with_rpc(self, **methods: Answer) -> StandIn:
+        missing = (500, {"error": {"message": "Worker failed with error: no such attribute"}})
+        self.methods = {"check_health": (200, {"results": [None]}), **methods}
+        self.routes["/collective_rpc"] = lambda body: self.methods.get(body["method"], missing)
+        return self
+
+    def with_routes(self, *paths: str) -> StandIn:
+        for path in paths:
+            self.routes[path] = lambda _: (200, {"success": True})
+        return self
+
+    def update(self, pause: Any = "keep", *, reset_caches: bool = True) -> None:
+        self.client.update_weights({"cpu:0": "h"}, version="v2", pause=pause, reset_caches=reset_caches, timeout=10)
+
+
+@pytest.fixture
+def vllm() -> Iterator[StandIn]:
+    stand_in = StandIn()
+    yield stand_in
+    stand_in.server.shutdown()
+    stand_in.server.server_close()
+
+
+def results(*reports: dict[str, Any]) -> Answer:
+    return 200, {"results": list(reports)}
+
+
+def test_the_client_is_found_by_its_name() -> None:
+    assert load_client("vllm") is VllmClient
+
+
+def test_an_engine_without_the_development_routes_is_told_how_to_start(vllm: StandIn) -> None:
+    with pytest.raises(EngineRequestError, match="VLLM_SERVER_DEV_MODE=1"):
+        vllm.client.wait_ready(Deadline(5))
+    with pytest.raises(EngineRequestError, match="VLLM_SERVER_DEV_MODE=1"):
+        vllm.update()
+
+
+def test_an_engine_without_our_methods_is_told_how_to_get_them(vllm: StandIn) -> None:
+    vllm.with_rpc()
+    with pytest.raises(EngineRequestError, match=r"--worker-extension-cls checkpoint_engine_vllm\.WorkerExtension"):
+        vllm.client.wait_ready(Deadline(5))
+
+
+def test_an_engine_that_is_broken_gets_no_advice_on_its_set_up(vllm: StandIn) -> None:
+    vllm.with_rpc(check_health=(500, "the engine is dead"))
+    with pytest.raises(EngineRequestError) as raised:
+        vllm.client.wait_ready(Deadline(5))
+    assert "worker-extension" not in str(raised.value)
+
+
+def test_the_order_of_an_update(vllm: StandIn) -> None:
+    resets = ("/reset_prefix_cache", "/reset_mm_cache", "/reset_encoder_cache")
+    vllm.with_rpc(checkpoint_engine_update=results(OK)).with_routes(
+        "/pause", "/resume", *resets, "/update_weight_version"
+    )
+    vllm.update("wait")
+    assert [path for path in vllm.asked if path != "/openapi.json"] == [
+        "/pause?mode=wait&clear_cache=true",
+        "/collective_rpc",
+        "/reset_prefix_cache?reset_running_requests=true",
+        "/reset_mm_cache",
+        "/reset_encoder_cache",
+        "/update_weight_version",
+        "/resume",
+    ]
+
+
+def test_caches_are_kept_when_asked_to(vllm: StandIn) -> None:
+    vllm.with_rpc(checkpoint_engine_update=results(OK)).with_routes("/pause", "/resume")
+    vllm.update("keep", reset_caches=False)
+    assert "/pause?mode=keep&clear_cache=false" in vllm.asked
+    assert not [path for path in vllm.asked if path.startswith("/reset")]
+
+
+def test_a_cache_that_this_vllm_does_not_have_is_passed_over_but_said(
+    vllm: StandIn, caplog: pytest.LogCaptureFixture
+) -> None:
+    vllm.with_rpc(checkpoint_engine_update=results(OK)).with_routes("/pause", "/resume", "/reset_prefix_cache")
+    with caplog.at_level(logging.WARNING):
+        vllm.update()
+    assert "/reset_encoder_cache" in caplog.text
+
+
+def test_a_prefix_cache_that_stays_in_use_is_an_error(vllm: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("checkpoint_engine_vllm.client._CACHE_SECONDS", 0.2)
+    vllm.with_rpc(checkpoint_engine_update=results(OK)).with_routes("/pause", "/resume")
+    vllm.routes["/reset_prefix_cache"] = lambda _: (200, {"success": False})
+    with pytest.raises(EngineRequestError, match="prefix cache"):
+        vllm.update("none")
+
+
+def old_pause(vllm: StandIn) -> StandIn:
+    parameters = [{"name": "wait_for_inflight_requests"}, {"name": "clear_cache"}]
+    vllm.routes["/openapi.json"] = lambda _: (200, {"paths": {"/pause": {"post": {"parameters": parameters}}}})
+    return vllm.with_rpc(checkpoint_engine_update=results(OK)).with_routes("/pause", "/resume", "/reset_prefix_cache")
+
+
+def test_a_vllm_whose_pause_knows_no_modes_waits_or_aborts(vllm: StandIn) -> None:
+    old_pause(vllm).update("wait")
+    assert any("wait_for_inflight_requests=true" in path for path in vllm.asked)
+
+
+def test_a_vllm_whose_pause_knows_no_modes_cannot_keep(vllm: StandIn) -> None:
+    with pytest.raises(EngineRequestError, match="cannot keep running requests"):
+        old_pause(vllm).update("keep")
+    assert "/collective_rpc" not in vllm.asked
+
+
+@pytest.mark.parametrize(("dirty", "resumed"), [(False, True), (True, False)])
+def test_after_a_failure_it_serves_again_only_with_whole_weights(vllm: StandIn, dirty: bool, resumed: bool) -> None:
+    failed = {**OK, "ok": False, "dirty": dirty, "error": "WorkerError: broken"}
+    status = results({**STATUS, "dirty": dirty})
+    vllm.with_rpc(checkpoint_engine_update=results(failed), checkpoint_engine_status=status)
+    vllm.with_routes("/pause", "/resume")
+    with pytest.raises(EngineRequestError, match="WorkerError: broken"):
+        vllm.update()
+    assert ("/resume" in vllm.asked) == resumed
+
+
+def stand_in_for_vllm(monkeypatch: pytest.MonkeyPatch, worker: str, extension: str) -> type:
+    class EngineArgs:
+        def create_engine_config(self) -> SimpleNamespace:
+            return SimpleNamespace(parallel_config=SimpleNamespace(worker_cls=worker, worker_extension_cls=extension))
+
+    module = ModuleType("vllm.engine.arg_utils")
+    module.EngineArgs = EngineArgs  # pyright: ignore[reportAttributeAccessIssue]
+    for name in ("vllm", "vllm.engine"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return EngineArgs
+
+
+@pytest.mark.parametrize(
+    ("worker", "extension", "used"),
+    [
+        ("vllm.v1.worker.gpu_worker.Worker", "", plugin.WORKER_EXTENSION),
+        ("vllm.v1.worker.gpu_worker.Worker", "mine.Extension", "mine.Extension"),
+        ("somewhere.else.Worker", "", ""),
+    ],
+)
+def test_the_plugin_sets_the_default_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, worker: str, extension: str, used: str
+) -> None:
+    arguments = stand_in_for_vllm(monkeypatch, worker, extension)
+    plugin.register()
+    once = arguments.create_engine_config
+    plugin.register()
+    assert arguments.create_engine_config is once
+    assert arguments().create_engine_config().parallel_config.worker_extension_cls == used
+
+
+def test_the_plugin_does_not_stop_an_unknown_vllm(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        plugin.register()
+    assert plugin.WORKER_EXTENSION in caplog.text
+
+
+def test_a_vllm_that_is_too_old_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in_for_vllm(monkeypatch, "", "")
+    sys.modules["vllm"].__version__ = "0.15.1"  # pyright: ignore[reportAttributeAccessIssue]
+    compat.layerwise.cache_clear()
+    compat.version.cache_clear()
+    try:
+        with pytest.raises(MissingDependencyError, match=r"vLLM 0\.15\.1 .* needs vLLM 0\.16"):
+            compat.layerwise()
+    finally:
+        compat.version.cache_clear()
+    assert issubclass(MissingDependencyError, CheckpointEngineError)
