@@ -96,9 +96,7 @@ def named_tensors(tensors: list[Tensor], rank: int, world: int) -> dict[str, tor
         return dict(pool.map(make, mine))
 
 
-def engine_worker(
-    rank: int, world: int, workload: str, device: str, orders: queue.Queue, replies: queue.Queue
-) -> None:
+def engine_worker(rank: int, world: int, workload: str, device: str, orders: queue.Queue, replies: queue.Queue) -> None:
     """A stand-in for an engine: keeps its shards, loads tensor by tensor as engines do."""
     from checkpoint_engine.worker import update_weights_from_ipc  # noqa: PLC0415 - the system under test
 
