@@ -1,0 +1,135 @@
+"""`checkpoint-engine doctor`, in places that are sound and in places that are not."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from checkpoint_engine.cli import checks
+from checkpoint_engine.cli.checks import Finding
+
+
+def doctor(*arguments: str, path: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    extra = {"PYTHONPATH": str(path)} if path else {}
+    return subprocess.run(
+        [sys.executable, "-m", "checkpoint_engine", "doctor", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "COLUMNS": "200", **extra, **environment},
+    )
+
+
+def found(done: subprocess.CompletedProcess[str], name: str) -> Finding:
+    findings = [Finding(**finding) for finding in json.loads(done.stdout)["findings"]]
+    (finding,) = [finding for finding in findings if finding.name == name]
+    return finding
+
+
+def install(directory: Path, name: str, version: str, entry_points: str = "") -> Path:
+    """What a package manager leaves behind for a distribution, without its files."""
+    info = directory / f"{name.replace('-', '_')}-{version}.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    (info / "entry_points.txt").write_text(entry_points)
+    return directory
+
+
+def test_a_sound_place_is_ready() -> None:
+    done = doctor("--json")
+    report = json.loads(done.stdout)
+    problems = [finding for finding in report["findings"] if finding["status"] == "problem"]
+    assert report["ok"] is (not problems)
+    assert done.returncode == (1 if problems else 0)
+    # Whether this host's devices and limits will do is not for a test to say.
+    assert not [finding for finding in problems if finding["area"] in ("software", "network", "plugins")]
+    assert {finding["area"] for finding in report["findings"]} == {"software", "devices", "host", "network", "plugins"}
+    for finding in report["findings"]:
+        assert finding["value"], finding
+        assert bool(finding["advice"]) or finding["status"] == "ok", finding
+    assert "gloo" in found(done, "collectives").value
+    assert found(done, "client reference").status == "ok"
+
+
+def test_everything_wrong_is_found_at_once_and_the_exit_code_tells(tmp_path: Path) -> None:
+    install(tmp_path, "checkpoint-engine", "0.4.2")
+    broken = "[checkpoint_engine.clients]\nbroken = checkpoint_engine.no_such_module:Client\n"
+    install(tmp_path, "some-plugin", "1.0", broken)
+    wrong = {"PS_MEM_FRACTION": "1.5", "TMPDIR": str(tmp_path / ("x" * 90))}
+    (tmp_path / ("x" * 90)).mkdir()
+    done = doctor("--json", path=tmp_path, **wrong)
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["ok"] is False
+    clash = found(done, "checkpoint-engine")
+    assert (clash.status, "0.4.2" in clash.value) == ("problem", True)
+    assert "pip uninstall" in clash.advice
+    assert found(done, "settings").status == "problem"
+    assert "memory fraction" in found(done, "settings").advice
+    assert found(done, "link").status == "problem"
+    assert "TMPDIR" in found(done, "link").advice
+    assert found(done, "client broken").status == "problem"
+
+
+def test_people_see_marks_and_advice(tmp_path: Path) -> None:
+    done = doctor(path=install(tmp_path, "checkpoint-engine", "0.4.2"))
+    assert done.returncode == 1
+    assert "✗" in done.stdout
+    assert "→ pip uninstall" in done.stdout
+    assert "1 problem" in done.stdout
+
+
+@pytest.fixture
+def engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An environment with an engine of our own invention in it."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delenv("FAKE_PLUGINS", raising=False)
+    return tmp_path
+
+
+FAKE = checks.Engine("fake_engine", "checkpoint-engine-fake", "fake.plugins", "FAKE_PLUGINS")
+ANNOUNCED = "[fake.plugins]\ncheckpoint_engine = checkpoint_engine_fake:register\n"
+
+
+def look(status: str, words: str) -> Finding:
+    finding = checks.check_engine("fake", FAKE)
+    assert finding.status == status, finding
+    assert words in f"{finding.value} {finding.advice}", finding
+    return finding
+
+
+def test_an_engine_that_does_not_see_its_plugin_is_found(engines: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    look("ok", "neither")
+    plugin = install(engines / "plugin", FAKE.plugin, "0.1.0", ANNOUNCED)
+    monkeypatch.syspath_prepend(str(plugin))
+    look("note", "no fake in this environment")
+    (engines / "fake_engine").mkdir()
+    (engines / "fake_engine" / "__init__.py").touch()
+    install(engines, "fake_engine", "0.30")
+    look("ok", "fake 0.30 loads plugin 0.1.0")
+    monkeypatch.setenv("FAKE_PLUGINS", "something, else")
+    look("problem", "add checkpoint_engine to FAKE_PLUGINS")
+    monkeypatch.setenv("FAKE_PLUGINS", "something, checkpoint_engine")
+    look("ok", "loads plugin")
+    sys.path.remove(str(plugin))
+    look("problem", "pip install checkpoint-engine-fake")
+
+
+def test_a_plugin_that_is_not_announced_is_found(engines: Path) -> None:
+    (engines / "fake_engine").mkdir()
+    (engines / "fake_engine" / "__init__.py").touch()
+    install(engines, FAKE.plugin, "0.1.0")
+    look("problem", "not announced in fake.plugins")
+
+
+def test_limits() -> None:
+    assert checks.check_memlock(resource.RLIM_INFINITY, rdma=True).status == "ok"
+    assert checks.check_memlock(1 << 26, rdma=False).status == "ok"
+    limited = checks.check_memlock(1 << 26, rdma=True)
+    assert (limited.status, "ulimit -l unlimited" in limited.advice) == ("problem", True)
+    assert checks.check_shm(Path("/nowhere/at/all")).status == "problem"
