@@ -54,6 +54,11 @@ def layerwise() -> Layerwise:
         ) from error
 
 
+def is_open(state: LayerState) -> bool:
+    """Whether a module still waits for weights (vLLM's own method for it has had two names)."""
+    return state.load_numel_total is not None
+
+
 @cache
 def version() -> str:
     """The installed vLLM's version, or `(not installed)`."""

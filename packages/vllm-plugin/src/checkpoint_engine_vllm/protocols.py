@@ -38,10 +38,8 @@ class LayerState(Protocol):
     """What vLLM notes about a module while its weights are reloaded."""
 
     load_numel: int
-    load_numel_total: int
+    load_numel_total: int | None
+    """None while the module does not wait for weights."""
     loaded_weights: list[tuple[str, BoundArguments]]
     kernel_tensors: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]
-
-    def can_load(self) -> bool:
-        """Whether the module still waits for weights."""
-        ...
+    """Parameters and buffers as they were before the reload."""

@@ -15,6 +15,7 @@ import torch
 from checkpoint_engine.engine.adapter import TensorSpec
 from checkpoint_engine.errors import CheckpointEngineError, WorkerError
 from checkpoint_engine_vllm import compat
+from checkpoint_engine_vllm.compat import is_open
 from checkpoint_engine_vllm.loadplan import Watched, rejection
 from checkpoint_engine_vllm.protocols import LayerState, ModelConfig
 from checkpoint_engine_vllm.repairs import Repairs
@@ -49,12 +50,12 @@ class Reload:
 
     def begin(self) -> None:
         """Makes the model ready for new weights."""
-        already_open = {layer for layer in self.model.modules() if self._layerwise.info(layer).can_load()}
+        already_open = {layer for layer in self.model.modules() if is_open(self._layerwise.info(layer))}
         self._repairs.before(self.model)
         self._layerwise.initialize(self.model)
         for layer in self.model.modules():
             info = self._layerwise.info(layer)
-            if layer not in already_open and info.can_load() and info.load_numel_total > 0:
+            if layer not in already_open and info.load_numel_total:
                 self._opened.append((layer, info))
                 self._remember_what_is_written_in_place(layer, info)
 
@@ -87,7 +88,7 @@ class Reload:
         served = {_address(parameter) for parameter in self._finished_parameters()} - {0}
         found: list[str] = []
         for layer, info in self._opened:
-            if not info.can_load() or layer in self._lent or compat.is_attention(layer):
+            if not is_open(info) or layer in self._lent or compat.is_attention(layer):
                 continue
             loaded: dict[str, list[Any]] = {}
             for parameter, arguments in info.loaded_weights:
@@ -107,18 +108,20 @@ class Reload:
 
     def abort(self) -> bool:
         """Puts the old weights back into layers that are not complete; returns whether those were all."""
-        intact = all(info.can_load() for _, info in self._opened)
+        intact = all(is_open(info) for _, info in self._opened)
         for layer in self.model.modules():
             info = self._layerwise.info(layer)
-            if not info.can_load():
+            if not is_open(info):
+                # vLLM 0.16 puts these back into attention layers even if they are complete.
+                info.kernel_tensors = _own_tensors(layer)
                 continue
             # A layer that was filled in place, without a buffer, cannot be put back.
             intact = intact and not (getattr(info, "runtime_bound", False) and info.load_numel > 0)
             info.loaded_weights.clear()
             info.load_numel = 0
-        self._repairs.undo(layer for layer, info in self._opened if not info.can_load())
+        self._repairs.undo(layer for layer, info in self._opened if not is_open(info))
         for info, tensor, old in self._written_in_place:
-            if info.can_load():
+            if is_open(info):
                 tensor.data.copy_(old)
         self._layerwise.finalize(self.model, self._model_config)
         return intact
@@ -136,7 +139,7 @@ class Reload:
     def _detach(self, storages: set[int]) -> None:
         """Clones the tensors that unfinished layers still need, out of the storages given."""
         for _, info in self._opened:
-            if info.can_load():
+            if is_open(info):
                 for _, bound in info.loaded_weights:
                     for key, value in bound.arguments.items():
                         bound.arguments[key] = self._detached(value, storages)
@@ -155,8 +158,15 @@ class Reload:
 
     def _finished_parameters(self) -> Iterator[torch.Tensor]:
         for layer in self.model.modules():
-            if not self._layerwise.info(layer).can_load():
+            if not is_open(self._layerwise.info(layer)):
                 yield from layer.parameters(recurse=False)
+
+
+def _own_tensors(layer: torch.nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    return (
+        dict(layer.named_parameters(recurse=False, remove_duplicate=False)),
+        dict(layer.named_buffers(recurse=False, remove_duplicate=False)),
+    )
 
 
 def _address(tensor: torch.Tensor) -> int:
