@@ -14,13 +14,11 @@ from typing import TYPE_CHECKING
 
 import msgspec
 import torch
-import torch.distributed as dist
 from typing_extensions import Self
 
 from checkpoint_engine import distributed
 from checkpoint_engine.catalog import Catalog, Holding
-from checkpoint_engine.collective import Board, Communicator, open_communicator, open_store
-from checkpoint_engine.deadline import Cancel, Deadline
+from checkpoint_engine.collective import RankGroup, open_store
 from checkpoint_engine.device import Device, open_device
 from checkpoint_engine.errors import CheckpointEngineError, CheckpointStateError, SettingError
 from checkpoint_engine.host.store import CheckpointStore
@@ -28,7 +26,6 @@ from checkpoint_engine.planning.buckets import Bucket
 from checkpoint_engine.settings import Settings, rank_from_environment
 from checkpoint_engine.transfer.report import Progress, UpdateReport
 from checkpoint_engine.transfer.update import BroadcastUpdate, RequestFunction, UpdateOrder
-from checkpoint_engine.transfer.watch import Failure, failure_key
 
 if TYPE_CHECKING:
     from checkpoint_engine.data_types import MemoryBufferMetaList
@@ -85,10 +82,9 @@ class ParameterServer:
         self._store = CheckpointStore(self._device)
         self._gathered: dict[str, tuple[Catalog, str]] = {}
         self._latest = ""
-        self._group: _Group | None = None
+        self._group: RankGroup | None = None
         self._facade: distributed.DistributedProcessGroup | None = None
         self._busy = threading.Lock()
-        self._calls = 0
         self._running: BroadcastUpdate | None = None
         self.progress = Progress()
         self.last_report: UpdateReport | None = None
@@ -219,7 +215,7 @@ class ParameterServer:
             store = open_store(
                 self._rank, self._world_size, master_addr or known_addr, master_port or known_port, timeout
             )
-            self._group = _Group(store, self._rank, self._world_size, timeout)
+            self._group = RankGroup(store, self._rank, self._world_size, timeout)
             # Update scripts call checkpoint_engine.distributed.barrier() once this has returned.
             self._facade = distributed.adopt(store, self._rank, self._world_size, timeout)
 
@@ -229,7 +225,7 @@ class ParameterServer:
         Raises:
             DeadlineError: a rank did not come in time; the message says which.
         """
-        self._gather("barrier", b"", timeout, "all ranks being here")
+        self._connected().gather("barrier", b"", timeout, "all ranks being here")
 
     def gather_metas(self, name: str, *, timeout: timedelta = timedelta(minutes=5)) -> None:
         """Tells all ranks what each of them holds of a checkpoint; ranks that hold nothing take part too.
@@ -241,7 +237,9 @@ class ParameterServer:
         """
         held = self._store.get(name).entries if name in self._store.names() else []
         mine = Holding(self._rank, socket.gethostname(), self._device.identity, tuple(held))
-        parts = self._gather("metas", msgspec.msgpack.encode((name, mine)), timeout, f"all ranks gathering {name!r}")
+        parts = self._connected().gather(
+            "metas", msgspec.msgpack.encode((name, mine)), timeout, f"all ranks gathering {name!r}"
+        )
         holdings: list[Holding] = []
         for part in parts:
             other, holding = msgspec.msgpack.decode(part, type=tuple[str, Holding])
@@ -284,7 +282,7 @@ class ParameterServer:
         if not self._busy.acquire(blocking=False):
             raise CheckpointStateError("an update is running on this rank already; wait for it, or abort it")
         try:
-            self._run(UpdateOrder(self._next_call(), catalog, digest, version or name, req_func, timeout))
+            self._run(UpdateOrder(self._connected().next_call(), catalog, digest, version or name, req_func, timeout))
         finally:
             self._busy.release()
 
@@ -300,10 +298,9 @@ class ParameterServer:
 
             self._running = BroadcastUpdate(
                 order,
-                board=group.board,
+                group=group,
                 device=self._device,
                 settings=self._settings,
-                communicators=group,
                 read=read,
                 progress=self.progress,
             )
@@ -321,7 +318,7 @@ class ParameterServer:
             raise CheckpointStateError(f"{name!r} was not gathered; call gather_metas({name!r}) on all ranks first")
         return self._gathered[name]
 
-    def _connected(self) -> _Group:
+    def _connected(self) -> RankGroup:
         if self._group is None:
             if not self._auto_pg:
                 raise CheckpointStateError("the ranks are not connected; call init_process_group on all ranks first")
@@ -330,68 +327,11 @@ class ParameterServer:
             raise CheckpointStateError("the group of ranks was closed")
         return self._group
 
-    def _gather(self, what: str, mine: bytes, timeout: timedelta, waiting_for: str) -> list[bytes]:
-        board, call = self._connected().board, self._next_call()
-        try:
-            return board.gather(f"{call}/{what}", mine, Deadline(timeout.total_seconds()), Cancel(), waiting_for)
-        except CheckpointEngineError as error:
-            board.post(
-                failure_key(call), msgspec.json.encode(Failure(self._rank, what, type(error).__name__, str(error)))
-            )
-            raise
-
-    def _next_call(self) -> str:
-        """Ranks call in the same order, so the number is the same on all of them.
-
-        A call that failed because another rank did not come is passed over by that rank.
-        """
-        board = self._connected().board
-        self._calls += 1
-        while board.read(failure_key(f"call-{self._calls}")) is not None:
-            self._calls += 1
-        return f"call-{self._calls}"
-
     def _disconnect(self) -> None:
         if self._group is not None:
             self._group.drop_communicators()
             self._group = None
             distributed.destroy_process_group(self._facade)
-
-
-class _Group:
-    """The ranks' store and the communicators made over it."""
-
-    def __init__(self, store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> None:
-        self.board = Board(store, rank, world_size)
-        self._store = store
-        self._timeout = timeout
-        self._communicators: dict[str, Communicator] = {}
-        self.generation = ""
-
-    def open(self, device: Device, generation: str) -> Communicator | None:
-        """The communicator of that generation for tensors of this device; None for a single rank, which needs none."""
-        if self.board.world_size == 1:
-            return None
-        if generation != self.generation:
-            self.drop_communicators()
-            self.generation = generation
-        if device.backend not in self._communicators:
-            self._communicators[device.backend] = open_communicator(
-                device.backend,
-                dist.PrefixStore(f"{generation}/{device.backend}", self._store),
-                self.board.rank,
-                self.board.world_size,
-                self._timeout,
-                device.torch_device,
-            )
-        return self._communicators[device.backend]
-
-    def drop_communicators(self) -> None:
-        """Closes them; peers that wait in one get an error at once."""
-        for communicator in self._communicators.values():
-            communicator.close()
-        self._communicators.clear()
-        self.generation = ""
 
 
 def _device_index(rank: int, gpu_count: int | None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import torch.distributed as dist
 
@@ -27,9 +28,9 @@ class Board:
             DeadlineError: a rank did not come in time; the message says which.
             CheckpointEngineError: the cause with which `cancel` was set meanwhile.
         """
-        self._store.set(f"{key}/{self.rank}", mine)
+        self._store.set(f"{key}/{self.rank}", mine)  # pyright: ignore[reportArgumentType] - the stub lacks bytes
         if self._store.add(f"{key}/count", 1) == self.world_size:
-            self._store.set(f"{key}/all", b"1")
+            self._store.set(f"{key}/all", "1")
         pause = _SHORTEST_PAUSE
         while not self._store.check([f"{key}/all"]):
             cancel.check()
@@ -58,4 +59,5 @@ class Board:
 
     def for_other_thread(self) -> Board:
         """The same board over a connection of its own, so that a long wait here does not block it."""
-        return Board(self._store.clone(), self.rank, self.world_size)
+        clone: Callable[[], dist.Store] | None = getattr(self._store, "clone", None)  # torch 2.8 and newer
+        return Board(clone() if clone else self._store, self.rank, self.world_size)

@@ -57,7 +57,7 @@ def open_store(
 
 
 def _part_of(store: dist.Store, rank: int) -> dist.Store:
-    """A part of a store that outlives us: neither another server nor an earlier attempt of the job has written to it."""
+    """A part of a store that outlives us; no other server and no earlier attempt of the job has written to it."""
     _shared[rank] += 1
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return dist.PrefixStore(f"checkpoint-engine/{attempt}/{_shared[rank]}", store)

@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Generator
 from datetime import timedelta
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,7 @@ from checkpoint_engine.errors import MissingDependencyError, RankError
 class TorchGroup:
     """A gloo or NCCL group. Failures of a peer surface as `RankError`."""
 
-    def __init__(self, group: dist.ProcessGroup | dist.ProcessGroupGloo | dist.ProcessGroupNCCL, backend: str) -> None:
+    def __init__(self, group: dist.ProcessGroup, backend: str) -> None:
         self.rank = group.rank()
         self.world_size = group.size()
         self._group = group
@@ -69,7 +70,8 @@ class TorchGroup:
 def open_gloo(store: dist.Store, rank: int, world_size: int, timeout: timedelta, device: torch.device) -> TorchGroup:
     """A gloo group; it takes tensors of any device, those of a GPU by way of the host."""
     del device
-    return TorchGroup(dist.ProcessGroupGloo(store, rank, world_size, timeout), "gloo")
+    group = dist.ProcessGroupGloo(store, rank, world_size, timeout)
+    return TorchGroup(cast("dist.ProcessGroup", group), "gloo")
 
 
 def open_nccl(store: dist.Store, rank: int, world_size: int, timeout: timedelta, device: torch.device) -> TorchGroup:
@@ -85,7 +87,7 @@ def open_nccl(store: dist.Store, rank: int, world_size: int, timeout: timedelta,
     with _environment("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0"):  # else torch ends the whole process on an error
         group = dist.ProcessGroupNCCL(store, rank, world_size, options)
     group.eager_connect_single_device(device)
-    return TorchGroup(group, "nccl")
+    return TorchGroup(cast("dist.ProcessGroup", group), "nccl")
 
 
 @contextlib.contextmanager

@@ -108,18 +108,21 @@ class _Reception:
         self._deadline = deadline
         self._phase = "begin"
         self._begun = False
+        self._restored = True
         self._load_seconds = 0.0
 
     def run(self) -> Received:
         start = time.perf_counter()
         try:
-            with self._mapped_staging() as (begin, staging):
+            with self._mapped_staging() as (begin, staging), self._aborting_on_error():
                 self._begin(begin)
                 self._load_all(begin, staging)
-                details = self._finish(begin.version)
+                details, seconds = self._finish()
         except Exception as error:
-            self._give_up(error)
+            self._say_goodbye(error)
             raise
+        # Only now: the sender frees the staging memory once it hears this.
+        self._send(Finished(begin.version, seconds, dict(details)))
         return Received(
             version=begin.version,
             nbytes=sum(_nbytes(tensor) for bucket in begin.buckets for tensor in bucket),
@@ -179,21 +182,29 @@ class _Reception:
         self._device.synchronize()
         return time.perf_counter() - start
 
-    def _finish(self, version: str) -> Mapping[str, str | int | float]:
+    def _finish(self) -> tuple[Mapping[str, str | int | float], float]:
         self._phase = "finish"
         start = time.perf_counter()
         details = self._adapter.finish()
         self._device.synchronize()
-        self._send(Finished(version, time.perf_counter() - start, dict(details)))
-        return details
+        return details, time.perf_counter() - start
 
-    def _give_up(self, error: BaseException) -> None:
-        """Puts the engine into a known state first, then tells the sender, who may be gone already."""
-        restored = self._adapter.abort() if self._begun else True
+    @contextlib.contextmanager
+    def _aborting_on_error(self) -> Generator[None]:
+        """Puts the engine into a known state while the staging memory, which it may refer to, is still mapped."""
+        try:
+            yield
+        except Exception:
+            if self._begun:
+                self._restored = False
+                self._restored = self._adapter.abort()
+            raise
+
+    def _say_goodbye(self, error: Exception) -> None:
         answer = (
-            Aborted(dirty=not restored)
+            Aborted(dirty=not self._restored)
             if isinstance(error, UpdateAbortedError)
-            else Failed(self._phase, type(error).__name__, str(error), dirty=not restored)
+            else Failed(self._phase, type(error).__name__, str(error), dirty=not self._restored)
         )
         with contextlib.suppress(CheckpointEngineError):  # the error under way says more than a lost goodbye
             self._channel.send(answer, Deadline(_GOODBYE_SECONDS))

@@ -8,14 +8,13 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Protocol
 
 import msgspec
 import torch
 import torch.distributed as dist
 
 from checkpoint_engine.catalog import Catalog
-from checkpoint_engine.collective import Board, Communicator
+from checkpoint_engine.collective import Failure, RankGroup
 from checkpoint_engine.deadline import Cancel, Deadline
 from checkpoint_engine.device import CpuDevice, Device
 from checkpoint_engine.errors import DeviceMemoryError, RankError, UpdateError
@@ -25,7 +24,7 @@ from checkpoint_engine.planning.staging import StagingLayout, choose_layout, pla
 from checkpoint_engine.settings import Settings
 from checkpoint_engine.transfer.broadcast import BroadcastPipeline
 from checkpoint_engine.transfer.report import Progress, StageClock, UpdateReport
-from checkpoint_engine.transfer.watch import EngineRequest, Failure, Watch
+from checkpoint_engine.transfer.watch import EngineRequest, Watch
 from checkpoint_engine.transfer.worker_link import WorkerLink
 
 logger = logging.getLogger(__name__)
@@ -59,17 +58,6 @@ class UpdateOrder:
     timeout: timedelta
 
 
-class Communicators(Protocol):
-    """Keeps communicators from one update to the next."""
-
-    generation: str
-    """Names those that are open; empty if there are none."""
-
-    def open(self, device: Device, generation: str) -> Communicator | None:
-        """The one of that generation for tensors of this device, opened if need be; None for a single rank."""
-        ...
-
-
 class BroadcastUpdate:
     """Runs one update by broadcast. Every rank makes one and calls `run`."""
 
@@ -77,18 +65,17 @@ class BroadcastUpdate:
         self,
         order: UpdateOrder,
         *,
-        board: Board,
+        group: RankGroup,
         device: Device,
         settings: Settings,
-        communicators: Communicators,
         read: Callable[[Bucket], torch.Tensor],
         progress: Progress,
     ) -> None:
         self._order = order
-        self._board = board
+        self._group = group
+        self._board = group.board
         self._device = device
         self._settings = settings
-        self._communicators = communicators
         self._read = read
         self._progress = progress
         self._deadline = Deadline(order.timeout.total_seconds())
@@ -114,7 +101,9 @@ class BroadcastUpdate:
         stack.callback(listener.close)
         ranks = self._introduce(listener.handle)
         staging_device, layout = self._choose_staging(plan, min(rank.available for rank in ranks))
-        communicator = self._communicators.open(staging_device, self._agreed_generation(ranks))
+        communicator = self._group.communicator(
+            staging_device.backend, staging_device.torch_device, self._agreed_generation(ranks)
+        )
         if communicator is not None:
             self.cancel.on_set(communicator.abort)
 
@@ -168,7 +157,7 @@ class BroadcastUpdate:
             handle,
             int(free * self._settings.mem_fraction),
             self._order.digest,
-            self._communicators.generation,
+            self._group.generation,
         )
         ranks = [
             msgspec.msgpack.decode(text, type=_Introduction)
@@ -249,6 +238,6 @@ class BroadcastUpdate:
             tensors=sum(len(bucket.tensors) for bucket in plan.buckets),
             buckets=len(plan.buckets),
             bucket_size=plan.bucket_size,
-            staging=f"{layout.nbytes} bytes on {where}, {'one ring' if layout.shared else 'two rings'}",
+            staging=f"{layout.nbytes / 1e6:.1f} MB on {where}, {'one ring' if layout.shared else 'two rings'}",
             seconds=self._clock.total(),
         )

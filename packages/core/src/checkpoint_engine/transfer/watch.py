@@ -13,27 +13,13 @@ import msgspec
 import torch.distributed as dist
 from typing_extensions import Self
 
-from checkpoint_engine.collective import Board
+from checkpoint_engine.collective import Board, Failure, failure_key
 from checkpoint_engine.deadline import Cancel, Deadline
 from checkpoint_engine.errors import CheckpointEngineError, DeadlineError, EngineRequestError, RankError
 
 _TICK_SECONDS = 0.1
 _SILENCE_SECONDS = 15.0
 """A rank that gives no sign of life for so long counts as dead."""
-
-
-class Failure(msgspec.Struct, frozen=True):
-    """What the first rank that failed tells all others."""
-
-    rank: int
-    phase: str
-    error: str
-    message: str
-
-
-def failure_key(call: str) -> str:
-    """Where the first rank that fails in a call says so."""
-    return f"{call}/failure"
 
 
 class Watch:

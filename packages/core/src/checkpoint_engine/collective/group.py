@@ -1,0 +1,90 @@
+"""The ranks that work together: how they number their calls, exchange messages, and which communicators they have."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import msgspec
+import torch
+import torch.distributed as dist
+
+from checkpoint_engine.collective.base import Communicator, open_communicator
+from checkpoint_engine.collective.board import Board
+from checkpoint_engine.deadline import Cancel, Deadline
+from checkpoint_engine.errors import CheckpointEngineError
+
+
+class Failure(msgspec.Struct, frozen=True):
+    """What the first rank that failed in a call tells all others."""
+
+    rank: int
+    phase: str
+    error: str
+    message: str
+
+
+def failure_key(call: str) -> str:
+    """Where the first rank that fails in a call says so."""
+    return f"{call}/failure"
+
+
+class RankGroup:
+    """All ranks over one store. Ranks make their calls together and in the same order."""
+
+    def __init__(self, store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> None:
+        self.board = Board(store, rank, world_size)
+        self._store = store
+        self._timeout = timeout
+        self._calls = 0
+        self._communicators: dict[str, Communicator] = {}
+        self.generation = ""
+        """Of the communicators that are open; ranks must agree on it before they use them."""
+
+    def next_call(self) -> str:
+        """The name of the next call, the same on all ranks.
+
+        A call that failed because another rank did not come is passed over by that rank.
+        """
+        self._calls += 1
+        while self.board.read(failure_key(f"call-{self._calls}")) is not None:
+            self._calls += 1
+        return f"call-{self._calls}"
+
+    def gather(self, what: str, mine: bytes, timeout: timedelta, waiting_for: str) -> list[bytes]:
+        """One call in which every rank brings something; returns all of it in order of rank.
+
+        Raises:
+            DeadlineError: a rank did not come in time; the message says which.
+        """
+        call = self.next_call()
+        try:
+            return self.board.gather(f"{call}/{what}", mine, Deadline(timeout.total_seconds()), Cancel(), waiting_for)
+        except CheckpointEngineError as error:
+            failure = Failure(self.board.rank, what, type(error).__name__, str(error))
+            self.board.post(failure_key(call), msgspec.json.encode(failure))
+            raise
+
+    def communicator(self, backend: str, device: torch.device, generation: str) -> Communicator | None:
+        """The communicator of that generation for tensors of this device; None for a single rank, which needs none."""
+        if self.board.world_size == 1:
+            return None
+        if generation != self.generation:
+            self.drop_communicators()
+            self.generation = generation
+        if backend not in self._communicators:
+            self._communicators[backend] = open_communicator(
+                backend,
+                dist.PrefixStore(f"{generation}/{backend}", self._store),
+                self.board.rank,
+                self.board.world_size,
+                self._timeout,
+                device,
+            )
+        return self._communicators[backend]
+
+    def drop_communicators(self) -> None:
+        """Closes them; peers that wait in one get an error at once."""
+        for communicator in self._communicators.values():
+            communicator.close()
+        self._communicators.clear()
+        self.generation = ""
