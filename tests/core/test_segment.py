@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import gc
-import multiprocessing
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -82,9 +83,8 @@ def test_discarding_a_mapped_file_leaves_the_file(tmp_path: Path) -> None:
 
 def test_another_process_sees_the_same_memory() -> None:
     segment = Segment.create(4096)
-    child = multiprocessing.get_context("fork").Process(target=os.pwrite, args=(segment.fd, b"hello", 100))
-    child.start()
-    child.join(10)
+    write = f"import os; os.pwrite({segment.fd}, b'hello', 100)"
+    subprocess.run([sys.executable, "-c", write], pass_fds=[segment.fd], check=True, timeout=30)
     assert bytes(segment.tensor[100:105].tolist()) == b"hello"
     segment.close()
 

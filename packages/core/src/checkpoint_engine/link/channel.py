@@ -30,6 +30,7 @@ from checkpoint_engine.link.messages import PROTOCOL, FromReceiver, FromSender, 
 
 _HEADER = struct.Struct("!Q")
 _CREDENTIALS = struct.Struct("3i")
+_DESCRIPTOR = struct.Struct("i")
 _LARGEST_MESSAGE = 1 << 30
 _LARGEST_HELLO = 1 << 12
 """A stranger may not make us allocate more than this before it has shown its token."""
@@ -123,22 +124,31 @@ class Channel(Generic[Sent, Received]):
         while len(received) < length:
             self._wait(select.POLLIN, deadline, waiting_for)
             try:
-                piece, descriptors, _, _ = socket.recv_fds(
-                    self._socket, min(length - len(received), 1 << 20), _MOST_DESCRIPTORS, socket.MSG_CMSG_CLOEXEC
-                )
+                piece = self._receive_piece(min(length - len(received), 1 << 20))
             except BlockingIOError:
                 continue
+            except LinkError:  # is an OSError too
+                raise
             except OSError as error:
                 raise LinkClosedError(f"the other side of the link is gone ({error.strerror})") from error
-            self._descriptors.extend(descriptors)
-            if len(self._descriptors) > _MOST_DESCRIPTORS:
-                raise LinkError(f"more than {_MOST_DESCRIPTORS} file descriptors came over the link")
             if not piece:
                 raise LinkClosedError(f"the other side closed the link or died; waited for {waiting_for}")
             received += piece
             if len(received) < length:
                 self._check(deadline, waiting_for)
         return received
+
+    def _receive_piece(self, most: int) -> bytes:
+        # socket.recv_fds ignores its flags, and without this one a child process would inherit what came.
+        room = socket.CMSG_SPACE(_MOST_DESCRIPTORS * _DESCRIPTOR.size)
+        piece, ancillary, flags, _ = self._socket.recvmsg(most, room, socket.MSG_CMSG_CLOEXEC)
+        for level, kind, data in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                whole = len(data) // _DESCRIPTOR.size * _DESCRIPTOR.size
+                self._descriptors.extend(descriptor for (descriptor,) in _DESCRIPTOR.iter_unpack(data[:whole]))
+        if flags & socket.MSG_CTRUNC or len(self._descriptors) > _MOST_DESCRIPTORS:
+            raise LinkError(f"more than {_MOST_DESCRIPTORS} file descriptors came over the link")
+        return piece
 
     def _wait(self, event: int, deadline: Deadline, waiting_for: str) -> None:
         while not _poll(self._socket, event, deadline.milliseconds(_POLL_MS)):
