@@ -142,6 +142,7 @@ def test_abort_from_another_thread(pair: Cluster) -> None:
     pair.recorders[0].on_load = lambda: pair.servers[1].abort("a person said so") and time.sleep(0.3)
     errors = pair.update("a")
     assert all(isinstance(error, UpdateError) and "a person said so" in str(error) for error in errors)
+    assert [recorder.aborts for recorder in pair.recorders] == [1, 1]  # update returns once the workers have given up
     pair.recorders[0].on_load = None
     check(pair.update("a"))
     assert not pair.servers[0].abort("nothing runs")

@@ -50,7 +50,7 @@ class Channel(Generic[Sent, Received]):
         self._socket = connection
         self._decoder: msgspec.msgpack.Decoder[Received] = msgspec.msgpack.Decoder(receives)  # pyright: ignore[reportArgumentType, reportCallIssue]
         self._encoder = msgspec.msgpack.Encoder()
-        self._cancel = cancel or Cancel()
+        self.cancel = cancel or Cancel()
         self._descriptors: list[int] = []
         _check_peer_user(connection)
 
@@ -155,7 +155,7 @@ class Channel(Generic[Sent, Received]):
             self._check(deadline, waiting_for)
 
     def _check(self, deadline: Deadline, waiting_for: str) -> None:
-        self._cancel.check()
+        self.cancel.check()
         deadline.check(waiting_for)
 
 

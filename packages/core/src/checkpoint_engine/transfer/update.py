@@ -113,6 +113,7 @@ class BroadcastUpdate:
         request = EngineRequest(lambda: self._order.ask_engine(addresses), self.cancel)
         link = stack.enter_context(WorkerLink.accept(listener, self._deadline, self.cancel, self._device.identity))
         self._link = link
+        listener.close()  # nobody else is expected, and a process that is killed leaves no socket behind
         staging = staging_device.allocate(layout.nbytes)
         stack.callback(staging.close)
         link.begin(self._order.key, self._order.catalog.name, self._order.version, plan, staging)

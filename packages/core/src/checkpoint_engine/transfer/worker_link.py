@@ -120,6 +120,7 @@ class WorkerLink:
             return
         deadline = Deadline(_GOODBYE_SECONDS)
         self._over = True
+        self._channel.cancel = Cancel()  # the one that ended the update must not end this wait as well
         with contextlib.suppress(LinkError, CheckpointEngineError):  # the cause of the abort is what counts
             self._channel.send(Abort(reason), deadline)
             while not isinstance(self._channel.receive(deadline, "the worker giving up"), Aborted | Failed):
