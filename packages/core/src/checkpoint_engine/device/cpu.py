@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import mmap
 import os
 import time
@@ -62,10 +63,11 @@ class CpuStaging:
     """Anonymous shared memory; it vanishes with the last process that has it open."""
 
     def __init__(self, nbytes: int) -> None:
-        self._descriptor = os.memfd_create("checkpoint-engine-staging", os.MFD_CLOEXEC)
+        self._descriptor = os.memfd_create("checkpoint-engine-staging", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             # Reserving the pages now turns a shortage into an error here instead of a SIGBUS during the update.
             os.posix_fallocate(self._descriptor, 0, max(nbytes, 1))
+            fcntl.fcntl(self._descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
             self.tensor = _view(self._descriptor, nbytes)
         except OSError as error:
             os.close(self._descriptor)
@@ -145,12 +147,21 @@ def map_host_memory(memory: Memory, descriptors: tuple[int, ...]) -> CpuMapped:
             raise LinkError("the parameter server stages on a GPU, but this engine worker runs on the CPU")
         if len(descriptors) != 1:
             raise LinkError(f"host staging comes with one file descriptor, {len(descriptors)} came")
-        if os.fstat(descriptors[0]).st_size < memory.nbytes:
+        if not _cannot_shrink(descriptors[0]):
+            raise LinkError("the staging memory is not sealed: its owner could pull it from under this engine worker")
+        if not 0 <= memory.nbytes <= os.fstat(descriptors[0]).st_size:
             raise LinkError(f"the staging memory is smaller than the {memory.nbytes} bytes announced")
         return CpuMapped(_view(descriptors[0], memory.nbytes))
     finally:
         for descriptor in descriptors:
             os.close(descriptor)
+
+
+def _cannot_shrink(descriptor: int) -> bool:
+    try:
+        return bool(fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK)
+    except OSError:  # a file of another kind, which knows no seals
+        return False
 
 
 def _view(descriptor: int, nbytes: int) -> torch.Tensor:

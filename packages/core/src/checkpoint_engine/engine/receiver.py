@@ -156,25 +156,29 @@ class _Reception:
             for bucket in begin.buckets
             for tensor in bucket
         }
+        if len(tensors) < sum(len(bucket) for bucket in begin.buckets):
+            raise LinkError("the parameter server announces a tensor twice")
         self._begun = True
         self._adapter.begin(Update(begin.update_id, begin.checkpoint, begin.version, tensors))
         self._send(Accepted())
 
     def _load_all(self, begin: Begin, staging: Mapped) -> None:
         self._phase = "load"
-        done = 0
+        done: set[int] = set()
         while True:
             message = self._receive("the next bucket")
             if isinstance(message, Finish):
                 break
             if not isinstance(message, Load) or not 0 <= message.bucket < len(begin.buckets):
                 raise LinkError(f"expected a bucket, {message} came")
+            if message.bucket in done:
+                raise LinkError(f"bucket {message.bucket} came twice")
             seconds = self._load(begin.buckets[message.bucket], staging.tensor, message.offset)
             self._load_seconds += seconds
-            done += 1
+            done.add(message.bucket)
             self._send(Loaded(message.bucket, seconds))
-        if done != len(begin.buckets):
-            raise LinkError(f"the parameter server finished after {done} of {len(begin.buckets)} buckets")
+        if len(done) != len(begin.buckets):
+            raise LinkError(f"the parameter server finished after {len(done)} of {len(begin.buckets)} buckets")
 
     def _load(self, bucket: Sequence[TensorSlice], staging: torch.Tensor, offset: int) -> float:
         start = time.perf_counter()

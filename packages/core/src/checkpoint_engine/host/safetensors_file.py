@@ -24,6 +24,7 @@ _LENGTH = struct.Struct("<Q")
 _LARGEST_HEADER = 100_000_000
 _LARGEST_COUNT = (1 << 63) - 1
 _MOST_DIMENSIONS = 64
+_LONGEST_QUOTE = 200
 _METADATA = "__metadata__"
 _FIELDS = {"dtype", "shape", "data_offsets"}
 
@@ -142,7 +143,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content: dict[str, Any] = {}
     for key, value in pairs:
         if key in content:
-            raise ValueError(f"the key {key!r} occurs twice")
+            raise ValueError(f"the key {_short(key)} occurs twice")
         content[key] = value
     return content
 
@@ -161,7 +162,7 @@ def _check_metadata(path: Path, metadata: object) -> None:
 
 def _entry(path: Path, name: str, description: object) -> tuple[TensorEntry, int]:
     """The tensor, and where its data ends."""
-    where = f"tensor {name!r} in {path}"
+    where = f"tensor {_short(name)} in {path}"
     if any("\ud800" <= letter <= "\udfff" for letter in name):
         raise CheckpointFormatError(f"{where}: its name is not text")
     if not isinstance(description, dict) or set(cast("dict[str, object]", description)) != _FIELDS:
@@ -170,13 +171,13 @@ def _entry(path: Path, name: str, description: object) -> tuple[TensorEntry, int
     code, shape = fields["dtype"], _counts(fields["shape"])
     offsets = _counts(fields["data_offsets"])
     if not isinstance(code, str):
-        raise CheckpointFormatError(f"{where}: the dtype {code!r} is not text")
+        raise CheckpointFormatError(f"{where}: the dtype {_short(code)} is not text")
     if shape is not None and len(shape) > _MOST_DIMENSIONS:
         raise UnsupportedTensorError(f"{where}: {len(shape)} dimensions, at most {_MOST_DIMENSIONS} can be carried")
     if shape is None or math.prod(max(size, 1) for size in shape) > _LARGEST_COUNT:
-        raise CheckpointFormatError(f"{where}: the shape {fields['shape']!r} is impossible")
+        raise CheckpointFormatError(f"{where}: the shape {_short(fields['shape'])} is impossible")
     if offsets is None or len(offsets) != 2 or offsets[0] > offsets[1]:  # noqa: PLR2004 - begin and end
-        raise CheckpointFormatError(f"{where}: the offsets {fields['data_offsets']!r} are impossible")
+        raise CheckpointFormatError(f"{where}: the offsets {_short(fields['data_offsets'])} are impossible")
     try:
         dtype = dtype_of_code(code)
         needed = math.prod(shape) * item_size(dtype)
@@ -200,13 +201,19 @@ def _counts(value: object) -> tuple[int, ...] | None:
     return None
 
 
+def _short(value: object) -> str:
+    """What a stranger wrote, for a message that people read."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST_QUOTE else text[:_LONGEST_QUOTE] + "…"
+
+
 def _check_gapless(path: Path, placed: list[tuple[TensorEntry, int]], data_nbytes: int) -> None:
     end = 0
     for tensor, tensor_end in placed:
         if tensor.offset != end:
             trouble = "overlaps the tensor before it" if tensor.offset < end else "leaves a hole before it"
             raise CheckpointFormatError(
-                f"tensor {tensor.name!r} in {path} {trouble}: it begins at byte {tensor.offset}, not {end}"
+                f"tensor {_short(tensor.name)} in {path} {trouble}: it begins at byte {tensor.offset}, not {end}"
             )
         end = tensor_end
     if end > data_nbytes:
