@@ -124,14 +124,29 @@ def cold(engine: EngineProcess, checkpoints: Path) -> Callable[..., dict[str, An
 
 
 class Server:
-    """A running `vllm serve`."""
+    """A running `vllm serve`, on a port or (`socket_path`) on a Unix socket."""
 
-    def __init__(self, bin_directory: Path, model: Path, log: Path, *options: str, **environment: str) -> None:
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
+    def __init__(
+        self,
+        bin_directory: Path,
+        model: Path,
+        log: Path,
+        *options: str,
+        socket_path: Path | None = None,
+        **environment: str,
+    ) -> None:
+        self._socket_path = socket_path
+        port = free_port()
+        where = ["--uds", socket_path] if socket_path else ["--host", "127.0.0.1", "--port", str(port)]
+        self.endpoint = f"unix:{socket_path}" if socket_path else f"http://127.0.0.1:{port}"
+        self.http = httpx.Client(
+            base_url="http://localhost" if socket_path else self.endpoint,
+            transport=httpx.HTTPTransport(uds=str(socket_path) if socket_path else None),
+            timeout=120,
+        )
         self.log = log
         command = [
-            *(bin_directory / "vllm", "serve", model, "--host", "127.0.0.1", "--port", str(self.port)),
+            *(bin_directory / "vllm", "serve", model, *where),
             *("--served-model-name", "tiny", "--max-model-len", "4096", "--max-num-seqs", "4", "--enforce-eager"),
             *("--dtype", "bfloat16", "--gpu-memory-utilization", "0.2", *options),
         ]
@@ -146,18 +161,25 @@ class Server:
         while time.monotonic() < end:
             if self.process.poll() is not None:
                 break
-            with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"{self.url}/health", timeout=5).status_code == 200:
+            with contextlib.suppress(httpx.TransportError, OSError):
+                self._knock()
+                if self.http.get("/health", timeout=5).status_code == 200:
                     return
             time.sleep(0.5)
         raise AssertionError(f"vLLM did not start:\n{self.log.read_text()[-4000:]}")
 
+    def _knock(self) -> None:
+        """Raises OSError while nobody listens on the Unix socket: httpx does not close a socket that is refused."""
+        if self._socket_path is not None:
+            with socket.socket(socket.AF_UNIX) as knocking:
+                knocking.connect(str(self._socket_path))
+
     def get(self, path: str) -> Any:
-        return httpx.get(f"{self.url}{path}", timeout=30).json()
+        return self.http.get(path).json()
 
     def rpc(self, method: str, *args: Any) -> Any:
         body = {"method": method, "args": list(args)}
-        reply = httpx.post(f"{self.url}/collective_rpc", json=body, timeout=60)
+        reply = self.http.post("/collective_rpc", json=body)
         reply.raise_for_status()
         return reply.json()["results"]
 
@@ -166,12 +188,13 @@ class Server:
         found = []
         for prompt in PROMPTS:
             body = completion(prompt, length)
-            reply = httpx.post(f"{self.url}/v1/completions", json=body, timeout=120)
+            reply = self.http.post("/v1/completions", json=body)
             reply.raise_for_status()
             found.append(reply.json()["choices"][0]["token_ids"])
         return found
 
     def close(self) -> None:
+        self.http.close()
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGINT)
         try:
@@ -205,7 +228,7 @@ def serve(
     """Starts `vllm serve` of one of the tiny checkpoints (or of any directory); it ends with the module."""
     servers: list[Server] = []
 
-    def start(model: str | Path, *options: str, **environment: str) -> Server:
+    def start(model: str | Path, *options: str, **environment: Any) -> Server:
         log = tmp_path_factory.mktemp("serve") / "log"
         server = Server(vllm_bin, checkpoints / model, log, *options, **environment)
         servers.append(server)
@@ -224,7 +247,7 @@ def update() -> Callable[..., subprocess.CompletedProcess[str]]:
     def run(directory: Path, server: Server, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
         command = [
             *(Path(sys.executable).parent / "checkpoint-engine", "update", directory, "--engine", "vllm"),
-            *("--endpoint", server.url, "--device", "cpu", "--timeout", "120", "--wait", "60", *options),
+            *("--endpoint", server.endpoint, "--device", "cpu", "--timeout", "120", "--wait", "60", *options),
         ]
         env = {**os.environ, "COLUMNS": "200", **environment}
         return subprocess.run(

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -56,6 +55,6 @@ def test_nonsense_before_and_paris_after(
 
 def answer(server: Any) -> str:
     body = {"model": "tiny", "prompt": "The capital of France is", "max_tokens": 8, "temperature": 0}
-    reply = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
+    reply = server.http.post("/v1/completions", json=body)
     reply.raise_for_status()
     return reply.json()["choices"][0]["text"]
