@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import stat
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from types import FrameType
 
@@ -112,9 +113,15 @@ def serve(app: FastAPI, listener: socket.socket, on_stop: Callable[[], None]) ->
         timeout_keep_alive=_KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=_GRACE_SECONDS,
     )
+    _Server(config, on_stop).run(sockets=[listener])
+
+
+@contextlib.contextmanager
+def closing(listener: socket.socket) -> Generator[socket.socket]:
+    """Closes the socket in the end, and removes its file if it has one."""
     own_path = Path(listener.getsockname()) if listener.family == socket.AF_UNIX else None
     try:
-        _Server(config, on_stop).run(sockets=[listener])
+        yield listener
     finally:
         listener.close()
         if own_path is not None:

@@ -15,43 +15,19 @@ import typer
 
 from checkpoint_engine import errors
 from checkpoint_engine.cli.common import DeviceKind, Verbose, output
+from checkpoint_engine.cli.serve_options import (
+    FromServingRank,
+    Listening,
+    ServeOptions,
+    Stopped,
+    socket_path,
+)
 from checkpoint_engine.errors import CheckpointEngineError, MissingDependencyError, RankError, SettingError
 from checkpoint_engine.processes import Child, end_all
 
 _WHERE = "Where it listens"
 _ALLOWED = "What callers may touch"
 _RANK_MODULE = "checkpoint_engine.cli.serving"
-RANK_FIELD = "{rank}"
-
-
-class ServeOptions(msgspec.Struct, frozen=True):
-    """What every rank is told."""
-
-    roots: tuple[str, ...]
-    uds: str | None
-    port: int | None
-    host: str
-    token_file: str | None
-    device: str | None
-    engine_hosts: tuple[str, ...]
-    engine_sockets: tuple[str, ...] | None
-
-
-class Listening(msgspec.Struct, frozen=True, tag=True):
-    """A rank answers at this address."""
-
-    rank: int
-    address: str
-
-
-class Stopped(msgspec.Struct, frozen=True, tag=True):
-    """A rank could not start."""
-
-    error: str
-    message: str
-
-
-FromServingRank = Listening | Stopped
 
 _Events = queue.SimpleQueue[tuple[int, bytes | None]]
 """Rank and what it wrote; no line once it has ended; rank -1 for a signal to this process."""
@@ -161,19 +137,6 @@ def serve(
         raise SettingError("torchrun has started this rank already; leave --ranks out")
     socket_path(uds, 0, ranks)
     _serve_children(msgspec.json.encode(options), ranks)
-
-
-def socket_path(template: str | None, rank: int, ranks: int) -> Path | None:
-    """The socket of a rank; None if none was given.
-
-    Raises:
-        SettingError: several ranks would have the same.
-    """
-    if template is None:
-        return None
-    if ranks > 1 and RANK_FIELD not in template:
-        raise SettingError(f"--uds {template} is the same for {ranks} ranks; put {RANK_FIELD} into it")
-    return Path(template.replace(RANK_FIELD, str(rank))).absolute()
 
 
 def _check_extra() -> None:

@@ -8,11 +8,13 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 import msgspec
 
 from checkpoint_engine.api import create_app, serving
-from checkpoint_engine.cli.serve import Listening, ServeOptions, Stopped, socket_path
+from checkpoint_engine.cli.serve_options import Listening, ServeOptions, Stopped, socket_path
 from checkpoint_engine.errors import CheckpointEngineError
 from checkpoint_engine.processes import ParentPipe
 from checkpoint_engine.server import ParameterServer
@@ -24,6 +26,8 @@ def serve_rank(options: ServeOptions, announce: Callable[[Listening], None]) -> 
     Raises:
         CheckpointEngineError: it cannot start: an address in use, no token, no such device.
     """
+    # Until the HTTP server handles signals itself, they must not skip the cleaning up below.
+    signal.signal(signal.SIGTERM, _exit)
     alone = "RANK" not in os.environ and "WORLD_SIZE" not in os.environ
     with ParameterServer(rank=0 if alone else None, world_size=1 if alone else None, device=options.device) as server:
         if options.port is None:
@@ -34,15 +38,21 @@ def serve_rank(options: ServeOptions, announce: Callable[[Listening], None]) -> 
             token = serving.read_token(Path(options.token_file) if options.token_file else None)
             listener = serving.listen_tcp(options.host, options.port + server.rank if options.port else 0)
             address = f"http://{options.host}:{listener.getsockname()[1]}"
-        app = create_app(
-            server,
-            allowed_roots=options.roots,
-            token=token,
-            engine_hosts=options.engine_hosts,
-            engine_socket_roots=options.engine_sockets,
-        )
-        announce(Listening(server.rank, address))
-        serving.serve(app, listener, on_stop=lambda: _stop(server))
+        with serving.closing(listener):
+            app = create_app(
+                server,
+                allowed_roots=options.roots,
+                token=token,
+                engine_hosts=options.engine_hosts,
+                engine_socket_roots=options.engine_sockets,
+            )
+            announce(Listening(server.rank, address))
+            serving.serve(app, listener, on_stop=lambda: _stop(server))
+
+
+def _exit(number: int, frame: FrameType | None) -> NoReturn:
+    del number, frame
+    sys.exit(0)
 
 
 def _stop(server: ParameterServer) -> None:
