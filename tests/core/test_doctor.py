@@ -7,26 +7,23 @@ import os
 import resource
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
+from click.testing import Result
+from typer.testing import CliRunner
 
 from checkpoint_engine.cli import checks
 from checkpoint_engine.cli.checks import Finding
+from checkpoint_engine.cli.main import app
 
 
-def doctor(*arguments: str, path: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-    extra = {"PYTHONPATH": str(path)} if path else {}
-    return subprocess.run(
-        [sys.executable, "-m", "checkpoint_engine", "doctor", *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "COLUMNS": "200", **extra, **environment},
-    )
+def doctor(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["doctor", *arguments], env={"COLUMNS": "200"})
 
 
-def found(done: subprocess.CompletedProcess[str], name: str) -> Finding:
+def found(done: Result, name: str) -> Finding:
     findings = [Finding(**finding) for finding in json.loads(done.stdout)["findings"]]
     (finding,) = [finding for finding in findings if finding.name == name]
     return finding
@@ -46,7 +43,7 @@ def test_a_sound_place_is_ready() -> None:
     report = json.loads(done.stdout)
     problems = [finding for finding in report["findings"] if finding["status"] == "problem"]
     assert report["ok"] is (not problems)
-    assert done.returncode == (1 if problems else 0)
+    assert done.exit_code == (1 if problems else 0)
     # Whether this host's devices and limits will do is not for a test to say.
     assert not [finding for finding in problems if finding["area"] in ("software", "network", "plugins")]
     assert {finding["area"] for finding in report["findings"]} == {"software", "devices", "host", "network", "plugins"}
@@ -57,14 +54,19 @@ def test_a_sound_place_is_ready() -> None:
     assert found(done, "client reference").status == "ok"
 
 
-def test_everything_wrong_is_found_at_once_and_the_exit_code_tells(tmp_path: Path) -> None:
+def test_everything_wrong_is_found_at_once_and_the_exit_code_tells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     install(tmp_path, "checkpoint-engine", "0.4.2")
     broken = "[checkpoint_engine.clients]\nbroken = checkpoint_engine.no_such_module:Client\n"
     install(tmp_path, "some-plugin", "1.0", broken)
-    wrong = {"PS_MEM_FRACTION": "1.5", "TMPDIR": str(tmp_path / ("x" * 90))}
-    (tmp_path / ("x" * 90)).mkdir()
-    done = doctor("--json", path=tmp_path, **wrong)
-    assert done.returncode == 1
+    long = tmp_path / ("x" * 90)
+    long.mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PS_MEM_FRACTION", "1.5")
+    monkeypatch.setattr(tempfile, "tempdir", str(long))  # as TMPDIR would, read anew
+    done = doctor("--json")
+    assert done.exit_code == 1
     assert json.loads(done.stdout)["ok"] is False
     clash = found(done, "checkpoint-engine")
     assert (clash.status, "0.4.2" in clash.value) == ("problem", True)
@@ -77,7 +79,13 @@ def test_everything_wrong_is_found_at_once_and_the_exit_code_tells(tmp_path: Pat
 
 
 def test_people_see_marks_and_advice(tmp_path: Path) -> None:
-    done = doctor(path=install(tmp_path, "checkpoint-engine", "0.4.2"))
+    done = subprocess.run(
+        [sys.executable, "-m", "checkpoint_engine", "doctor"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "COLUMNS": "200", "PYTHONPATH": str(install(tmp_path, "checkpoint-engine", "0.4.2"))},
+    )
     assert done.returncode == 1
     assert "✗" in done.stdout
     assert "→ pip uninstall" in done.stdout

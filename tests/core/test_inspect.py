@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
 from checkpoint_engine.catalog import Catalog
 from checkpoint_engine.cli.contents import catalog_of_files, read_contents
 from checkpoint_engine.cli.inspect import parse_size
+from checkpoint_engine.cli.main import app
 from checkpoint_engine.data_types import metas_to_json
 from checkpoint_engine.errors import CheckpointFormatError, DuplicateTensorError, SettingError
 from checkpoint_engine.host.loader import find_files
@@ -42,14 +44,10 @@ def checkpoint(tmp_path: Path) -> Path:
     return directory
 
 
-def inspect(*arguments: object) -> tuple[int, dict[str, Any], str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "checkpoint_engine", "inspect", *map(str, arguments), "--json"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return done.returncode, json.loads(done.stdout), done.stderr
+def inspect(*arguments: object) -> dict[str, Any]:
+    done = CliRunner().invoke(app, ["inspect", *map(str, arguments), "--json"])
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout)
 
 
 def gathered(checkpoint: Path) -> tuple[ParameterServer, Catalog]:
@@ -60,8 +58,7 @@ def gathered(checkpoint: Path) -> tuple[ParameterServer, Catalog]:
 
 
 def test_what_a_directory_holds(checkpoint: Path) -> None:
-    code, said, _ = inspect(checkpoint, "--ranks", 3, "--bucket-size", "8KiB", "--largest", 2)
-    assert code == 0
+    said = inspect(checkpoint, "--ranks", 3, "--bucket-size", "8KiB", "--largest", 2)
     nbytes = sum(tensor.nbytes for tensor in EVERY.values())
     assert (said["name"], said["files"], said["tensors"], said["nbytes"]) == ("step-7", 2, len(EVERY), nbytes)
     assert sum(share["nbytes"] for share in said["dtypes"]) == nbytes
@@ -108,20 +105,22 @@ def test_catalogs_and_metas_say_the_same_as_the_directory(checkpoint: Path, tmp_
 
 
 def test_people_see_tables(checkpoint: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "checkpoint_engine", "inspect", str(checkpoint)],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = CliRunner().invoke(app, ["inspect", str(checkpoint)])
+    assert done.exit_code == 0
     for words in ("24 tensors", "fingerprint", "bfloat16", "embed", "500 x 64", "plan:", "rank"):
         assert words in done.stdout, words
 
 
 def test_what_is_broken_is_named(checkpoint: Path, tmp_path: Path) -> None:
-    code, said, error = inspect(tmp_path / "nothing")
-    assert (code, said["ok"], said["error"]) == (1, False, "CheckpointFormatError")
-    assert "nothing" in error
+    done = subprocess.run(
+        [sys.executable, "-m", "checkpoint_engine", "inspect", str(tmp_path / "nothing"), "--json"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    said = json.loads(done.stdout)
+    assert (done.returncode, said["ok"], said["error"]) == (1, False, "CheckpointFormatError")
+    assert "nothing" in done.stderr
     for name, content in (("a.json", b"{}x"), ("b.json", b'{"0": 1}'), ("c.json", b'{"name": "x", "holdings": 3}')):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(CheckpointFormatError, match=name):
