@@ -89,6 +89,10 @@ class Device(Protocol):
     backend: str
     """The collective backend that moves tensors of this device, such as `nccl` or `gloo`."""
 
+    def active(self) -> AbstractContextManager[object]:
+        """Within it, this is the calling thread's current device."""
+        ...
+
     def memory(self) -> tuple[int, int]:
         """Free and total bytes."""
         ...

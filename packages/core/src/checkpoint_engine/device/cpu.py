@@ -25,6 +25,10 @@ class CpuDevice:
         self.torch_device = torch.device("cpu")
         self.identity = f"cpu:{rank}"
 
+    def active(self) -> AbstractContextManager[object]:
+        """There is only one CPU."""
+        return contextlib.nullcontext()
+
     def memory(self) -> tuple[int, int]:
         """Free and total bytes of host memory."""
         page = os.sysconf("SC_PAGE_SIZE")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -40,8 +40,12 @@ class CudaDevice:
         self._runtime = load_runtime()
         self.torch_device = torch.device("cuda", index)
         torch.cuda.set_device(self.torch_device)
-        properties: Any = torch.cuda.get_device_properties(index)  # pyright: ignore[reportUnknownMemberType]
+        properties = cast("Any", torch.cuda.get_device_properties(index))  # pyright: ignore[reportUnknownMemberType]
         self.identity = f"GPU-{properties.uuid}"
+
+    def active(self) -> AbstractContextManager[object]:
+        """Makes it the calling thread's current device."""
+        return torch.cuda.device(self.torch_device)
 
     def memory(self) -> tuple[int, int]:
         """Free and total bytes; what torch caches in this process but does not use is given back first."""

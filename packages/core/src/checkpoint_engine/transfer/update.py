@@ -89,7 +89,11 @@ class BroadcastUpdate:
         Raises:
             UpdateError: it did not complete; the message names the rank, the phase and the cause.
         """
-        with Watch(self._board, self._order.key, self.cancel, self._deadline) as watch, ExitStack() as stack:
+        with (
+            self._device.active(),  # an HTTP server calls from any of its threads
+            Watch(self._board, self._order.key, self.cancel, self._deadline) as watch,
+            ExitStack() as stack,
+        ):
             try:
                 return self._run(stack)
             except Exception as error:
