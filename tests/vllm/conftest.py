@@ -24,6 +24,7 @@ ROOT = HERE.parent.parent
 CHECKPOINTS = [f"{kind}{variant}" for kind in ("qwen3", "tied", "moe", "mtp") for variant in ("", "-b")]
 PROMPTS = ["Hello, my name is", "The capital of France is", "The quick brown fox"]
 START_SECONDS = 240
+SHARED_MEMORY = Path("/dev/shm")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -136,6 +137,7 @@ class Server:
         **environment: str,
     ) -> None:
         self._socket_path = socket_path
+        self._shared_memory_before = set(SHARED_MEMORY.glob("vllm_dist_*"))
         port = free_port()
         where = ["--uds", socket_path] if socket_path else ["--host", "127.0.0.1", "--port", str(port)]
         self.endpoint = f"unix:{socket_path}" if socket_path else f"http://127.0.0.1:{port}"
@@ -195,13 +197,15 @@ class Server:
 
     def close(self) -> None:
         self.http.close()
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGINT)
+        self.process.terminate()
         try:
             self.process.wait(timeout=30)
         except subprocess.TimeoutExpired:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait(timeout=30)
+        # vLLM's CPU workers leave their shared memory behind, however they end.
+        for left in set(SHARED_MEMORY.glob("vllm_dist_*")) - self._shared_memory_before:
+            left.unlink(missing_ok=True)
 
 
 def completion(prompt: str, length: int) -> dict[str, Any]:
