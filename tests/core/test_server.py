@@ -137,6 +137,22 @@ def test_an_engine_that_never_answers_runs_into_the_deadline(pair: Cluster) -> N
     check(pair.update("a"))
 
 
+def test_a_rank_that_leaves_before_the_others_connect(pair: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair.register("a", awkward_tensors(0))
+
+    def refuse(*_: object) -> None:
+        raise SettingError("this rank has no network")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pair.servers[1]._connected(), "communicator", refuse)
+        started = time.monotonic()
+        errors = pair.update("a", timeout=3)
+    assert time.monotonic() - started < 8
+    assert all(isinstance(error, UpdateError) and error.rank == 1 for error in errors), errors
+    assert "no network" in str(errors[0])
+    check(pair.update("a"))
+
+
 def test_abort_from_another_thread(pair: Cluster) -> None:
     pair.register("a", awkward_tensors(0))
     pair.recorders[0].on_load = lambda: pair.servers[1].abort("a person said so") and time.sleep(0.3)

@@ -215,7 +215,7 @@ class ParameterServer:
             store = open_store(
                 self._rank, self._world_size, master_addr or known_addr, master_port or known_port, timeout
             )
-            self._group = RankGroup(store, self._rank, self._world_size, timeout)
+            self._group = RankGroup(store, self._rank, self._world_size)
             # Update scripts call checkpoint_engine.distributed.barrier() once this has returned.
             self._facade = distributed.adopt(store, self._rank, self._world_size, timeout)
 

@@ -26,6 +26,10 @@ class Communicator(Protocol):
         """Combines `tensor` over all ranks, in place."""
         ...
 
+    def set_timeout(self, timeout: timedelta) -> None:
+        """Bounds every later operation."""
+        ...
+
     def abort(self) -> None:
         """Makes every call that hangs in another thread fail; the communicator is of no further use."""
         ...
@@ -36,7 +40,10 @@ class Communicator(Protocol):
 
 
 CommunicatorFactory = Callable[[dist.Store, int, int, timedelta, torch.device], Communicator]
-"""Makes a communicator from a store that only this group uses, rank, world size, time-out and device."""
+"""Makes a communicator from a store that only this group uses, rank, world size, time-out and device.
+
+The time-out bounds the wait for all ranks to come, and later operations until it is set anew.
+"""
 
 _FACTORIES: dict[str, CommunicatorFactory] = {}
 
@@ -58,6 +65,7 @@ def open_communicator(
 
     Raises:
         SettingError: no communicator of that name is registered.
+        RankError: a rank did not come in time.
     """
     if backend not in _FACTORIES:
         raise SettingError(f"no communicator {backend!r} is registered; there are {', '.join(sorted(_FACTORIES))}")

@@ -13,6 +13,8 @@ from checkpoint_engine.collective.board import Board
 from checkpoint_engine.deadline import Cancel, Deadline
 from checkpoint_engine.errors import CheckpointEngineError
 
+_SHORTEST_SECONDS = 0.1
+
 
 class Failure(msgspec.Struct, frozen=True):
     """What the first rank that failed in a call tells all others."""
@@ -31,10 +33,9 @@ def failure_key(call: str) -> str:
 class RankGroup:
     """All ranks over one store. Ranks make their calls together and in the same order."""
 
-    def __init__(self, store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> None:
+    def __init__(self, store: dist.Store, rank: int, world_size: int) -> None:
         self.board = Board(store, rank, world_size)
         self._store = store
-        self._timeout = timeout
         self._calls = 0
         self._communicators: dict[str, Communicator] = {}
         self.generation = ""
@@ -64,22 +65,30 @@ class RankGroup:
             self.board.post(failure_key(call), msgspec.json.encode(failure))
             raise
 
-    def communicator(self, backend: str, device: torch.device, generation: str) -> Communicator | None:
-        """The communicator of that generation for tensors of this device; None for a single rank, which needs none."""
+    def communicator(
+        self, backend: str, device: torch.device, generation: str, deadline: Deadline
+    ) -> Communicator | None:
+        """The communicator of that generation for tensors of this device; None for a single rank, which needs none.
+
+        Raises:
+            RankError: a rank did not come in time.
+        """
         if self.board.world_size == 1:
             return None
         if generation != self.generation:
             self.drop_communicators()
             self.generation = generation
+        timeout = timedelta(seconds=max(deadline.remaining, _SHORTEST_SECONDS))
         if backend not in self._communicators:
             self._communicators[backend] = open_communicator(
                 backend,
                 dist.PrefixStore(f"{generation}/{backend}", self._store),
                 self.board.rank,
                 self.board.world_size,
-                self._timeout,
+                timeout,
                 device,
             )
+        self._communicators[backend].set_timeout(timeout)
         return self._communicators[backend]
 
     def drop_communicators(self) -> None:

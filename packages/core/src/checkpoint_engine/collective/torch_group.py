@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Generator
 from datetime import timedelta
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -47,6 +47,10 @@ class TorchGroup:
         with self._peer_errors("all-reduce"):
             self._group.allreduce([tensor], options).wait()
 
+    def set_timeout(self, timeout: timedelta) -> None:
+        """Bounds every later operation."""
+        cast("Any", self._group)._set_default_timeout(timeout)
+
     def abort(self) -> None:
         """Makes calls that hang fail."""
         # It may have failed by itself, which is what we want, or another thread has closed it meanwhile.
@@ -68,9 +72,14 @@ class TorchGroup:
 
 
 def open_gloo(store: dist.Store, rank: int, world_size: int, timeout: timedelta, device: torch.device) -> TorchGroup:
-    """A gloo group; it takes tensors of any device, those of a GPU by way of the host."""
+    """A gloo group; it takes tensors of any device, those of a GPU by way of the host.
+
+    Raises:
+        RankError: a rank did not come in time.
+    """
     del device
-    group = dist.ProcessGroupGloo(store, rank, world_size, timeout)
+    with _connecting("gloo", rank):
+        group = dist.ProcessGroupGloo(store, rank, world_size, timeout)
     return TorchGroup(cast("dist.ProcessGroup", group), "gloo")
 
 
@@ -79,6 +88,7 @@ def open_nccl(store: dist.Store, rank: int, world_size: int, timeout: timedelta,
 
     Raises:
         MissingDependencyError: this torch has no NCCL.
+        RankError: a rank did not come in time, or NCCL cannot connect the devices.
     """
     if not dist.is_nccl_available():
         raise MissingDependencyError("this torch has no NCCL; install a CUDA build of torch")
@@ -86,8 +96,19 @@ def open_nccl(store: dist.Store, rank: int, world_size: int, timeout: timedelta,
     options._timeout = timeout
     with _environment("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0"):  # else torch ends the whole process on an error
         group = dist.ProcessGroupNCCL(store, rank, world_size, options)
-    group.eager_connect_single_device(device)
+    with _connecting("nccl", rank):
+        group.eager_connect_single_device(device)
     return TorchGroup(cast("dist.ProcessGroup", group), "nccl")
+
+
+@contextlib.contextmanager
+def _connecting(backend: str, rank: int) -> Generator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise RankError(
+            f"rank {rank} could not connect to the other ranks by {backend}: {_first_line(error)}"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -106,7 +106,7 @@ class BroadcastUpdate:
         ranks = self._introduce(listener.handle)
         staging_device, layout = self._choose_staging(plan, min(rank.available for rank in ranks))
         communicator = self._group.communicator(
-            staging_device.backend, staging_device.torch_device, self._agreed_generation(ranks)
+            staging_device.backend, staging_device.torch_device, self._agreed_generation(ranks), self._deadline
         )
         if communicator is not None:
             self.cancel.on_set(communicator.abort)
