@@ -110,6 +110,7 @@ class DistributedProcessGroup:
         for communicator in self._communicators.values():
             communicator.close()
         self._communicators.clear()
+        self._board.leave()
 
 
 _default: DistributedProcessGroup | None = None

@@ -330,6 +330,7 @@ class ParameterServer:
     def _disconnect(self) -> None:
         if self._group is not None:
             self._group.drop_communicators()
+            self._group.board.leave()
             self._group = None
             distributed.destroy_process_group(self._facade)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import time
 from collections.abc import Callable
 
@@ -11,6 +13,7 @@ from checkpoint_engine.deadline import Cancel, Deadline
 
 _SHORTEST_PAUSE = 0.0005
 _LONGEST_PAUSE = 0.02
+_PATIENCE_SECONDS = 2.0
 
 
 class Board:
@@ -20,6 +23,8 @@ class Board:
         self.rank = rank
         self.world_size = world_size
         self._store = store
+        self._last = ""
+        """Where the others count themselves after the last `gather`; kept by rank 0 only."""
 
     def gather(self, key: str, mine: bytes, deadline: Deadline, cancel: Cancel, waiting_for: str) -> list[bytes]:
         """Puts up `mine` and returns what all ranks put up under the same key, in order of rank.
@@ -39,7 +44,23 @@ class Board:
             if deadline.expired:
                 absent = [str(r) for r in range(self.world_size) if not self._store.check([f"{key}/{r}"])]
                 deadline.check(f"{waiting_for} (rank {', '.join(absent)} did not come)")
-        return [self._store.get(f"{key}/{rank}") for rank in range(self.world_size)]
+        gathered = [self._store.get(f"{key}/{rank}") for rank in range(self.world_size)]
+        if self.rank == 0:
+            if not self._last:
+                atexit.register(self.leave)
+            self._last = f"{key}/seen"
+        else:
+            self._store.add(f"{key}/seen", 1)
+        return gathered
+
+    def leave(self) -> None:
+        """Lets the others read what they came for: the store may live in this process, and go with it."""
+        atexit.unregister(self.leave)
+        last, self._last = self._last, ""
+        patience = Deadline(_PATIENCE_SECONDS)
+        with contextlib.suppress(RuntimeError):  # the store is gone already
+            while last and self._store.add(last, 0) < self.world_size - 1 and not patience.expired:
+                time.sleep(_SHORTEST_PAUSE)
 
     def post(self, key: str, text: bytes) -> None:
         """Puts something up unless it is there already; the first one wins."""
