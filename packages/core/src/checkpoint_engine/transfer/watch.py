@@ -18,6 +18,7 @@ from checkpoint_engine.deadline import Cancel, Deadline
 from checkpoint_engine.errors import CheckpointEngineError, DeadlineError, EngineRequestError, RankError
 
 _TICK_SECONDS = 0.1
+_BEAT_SECONDS = 1.0
 _SILENCE_SECONDS = 15.0
 """A rank that gives no sign of life for so long counts as dead."""
 
@@ -80,9 +81,13 @@ class _Neighbour:
         self._board = board
         self._beats = 0
         self._last: bytes | None = None
+        self._until_beat = Deadline(0.0)
         self._patience = Deadline(_SILENCE_SECONDS)
 
     def is_silent(self) -> bool:
+        if not self._until_beat.expired:
+            return False
+        self._until_beat = Deadline(_BEAT_SECONDS)
         self._beats += 1
         self._board.beat(self._beats)
         latest = self._board.beat_of(self.rank)
