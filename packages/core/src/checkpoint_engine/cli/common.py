@@ -68,7 +68,7 @@ class DeviceKind(str, Enum):
 
 def print_json(content: object) -> None:
     """Prints one JSON object."""
-    print(msgspec.json.encode(content).decode())  # noqa: T201 - plain, whatever the terminal
+    print(msgspec.json.encode(content).decode(), flush=True)  # noqa: T201 - plain; whoever reads a pipe may be waiting
 
 
 def print_error(error: CheckpointEngineError, *, as_json: bool = False) -> None:
