@@ -29,6 +29,7 @@ class Recorder:
     loaded: dict[str, torch.Tensor] = field(default_factory=dict)
     update: Update | None = None
     aborts: int = 0
+    finishes: int = 0
     buckets: int = 0
     on_load: Callable[[], None] | None = None
 
@@ -49,6 +50,7 @@ class Recorder:
 
     def finish(self) -> Mapping[str, str | int | float]:
         self._maybe_fail("finish")
+        self.finishes += 1
         return {"tensors": len(self.loaded)}
 
     def abort(self) -> bool:

@@ -9,6 +9,7 @@ import torch
 from cluster import Cluster, assert_no_threads_left, check, free_port
 
 from checkpoint_engine.collective import open_store
+from checkpoint_engine.deadline import Deadline
 from checkpoint_engine.errors import (
     AddressInUseError,
     CheckpointStateError,
@@ -108,6 +109,25 @@ def test_a_worker_that_fails_is_named_everywhere_and_the_next_update_works(pair:
     pair.recorders[bad].fail_in = ""
     check(pair.update("a"))
     assert_delivered(pair, tensors)
+
+
+def test_no_worker_finishes_before_all_have_loaded_everything(pair: Cluster) -> None:
+    pair.register("a", awkward_tensors(0))
+    check(pair.update("a"))
+    last = pair.recorders[1].buckets
+
+    def fail_at_the_last_bucket() -> None:
+        if pair.recorders[1].buckets == 2 * last:
+            patience = Deadline(10)
+            while pair.recorders[0].buckets < 2 * last and not patience.expired:
+                time.sleep(0.01)
+            time.sleep(0.2)  # the other rank has time to do the wrong thing
+            raise ValueError("told to fail at the very end")
+
+    pair.recorders[1].on_load = fail_at_the_last_bucket
+    assert all(isinstance(error, UpdateError) and error.rank == 1 for error in pair.update("a"))
+    assert pair.recorders[0].buckets == 2 * last
+    assert [recorder.finishes for recorder in pair.recorders] == [1, 1]
 
 
 def test_an_engine_that_refuses_ends_the_update_at_once(pair: Cluster) -> None:

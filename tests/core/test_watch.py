@@ -89,6 +89,11 @@ def test_rank_0_stays_until_the_others_have_read(boards: list[Board]) -> None:
 
     late = EngineRequest(lambda: (time.sleep(0.5), answers.append(gather(1)))[0], Cancel())
     answers.append(gather(0))
-    boards[0].leave()  # returns once rank 1 has read as well
     late.join(5)
     assert answers == [[b"\0", b"\1"]] * 2
+    boards[0]._last = "k/not-yet"
+    reading = EngineRequest(lambda: (time.sleep(0.5), boards[1]._store.add("k/not-yet", 1))[0], Cancel())
+    started = time.monotonic()
+    boards[0].leave()
+    assert 0.4 < time.monotonic() - started < 1.5
+    reading.join(5)
