@@ -1,0 +1,1 @@
+"""The SGLang plugin: new weights reach a serving SGLang in place."""
