@@ -1,0 +1,9 @@
+"""Paths that the plugin adds to SGLang's HTTP server, and the names of modes that both sides must know."""
+
+from __future__ import annotations
+
+STATUS = "/checkpoint_engine/status"
+"""`GET`: what every worker holds, the gate, and which hooks found their place."""
+
+UPDATE = "/checkpoint_engine/update"
+"""`POST`: take an update."""
