@@ -99,7 +99,8 @@ def test_a_to_b_and_back(engine: ReferenceProcess, ranks: Ranks, checkpoints: Pa
     for name in ("a", "b", "a"):
         reports = ranks.run(job(engine, checkpoints / name), listen)
         assert [report.rank for report in reports] == [0, 1]
-        assert reports[0].buckets > 5
+        assert reports[0].update.buckets > 5
+        assert {report.update.engine["tensors"] for report in reports} == {reports[0].update.tensors}
         assert {"read", "gather", "copy", "broadcast", "load", "total"} <= reports[0].seconds.keys()
         assert_holds(engine, checkpoints / name)
         versions = {worker.version for worker in ReferenceClient(engine.endpoint).status(Deadline(20))}
@@ -239,6 +240,7 @@ def test_command_updates_and_saves_the_catalog(engine: ReferenceProcess, checkpo
     assert report["ok"] is True
     assert report["version"] == "step-7"
     assert report["seconds"] == report["stages"]["total"] > 0
+    assert [worker["tensors"] for worker in report["engine"]] == [report["tensors"]] * TP
     assert_holds(engine, checkpoints / "a")
     catalog = Catalog.load(metas)
     assert catalog.nbytes == report["bytes"]

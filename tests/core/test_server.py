@@ -90,6 +90,7 @@ def test_every_worker_gets_every_tensor_bit_for_bit(cluster: Cluster) -> None:
     assert report is not None
     assert report.tensors == len(awkward_tensors(0))
     assert report.buckets > 3
+    assert report.engine == {"tensors": report.tensors}
     assert set(report.seconds) == {"connect", "copy", "broadcast", "load", "finish", "total"}
 
 

@@ -13,6 +13,7 @@ from checkpoint_engine.api.access import HEALTH_PATH, BearerToken, EngineAccess,
 from checkpoint_engine.api.service import Service
 from checkpoint_engine.data_types import DataToGather, MemoryBufferMetaList
 from checkpoint_engine.server import ParameterServer
+from checkpoint_engine.transfer.report import UpdateReport
 from checkpoint_engine.version import __version__
 
 _DESCRIPTION = """
@@ -148,7 +149,7 @@ def _update_routes(service: Service) -> APIRouter:
             }
         ),
     )
-    def update(name: _Name, body: bodies.UpdateBody) -> bodies.Report:  # pyright: ignore[reportUnusedFunction]
+    def update(name: _Name, body: bodies.UpdateBody) -> UpdateReport:  # pyright: ignore[reportUnusedFunction]
         """Call this on all ranks at the same time; it returns once every engine worker holds the checkpoint.
 
         The rank that leads an engine instance gets its `update_url`, which is asked with

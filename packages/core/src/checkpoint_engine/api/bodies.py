@@ -4,6 +4,8 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from checkpoint_engine.transfer.report import UpdateReport
+
 _Strict = ConfigDict(extra="forbid")
 
 
@@ -109,21 +111,6 @@ class Checkpoints(BaseModel):
     checkpoints: list[Checkpoint]
 
 
-class Report(BaseModel):
-    """A finished update as this rank saw it. Stages overlap, so their seconds add up to more than the total."""
-
-    version: str
-    method: str
-    nbytes: int
-    tensors: int
-    buckets: int
-    bucket_size: int
-    staging: str
-    seconds: Annotated[
-        dict[str, float], Field(examples=[{"total": 1.9, "copy": 1.1, "broadcast": 0.4, "load": 1.2, "finish": 0.1}])
-    ]
-
-
 class RunningUpdate(BaseModel):
     """How far the update is."""
 
@@ -141,7 +128,7 @@ class Updates(BaseModel):
     """The update that runs on this rank, and how the last one ended."""
 
     running: RunningUpdate | None
-    last: Annotated[Report | None, Field(description="The last update that succeeded.")]
+    last: Annotated[UpdateReport | None, Field(description="The last update that succeeded.")]
     last_error: Annotated[Error | None, Field(description="How the latest update failed; null if it succeeded.")]
 
 

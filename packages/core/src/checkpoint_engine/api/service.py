@@ -27,6 +27,7 @@ from checkpoint_engine.errors import (
 )
 from checkpoint_engine.link.messages import PROTOCOL
 from checkpoint_engine.server import ParameterServer
+from checkpoint_engine.transfer.report import UpdateReport
 from checkpoint_engine.version import __version__
 
 
@@ -73,7 +74,7 @@ class Service:
             self._server.gather_metas(name, timeout=timedelta(seconds=timeout))
         return _gathered(self._server.catalog(name))
 
-    def update(self, name: str, body: bodies.UpdateBody) -> bodies.Report:
+    def update(self, name: str, body: bodies.UpdateBody) -> UpdateReport:
         """Runs one update."""
         chosen = self._checked_ranks(body.inference_group_ranks, "inference_group_ranks")
         ranks = self._checked_ranks(body.ranks, "ranks")
@@ -105,14 +106,14 @@ class Service:
                 raise
             finally:
                 self._running = None
-        report = self._report()
+        report = self._server.last_report
         if report is None:
             raise CheckpointStateError("the update left no report")
         return report
 
     def updates(self) -> bodies.Updates:
         """What runs, and what ran."""
-        return bodies.Updates(running=self._progress(), last=self._report(), last_error=self._last_error)
+        return bodies.Updates(running=self._progress(), last=self._server.last_report, last_error=self._last_error)
 
     def abort(self, reason: str) -> bodies.Named:
         """Gives the running update up."""
@@ -216,21 +217,6 @@ class Service:
             bytes_done=progress.bytes_done,
             nbytes=progress.nbytes,
             seconds=time.monotonic() - running.start,
-        )
-
-    def _report(self) -> bodies.Report | None:
-        report = self._server.last_report
-        if report is None:
-            return None
-        return bodies.Report(
-            version=report.version,
-            method=report.method,
-            nbytes=report.nbytes,
-            tensors=report.tensors,
-            buckets=report.buckets,
-            bucket_size=report.bucket_size,
-            staging=report.staging,
-            seconds=report.seconds,
         )
 
 

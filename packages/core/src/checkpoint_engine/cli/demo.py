@@ -151,7 +151,7 @@ def _as_json(outcomes: Sequence[_Outcome], method: Method, seconds: float) -> di
     updates: list[dict[str, Any]] = [
         {
             "version": outcome.version,
-            "bytes": outcome.reports[0].nbytes,
+            "bytes": outcome.reports[0].update.nbytes,
             "seconds": slowest(outcome.reports)["total"],
             "verified_tensors": outcome.verified,
             "stages": slowest(outcome.reports),
@@ -179,7 +179,7 @@ def _show(outcomes: Sequence[_Outcome], ranks: int, workers: int, seconds: float
         table.add_column(column, justify="left" if column == "version" else "right")
     table.add_column("compared byte by byte with a cold start")
     for outcome in outcomes:
-        nbytes, total = outcome.reports[0].nbytes, slowest(outcome.reports)["total"]
+        nbytes, total = outcome.reports[0].update.nbytes, slowest(outcome.reports)["total"]
         rate = f"{nbytes / total / 1e9:.2f}"
         verdict = f"[green]✓[/] {_count(outcome.verified, 'parameter')} equal"
         table.add_row(outcome.version, size(nbytes), f"{total:.3f} s", rate, verdict)

@@ -144,17 +144,7 @@ class Rank:
         report = self._server.last_report
         if report is None:
             raise CheckpointStateError("the update left no report")
-        return Done(
-            job=job.number,
-            rank=self._server.rank,
-            method=report.method,
-            nbytes=report.nbytes,
-            tensors=report.tensors,
-            buckets=report.buckets,
-            bucket_size=report.bucket_size,
-            staging=report.staging,
-            seconds={**self._seconds, **report.seconds},
-        )
+        return Done(job.number, self._server.rank, {**self._seconds, **report.seconds}, report)
 
     @contextmanager
     def _timed(self, phase: str) -> Generator[None]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from checkpoint_engine.transfer.report import UpdateReport
+
 
 class Job(msgspec.Struct, frozen=True, tag=True):
     """One update, the same for every rank."""
@@ -47,17 +49,12 @@ class Logged(msgspec.Struct, frozen=True, tag=True):
 
 
 class Done(msgspec.Struct, frozen=True, tag=True):
-    """A job is done. `seconds` by stage; stages of the update overlap."""
+    """A job is done. `seconds` by stage, those before the update included."""
 
     job: int
     rank: int
-    method: str
-    nbytes: int
-    tensors: int
-    buckets: int
-    bucket_size: int
-    staging: str
     seconds: dict[str, float]
+    update: UpdateReport
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):

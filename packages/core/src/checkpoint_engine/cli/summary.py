@@ -126,7 +126,7 @@ def slowest(reports: Sequence[Done]) -> dict[str, float]:
 
 def print_stages(console: Console, reports: Sequence[Done]) -> None:
     """Prints time and GB/s of each stage, all ranks together, and what was moved."""
-    first = reports[0]
+    first = reports[0].update
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("stage")
     table.add_column("time", justify="right")
@@ -142,6 +142,30 @@ def print_stages(console: Console, reports: Sequence[Done]) -> None:
         style="dim",
         soft_wrap=True,
     )
+    if figures := engine_figures(reports):
+        said = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in figures.items())
+        console.print(Text(f"each worker of the engine: {said}\n", style="dim"), soft_wrap=True)
+
+
+def engine_figures(reports: Sequence[Done]) -> dict[str, str]:
+    """What the engines' workers tell of themselves; a range where they differ."""
+    figures: dict[str, list[str | int | float]] = {}
+    for report in reports:
+        for key, value in report.update.engine.items():
+            figures.setdefault(key, []).append(value)
+    return {key: _range(values) for key, values in figures.items()}
+
+
+def _range(values: Sequence[str | int | float]) -> str:
+    numbers = [value for value in values if not isinstance(value, str)]
+    if len(numbers) == len(values):
+        low, high = _number(min(numbers)), _number(max(numbers))
+        return low if low == high else f"{low} to {high}"
+    return " or ".join(dict.fromkeys(map(str, values)))
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
 def size(nbytes: int) -> str:

@@ -169,7 +169,7 @@ def _run_as_rank(job: Job, device: str, keep_serving: float, *, as_json: bool) -
 
 
 def _show(job: Job, reports: list[Done], *, as_json: bool) -> None:
-    first = reports[0]
+    first = reports[0].update
     seconds = slowest(reports)
     if as_json:
         print_json(
@@ -183,6 +183,7 @@ def _show(job: Job, reports: list[Done], *, as_json: bool) -> None:
                 "endpoints": list(job.endpoints),
                 "seconds": seconds["total"],
                 "stages": seconds,
+                "engine": [report.update.engine for report in reports],
             }
         )
         return

@@ -6,8 +6,6 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass, field
 
-import msgspec
-
 
 @dataclass
 class Progress:
@@ -20,11 +18,13 @@ class Progress:
     nbytes: int = 0
 
 
-class UpdateReport(msgspec.Struct, frozen=True):
-    """One finished update as one rank saw it.
+@dataclass(frozen=True)
+class UpdateReport:
+    """One finished update as one rank saw it; it goes as it stands to the command line and over HTTP.
 
     `seconds` holds `total` and a figure for each stage: `connect` (until the engine's workers are there), `copy`
-    (host to device), `broadcast`, `load` (in the engine's loader) and `finish`. Stages overlap.
+    (host to device), `broadcast`, `load` (in the engine's loader) and `finish`. Stages overlap, so they add up to more
+    than the total. `engine` holds what this rank's engine worker tells of itself.
     """
 
     version: str
@@ -35,6 +35,7 @@ class UpdateReport(msgspec.Struct, frozen=True):
     bucket_size: int
     staging: str
     seconds: dict[str, float]
+    engine: dict[str, str | int | float] = field(default_factory=dict[str, str | int | float])
 
 
 @dataclass

@@ -19,6 +19,7 @@ from checkpoint_engine.deadline import Cancel, Deadline
 from checkpoint_engine.device import CpuDevice, Device
 from checkpoint_engine.errors import DeviceMemoryError, RankError, UpdateError
 from checkpoint_engine.link.channel import Listener
+from checkpoint_engine.link.messages import Finished
 from checkpoint_engine.planning.buckets import Bucket, BucketPlan, plan_buckets
 from checkpoint_engine.planning.staging import StagingLayout, choose_layout, place_buckets
 from checkpoint_engine.settings import Settings
@@ -142,11 +143,11 @@ class BroadcastUpdate:
 
         self._progress.phase = "finish"
         finishing = time.perf_counter()
-        link.finish()
+        finished = link.finish()
         self._agree("finished")
         request.join(self._deadline.remaining)
         self._clock.lap("finish", finishing)
-        return self._report(plan, staging_device, layout)
+        return self._report(plan, staging_device, layout, finished)
 
     def _plan(self) -> BucketPlan:
         plan = plan_buckets(self._order.catalog, self._settings.bucket_size)
@@ -234,7 +235,7 @@ class BroadcastUpdate:
         except (dist.DistError, RuntimeError):  # the store went with rank 0
             return mine
 
-    def _report(self, plan: BucketPlan, device: Device, layout: StagingLayout) -> UpdateReport:
+    def _report(self, plan: BucketPlan, device: Device, layout: StagingLayout, finished: Finished) -> UpdateReport:
         where = "host" if device is not self._device else device.torch_device.type
         return UpdateReport(
             version=self._order.version,
@@ -245,4 +246,5 @@ class BroadcastUpdate:
             bucket_size=plan.bucket_size,
             staging=f"{layout.nbytes / 1e6:.1f} MB on {where}, {'one ring' if layout.shared else 'two rings'}",
             seconds=self._clock.total(),
+            engine=finished.details,
         )
