@@ -25,6 +25,7 @@ from checkpoint_engine.host.store import CheckpointStore
 from checkpoint_engine.planning.buckets import Bucket
 from checkpoint_engine.settings import Settings, rank_from_environment
 from checkpoint_engine.transfer.report import Progress, UpdateReport
+from checkpoint_engine.transfer.trace import RankTrace
 from checkpoint_engine.transfer.update import BroadcastUpdate, RequestFunction, UpdateOrder
 
 if TYPE_CHECKING:
@@ -259,6 +260,7 @@ class ParameterServer:
         timeout: timedelta = timedelta(minutes=10),
         ranks: Sequence[int] | None = None,
         version: str | None = None,
+        trace: bool = False,
     ) -> None:
         """Brings a checkpoint to all engine workers of all ranks, and returns once they have it.
 
@@ -268,6 +270,7 @@ class ParameterServer:
             timeout: For the whole update.
             ranks: Only None, or all ranks: transfers to a few ranks need the P2P method.
             version: What the engines shall call it; the checkpoint's name if None.
+            trace: Whether `last_report` shall say when each bucket was copied, broadcast and loaded.
 
         Raises:
             CheckpointStateError: not gathered, or another update is running.
@@ -282,9 +285,21 @@ class ParameterServer:
         if not self._busy.acquire(blocking=False):
             raise CheckpointStateError("an update is running on this rank already; wait for it, or abort it")
         try:
-            self._run(UpdateOrder(self._connected().next_call(), catalog, digest, version or name, req_func, timeout))
+            call = self._connected().next_call()
+            self._run(UpdateOrder(call, catalog, digest, version or name, req_func, timeout, trace))
         finally:
             self._busy.release()
+
+    def gather_traces(self, *, timeout: timedelta = timedelta(minutes=1)) -> list[RankTrace]:
+        """Tells all ranks what each of them did when in its last update, if that was traced; in order of rank.
+
+        Raises:
+            DeadlineError: a rank did not come in time.
+        """
+        mine = self.last_report and self.last_report.trace
+        parts = self._connected().gather("traces", msgspec.msgpack.encode(mine), timeout, "all ranks giving traces")
+        traces = (msgspec.msgpack.decode(part, type=RankTrace | None) for part in parts)
+        return [trace for trace in traces if trace is not None]
 
     def _run(self, order: UpdateOrder) -> None:
         group = self._connected()

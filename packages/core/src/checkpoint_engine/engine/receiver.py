@@ -173,10 +173,11 @@ class _Reception:
                 raise LinkError(f"expected a bucket, {message} came")
             if message.bucket in done:
                 raise LinkError(f"bucket {message.bucket} came twice")
+            began = time.perf_counter()
             seconds = self._load(begin.buckets[message.bucket], staging.tensor, message.offset)
             self._load_seconds += seconds
             done.add(message.bucket)
-            self._send(Loaded(message.bucket, seconds))
+            self._send(Loaded(message.bucket, seconds, began))
         if len(done) != len(begin.buckets):
             raise LinkError(f"the parameter server finished after {len(done)} of {len(begin.buckets)} buckets")
 

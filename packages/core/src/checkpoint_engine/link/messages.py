@@ -91,10 +91,14 @@ class Accepted(msgspec.Struct, frozen=True, tag=True):
 
 
 class Loaded(msgspec.Struct, frozen=True, tag=True):
-    """The bucket was taken; its memory may be used again. `seconds` is the time spent in the engine's loader."""
+    """The bucket was taken; its memory may be used again.
+
+    `seconds` is the time spent in the engine's loader, from `began` on the host's monotonic clock.
+    """
 
     bucket: int
     seconds: float
+    began: float = 0.0
 
 
 class Finished(msgspec.Struct, frozen=True, tag=True):

@@ -8,7 +8,7 @@ while bucket k is loaded, k+1 is broadcast and k+2 comes over the bus.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from checkpoint_engine.device import Device, Event, Staging
 from checkpoint_engine.planning.buckets import BucketPlan
 from checkpoint_engine.planning.staging import Place
 from checkpoint_engine.transfer.report import Progress, StageClock
+from checkpoint_engine.transfer.trace import DeviceClock, Span
 from checkpoint_engine.transfer.worker_link import WorkerLink
 
 
@@ -82,6 +83,7 @@ class BroadcastPipeline:
         self._sent: dict[int, _Span] = {}
         self._next_copy = 0
         self._next_load = 0
+        self._device_clock = None if clock.trace is None else DeviceClock(self._copies)
 
     def run(self) -> None:
         """Sends everything and returns once this rank's worker has loaded all of it.
@@ -154,4 +156,18 @@ class BroadcastPipeline:
     def _add_up(self) -> None:
         self._clock.add("copy", sum(span.seconds() for span in self._copied.values()))
         self._clock.add("broadcast", sum(span.seconds() for span in self._sent.values()))
-        self._clock.add("load", self._link.load_seconds)
+        self._clock.add("load", sum(seconds for _, seconds in self._link.loads.values()))
+        if self._clock.trace is not None and self._device_clock is not None:
+            self._clock.trace.spans += self._trace(self._device_clock)
+
+    def _trace(self, clock: DeviceClock) -> Iterator[Span]:
+        def span(lane: str, index: int, begin: float, end: float) -> Span:
+            return Span(lane, f"bucket {index}", begin, end, index, self._plan.buckets[index].nbytes)
+
+        for index, copied in self._copied.items():
+            yield span("copy", index, clock.at(copied.begin), clock.at(copied.end))
+        for index, sent in self._sent.items():
+            if self._communicator is not None:
+                yield span("broadcast", index, clock.at(sent.begin), clock.at(sent.end))
+        for index, (began, seconds) in self._link.loads.items():
+            yield span("load", index, began, began + seconds)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import defaultdict
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+
+from checkpoint_engine.transfer.trace import PHASES, RankTrace, Span, Trace
 
 
 @dataclass
@@ -24,7 +28,7 @@ class UpdateReport:
 
     `seconds` holds `total` and a figure for each stage: `connect` (until the engine's workers are there), `copy`
     (host to device), `broadcast`, `load` (in the engine's loader) and `finish`. Stages overlap, so they add up to more
-    than the total. `engine` holds what this rank's engine worker tells of itself.
+    than the total. `engine` holds what this rank's engine worker tells of itself, `trace` when all that was, if asked for.
     """
 
     version: str
@@ -36,12 +40,14 @@ class UpdateReport:
     staging: str
     seconds: dict[str, float]
     engine: dict[str, str | int | float] = field(default_factory=dict[str, str | int | float])
+    trace: RankTrace | None = None
 
 
 @dataclass
 class StageClock:
-    """Adds up seconds by stage."""
+    """Adds up seconds by stage, and keeps a trace if there is one."""
 
+    trace: Trace | None = None
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     _start: float = field(default_factory=time.perf_counter)
 
@@ -53,7 +59,13 @@ class StageClock:
         """Adds the time since `since` (of `time.perf_counter`) to a stage; returns now."""
         now = time.perf_counter()
         self.seconds[stage] += now - since
+        if self.trace is not None:
+            self.trace.spans.append(Span(PHASES, stage, since, now))
         return now
+
+    def step(self, name: str) -> AbstractContextManager[None]:
+        """A part of a phase; it shows in the trace only."""
+        return contextlib.nullcontext() if self.trace is None else self.trace.step(name)
 
     def total(self) -> dict[str, float]:
         """All stages, and the time since this clock was made."""

@@ -25,6 +25,7 @@ from checkpoint_engine.planning.staging import StagingLayout, choose_layout, pla
 from checkpoint_engine.settings import Settings
 from checkpoint_engine.transfer.broadcast import BroadcastPipeline
 from checkpoint_engine.transfer.report import Progress, StageClock, UpdateReport
+from checkpoint_engine.transfer.trace import Trace
 from checkpoint_engine.transfer.watch import EngineRequest, Watch
 from checkpoint_engine.transfer.worker_link import WorkerLink
 
@@ -57,6 +58,7 @@ class UpdateOrder:
     version: str
     ask_engine: RequestFunction
     timeout: timedelta
+    trace: bool = False
 
 
 class BroadcastUpdate:
@@ -80,7 +82,7 @@ class BroadcastUpdate:
         self._read = read
         self._progress = progress
         self._deadline = Deadline(order.timeout.total_seconds())
-        self._clock = StageClock()
+        self._clock = StageClock(Trace() if order.trace else None)
         self._link: WorkerLink | None = None
         self.cancel = Cancel()
 
@@ -101,14 +103,17 @@ class BroadcastUpdate:
                 raise self._explain(error, watch) from error
 
     def _run(self, stack: ExitStack) -> UpdateReport:
-        plan = self._plan()
+        with self._clock.step("plan"):
+            plan = self._plan()
         listener = Listener()
         stack.callback(listener.close)
-        ranks = self._introduce(listener.handle)
+        with self._clock.step("introduce"):
+            ranks = self._introduce(listener.handle)
         staging_device, layout = self._choose_staging(plan, min(rank.available for rank in ranks))
-        communicator = self._group.communicator(
-            staging_device.backend, staging_device.torch_device, self._agreed_generation(ranks), self._deadline
-        )
+        with self._clock.step("communicator"):
+            communicator = self._group.communicator(
+                staging_device.backend, staging_device.torch_device, self._agreed_generation(ranks), self._deadline
+            )
         if communicator is not None:
             self.cancel.on_set(communicator.abort)
 
@@ -116,12 +121,15 @@ class BroadcastUpdate:
         connecting = time.perf_counter()
         addresses = [(rank.device, rank.handle) for rank in ranks]
         request = EngineRequest(lambda: self._order.ask_engine(addresses), self.cancel)
-        link = stack.enter_context(WorkerLink.accept(listener, self._deadline, self.cancel, self._device.identity))
+        with self._clock.step("wait for the worker"):
+            link = stack.enter_context(WorkerLink.accept(listener, self._deadline, self.cancel, self._device.identity))
         self._link = link
         listener.close()  # nobody else is expected, and a process that is killed leaves no socket behind
-        staging = staging_device.allocate(layout.nbytes)
+        with self._clock.step("staging"):
+            staging = staging_device.allocate(layout.nbytes)
         stack.callback(staging.close)
-        link.begin(self._order.key, self._order.catalog.name, self._order.version, plan, staging)
+        with self._clock.step("worker checks"):
+            link.begin(self._order.key, self._order.catalog.name, self._order.version, plan, staging)
         self._agree("connected")
         self._clock.lap("connect", connecting)
 
@@ -143,7 +151,8 @@ class BroadcastUpdate:
 
         self._progress.phase = "finish"
         finishing = time.perf_counter()
-        finished = link.finish()
+        with self._clock.step("worker finishes"):
+            finished = link.finish()
         self._agree("finished")
         request.join(self._deadline.remaining)
         self._clock.lap("finish", finishing)
@@ -247,4 +256,5 @@ class BroadcastUpdate:
             staging=f"{layout.nbytes / 1e6:.1f} MB on {where}, {'one ring' if layout.shared else 'two rings'}",
             seconds=self._clock.total(),
             engine=finished.details,
+            trace=self._clock.trace and self._clock.trace.finish(self._board.rank, self._device.identity),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections import deque
 from types import TracebackType
 from typing import TypeVar
@@ -42,10 +43,11 @@ class WorkerLink:
         self._channel = channel
         self._device = device
         self._deadline = deadline
-        self._loading: deque[int] = deque()
+        self._loading: deque[tuple[int, float]] = deque()
         self._over = False
         self.done = -1
-        self.load_seconds = 0.0
+        self.loads: dict[int, tuple[float, float]] = {}
+        """When the worker began to load a bucket, on the host's monotonic clock, and the seconds that it took."""
 
     @classmethod
     def accept(cls, listener: Listener, deadline: Deadline, cancel: Cancel, device: str) -> WorkerLink:
@@ -76,7 +78,7 @@ class WorkerLink:
     def load(self, bucket: int, offset: int) -> None:
         """Tells the worker that a bucket lies at `offset`; does not wait."""
         self._channel.send(Load(bucket, offset), self._deadline)
-        self._loading.append(bucket)
+        self._loading.append((bucket, time.perf_counter()))
 
     def wait_until_done(self, bucket: int) -> None:
         """Waits until a bucket, and all before it, are loaded.
@@ -139,13 +141,16 @@ class WorkerLink:
         self.close()
 
     def _take_loaded(self) -> None:
-        bucket = self._loading[0]
+        bucket, told = self._loading[0]
         loaded = self._expect(Loaded, f"loading bucket {bucket}")
         if loaded.bucket != bucket:
             raise LinkError(f"the worker on {self._device} answered for bucket {loaded.bucket}, expected {bucket}")
         self._loading.popleft()
         self.done = bucket
-        self.load_seconds += loaded.seconds
+        now = time.perf_counter()
+        # A worker in another time namespace, or of an older version, does not know our clock.
+        began = loaded.began if told <= loaded.began <= now else now - loaded.seconds
+        self.loads[bucket] = began, loaded.seconds
 
     def _expect(self, kind: type[_Answer], doing: str) -> _Answer:
         try:
