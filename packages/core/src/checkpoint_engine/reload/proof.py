@@ -1,0 +1,95 @@
+"""Proves that a plan does what the engine's loader does: checksums of every piece, taken on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
+
+import torch
+
+from checkpoint_engine.reload.plan import Piece, ReloadPlan
+from checkpoint_engine.reload.replay import view_of
+
+_CHUNK = 1 << 22
+"""Elements summed at a time, so that the memory needed stays small."""
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_SEED = 0x5EED
+
+
+class Checksums:
+    """Sums of a tensor's elements as integers, each multiplied by a number that belongs to its place; modulo 2^64.
+
+    The numbers are odd, so that any single wrong element changes the sum, and drawn at random, so that exchanged or
+    moved elements do.
+    """
+
+    def __init__(self) -> None:
+        self._weights: dict[torch.device, torch.Tensor] = {}
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The checksum of a tensor's elements in their order, whatever its strides: a scalar int64 on its device."""
+        total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+        if tensor.dtype.itemsize > max(_INTEGERS):
+            tensor = torch.view_as_real(tensor)
+        elements = tensor.contiguous().view(-1)
+        elements = elements.view(_INTEGERS[elements.dtype.itemsize])
+        weights = self._weights_on(tensor.device)
+        for index, start in enumerate(range(0, elements.numel(), _CHUNK)):
+            chunk = elements[start : start + _CHUNK]
+            total += (2 * index + 1) * (chunk.to(torch.int64) * weights[: chunk.numel()]).sum()
+        return total
+
+    def _weights_on(self, device: torch.device) -> torch.Tensor:
+        if device not in self._weights:
+            numbers = torch.randint(
+                -(1 << 62), 1 << 62, (_CHUNK,), dtype=torch.int64, generator=torch.Generator().manual_seed(_SEED)
+            )
+            self._weights[device] = (2 * numbers + 1).to(device)
+        return self._weights[device]
+
+
+class Proof:
+    """What pieces should hold, taken from the tensors as they come, against what the targets do hold."""
+
+    def __init__(self, plan: ReloadPlan) -> None:
+        self._plan = plan
+        self._checksums = Checksums()
+        self._pieces: dict[str, list[Piece]] = {}
+        for pieces in plan.pieces.values():
+            for piece in pieces:
+                self._pieces.setdefault(piece.target, []).append(piece)
+        self._expected: dict[Piece, torch.Tensor] = {}
+        self._found: dict[Piece, torch.Tensor] = {}
+
+    def expect(self, tensors: Sequence[tuple[str, torch.Tensor]], targets: Iterable[str]) -> None:
+        """Takes the checksums of what these tensors bring to `targets`."""
+        wanted = set(targets)
+        for name, tensor in tensors:
+            for piece in self._plan.pieces.get(name, ()):
+                if piece.target in wanted:
+                    part = view_of(tensor, piece.region, piece.source_dtype).to(piece.target_dtype)
+                    self._expected[piece] = self._checksums.of(part)
+
+    def find(self, target: str, memory: torch.Tensor) -> None:
+        """Takes the checksums of what a target holds; the last call counts."""
+        for piece in self._pieces.get(target, ()):
+            self._found[piece] = self._checksums.of(view_of(memory, piece.place, piece.target_dtype))
+
+    def differing(self, targets: Iterable[str]) -> Mapping[str, str]:
+        """Target -> the first tensor that is not in it as planned, of those whose checksums were taken."""
+        wanted = set(targets)
+        pieces = [piece for piece in self._expected if piece.target in wanted]
+        if not pieces:
+            return {}
+        missing = [piece for piece in pieces if piece not in self._found]
+        pieces = [piece for piece in pieces if piece in self._found]
+        wrong = list[Piece]()
+        if pieces:
+            expected = torch.stack([self._expected[piece] for piece in pieces])
+            found = torch.stack([self._found[piece] for piece in pieces])
+            differs = cast("list[bool]", (expected != found).tolist())
+            wrong = [piece for piece, wrong in zip(pieces, differs, strict=True) if wrong]
+        result: dict[str, str] = {}
+        for piece in (*missing, *wrong):
+            result.setdefault(piece.target, piece.source)
+        return result
