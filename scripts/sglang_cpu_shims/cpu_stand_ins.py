@@ -65,14 +65,22 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         """Nothing to run."""
 
 
+class _Settings:
+    """Takes whatever it is given."""
+
+    def __init__(self, *values: object, **named: object) -> None:
+        self.value = values[0] if values else None
+        self.named = named
+
+
 def _furnish(triton: types.ModuleType) -> None:
     """What is used while modules are imported, not only named."""
     triton.__version__ = "3.0.0"
     triton.cdiv = lambda size, step: -(-size // step)
     triton.next_power_of_2 = lambda size: 1 << (size - 1).bit_length() if size > 0 else 1
-    triton.Config = type("Config", (), {"__init__": lambda self, *args, **kwargs: None})
+    triton.Config = _Settings
     language = _shell("triton.language")
-    language.constexpr = type("constexpr", (), {"__init__": lambda self, value=None: setattr(self, "value", value)})
+    language.constexpr = _Settings
     triton.language = language
 
 
@@ -82,7 +90,7 @@ _libraries: list[object] = []
 def _name_operators_of_torchvision() -> None:
     if _libraries:
         return
-    import torch
+    import torch  # noqa: PLC0415 - only SGLang's processes are to import it
 
     library = torch.library.Library("torchvision", "FRAGMENT")
     for name in ("nms", "qnms"):

@@ -21,7 +21,7 @@ def _operator(schema: str, function: object) -> None:
 
 
 _operator("init_cpu_threads_env(str cores) -> str", lambda cores: f"threads are not bound to cores {cores}")
-_operator("initialize(int size, int rank) -> ()", lambda size, rank: None)
+_operator("initialize(int size, int rank) -> ()", lambda size, rank: None)  # noqa: ARG005
 
 
 def copy_all_layer_kv_cache_cpu(
