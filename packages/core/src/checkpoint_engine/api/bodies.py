@@ -61,6 +61,9 @@ class UpdateBody(BaseModel):
     version: Annotated[
         str | None, Field(description="What the engines shall call it; the checkpoint's name if left out.")
     ] = None
+    trace: Annotated[
+        bool, Field(description="Whether the report shall say when this rank copied, broadcast and loaded each bucket.")
+    ] = False
 
 
 class AbortBody(BaseModel):

@@ -97,6 +97,7 @@ class Service:
                     timeout=timedelta(seconds=body.timeout),
                     ranks=ranks or None,
                     version=body.version,
+                    trace=body.trace,
                 )
                 self._last_error = None
             except CheckpointEngineError as error:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import traceback
 from enum import Enum
+from pathlib import Path
 from typing import Annotated
 
 import msgspec
@@ -12,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from checkpoint_engine.errors import CheckpointEngineError
+from checkpoint_engine.errors import CheckpointEngineError, SettingError
 
 output = Console(highlight=False)
 """Results."""
@@ -64,6 +66,17 @@ class DeviceKind(str, Enum):
     AUTO = "auto"
     CPU = "cpu"
     CUDA = "cuda"
+
+
+def check_can_write(path: Path) -> None:
+    """Raises unless a file can be written there, so that this is known before the work and not after it.
+
+    Raises:
+        SettingError: its directory is missing or closed to us, or it is a directory itself.
+    """
+    folder = path.parent
+    if path.is_dir() or not folder.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
+        raise SettingError(f"cannot write {path}: it must be a file in a directory that you may write to")
 
 
 def print_json(content: object) -> None:

@@ -13,7 +13,7 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from checkpoint_engine.cli.common import Json, Method, Verbose, notes, output, print_json, verbose
+from checkpoint_engine.cli.common import Json, Method, Verbose, check_can_write, notes, output, print_json, verbose
 from checkpoint_engine.cli.messages import Done, Job
 from checkpoint_engine.cli.ranks import Ranks
 from checkpoint_engine.cli.summary import UpdateView, print_stages, size, slowest
@@ -44,6 +44,10 @@ def demo(
     ] = 2,
     method: Annotated[Method, typer.Option(help="How the bytes travel.")] = Method.BROADCAST,
     updates: Annotated[int, typer.Option(min=1, help="Updates in a row.")] = 2,
+    trace: Annotated[
+        Path | None,
+        typer.Option(help="Write what each rank did when in the last update to this JSON file.", show_default=False),
+    ] = None,
     json: Json = False,
     verbose_: Verbose = False,
 ) -> None:
@@ -61,9 +65,11 @@ def demo(
             f"{ranks} ranks cannot feed engines of {tensor_parallel_size} workers: make --ranks a multiple of "
             "--tensor-parallel-size"
         )
+    if trace is not None:
+        check_can_write(trace)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="checkpoint-engine-demo-") as directory:
-        outcomes = _Demo(Path(directory), ranks, tensor_parallel_size).run(updates)
+        outcomes = _Demo(Path(directory), ranks, tensor_parallel_size).run(updates, trace)
     seconds = time.perf_counter() - start
     if json:
         print_json(_as_json(outcomes, method, seconds))
@@ -76,7 +82,7 @@ class _Demo:
         self._directory = directory
         self._ranks, self._workers = ranks, workers
 
-    def run(self, updates: int) -> list[_Outcome]:
+    def run(self, updates: int, trace: Path | None) -> list[_Outcome]:
         """Starts everything and updates so many times."""
         with ExitStack() as stack:
             log = None if verbose() else stack.enter_context(tempfile.TemporaryFile())
@@ -101,7 +107,7 @@ class _Demo:
             outcomes: list[_Outcome] = []
             for number in range(updates):
                 source = directories[number % len(directories)]
-                job = self._job(source, f"step-{number + 1}", endpoints)
+                job = self._job(source, f"step-{number + 1}", endpoints, trace if number + 1 == updates else None)
                 reports = ranks.run(job, view)
                 outcomes.append(_Outcome(job.version, reports, _verify(endpoints, source)))
             return outcomes
@@ -121,7 +127,7 @@ class _Demo:
             for seed in range(1, count + 1)
         ]
 
-    def _job(self, source: Path, version: str, endpoints: tuple[str, ...]) -> Job:
+    def _job(self, source: Path, version: str, endpoints: tuple[str, ...], trace: Path | None) -> Job:
         return Job(
             directory=str(source),
             version=version,
@@ -130,6 +136,7 @@ class _Demo:
             workers=self._workers,
             timeout=_SECONDS,
             wait=_SECONDS,
+            trace=str(trace) if trace else None,
         )
 
 

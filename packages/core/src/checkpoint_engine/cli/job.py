@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import cast
@@ -17,6 +18,8 @@ from checkpoint_engine.engine.client import EngineClient, PauseMode, load_client
 from checkpoint_engine.errors import CheckpointEngineError, CheckpointStateError, SettingError
 from checkpoint_engine.host.loader import find_files, split_among_ranks
 from checkpoint_engine.server import ParameterServer
+from checkpoint_engine.transfer.report import UpdateReport
+from checkpoint_engine.transfer.trace import save_trace
 
 _QUICK_ANSWER_SECONDS = 1.0
 """An engine that is up already says within this time whether it can be updated, before any file is read."""
@@ -117,7 +120,9 @@ class Rank:
         self.updating = True
         with self._watched():
             ask = self._lead.ask if self._lead else _ask_nobody
-            self._server.update(name, ask, timeout=timedelta(seconds=job.timeout), version=job.version)
+            self._server.update(
+                name, ask, timeout=timedelta(seconds=job.timeout), version=job.version, trace=job.trace is not None
+            )
         return self._done(job)
 
     def engine_outcome(self) -> str:
@@ -144,7 +149,16 @@ class Rank:
         report = self._server.last_report
         if report is None:
             raise CheckpointStateError("the update left no report")
+        if job.trace is not None:
+            self._save_trace(Path(job.trace), report)
+        report = replace(report, trace=None)  # it is in the file, and may be long
         return Done(job.number, self._server.rank, {**self._seconds, **report.seconds}, report)
+
+    def _save_trace(self, path: Path, report: UpdateReport) -> None:
+        traces = self._server.gather_traces()
+        if self._server.rank == 0:
+            about = {"version": report.version, "method": report.method, "bytes": report.nbytes}
+            save_trace(path, traces, **about, seconds=report.seconds["total"], staging=report.staging)
 
     @contextmanager
     def _timed(self, phase: str) -> Generator[None]:

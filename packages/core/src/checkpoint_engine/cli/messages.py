@@ -23,6 +23,8 @@ class Job(msgspec.Struct, frozen=True, tag=True):
     wait: float = 600.0
     """Seconds for an engine that is still starting."""
     save_metas: str | None = None
+    trace: str | None = None
+    """File to which the first rank writes what all ranks did when."""
     number: int = 0
     """Counts the jobs; reports carry it, so that one of an earlier job is not taken for one of this."""
 

@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from checkpoint_engine.cli.common import DeviceKind, Json, Method, Pause, Verbose, notes, output, print_json, verbose
+from checkpoint_engine.cli.common import (
+    DeviceKind,
+    Json,
+    Method,
+    Pause,
+    Verbose,
+    check_can_write,
+    notes,
+    output,
+    print_json,
+    verbose,
+)
 from checkpoint_engine.cli.messages import Done, Job, Logged, Progressed
 from checkpoint_engine.cli.ranks import Ranks
 from checkpoint_engine.cli.summary import UpdateView, print_stages, size, slowest
@@ -77,6 +88,14 @@ def update(
             help="Write the catalog (who holds what) to this JSON file.", rich_help_panel=_AFTER, show_default=False
         ),
     ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write what each rank did when to this JSON file, for Perfetto or the command timeline.",
+            rich_help_panel=_AFTER,
+            show_default=False,
+        ),
+    ] = None,
     keep_serving: Annotated[
         float,
         typer.Option(min=0, help="Keep the ranks and their host memory for so many seconds.", rich_help_panel=_AFTER),
@@ -116,6 +135,8 @@ def update(
         )
     if not directory.is_dir():
         raise CheckpointFormatError(f"{directory} is not a directory")
+    if trace is not None:
+        check_can_write(trace)
     client = load_client(engine)
     for address in endpoint:
         client(address)  # a wrong address is told here, before any process starts
@@ -130,6 +151,7 @@ def update(
         timeout=timeout,
         wait=wait,
         save_metas=str(save_metas) if save_metas else None,
+        trace=str(trace) if trace else None,
     )
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         _run_as_rank(job, device.value, keep_serving, as_json=json)

@@ -28,7 +28,8 @@ class UpdateReport:
 
     `seconds` holds `total` and a figure for each stage: `connect` (until the engine's workers are there), `copy`
     (host to device), `broadcast`, `load` (in the engine's loader) and `finish`. Stages overlap, so they add up to more
-    than the total. `engine` holds what this rank's engine worker tells of itself, `trace` when all that was, if asked for.
+    than the total. `engine` holds what this rank's engine worker tells of itself; `trace` says when all that was, if it
+    was asked for.
     """
 
     version: str
