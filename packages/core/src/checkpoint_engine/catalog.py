@@ -50,7 +50,15 @@ class Holding(msgspec.Struct, frozen=True):
     """Identity of the rank's device, such as `GPU-5b1c…` or `cpu:0`."""
     segments: tuple[SegmentEntry, ...]
     p2p_address: str | None = None
+    """Host and port of the transfer engine; None if the memory cannot be read from outside."""
     rdma_device: str = ""
+    """Network cards of the holder, separated by commas; empty for TCP."""
+    transport: str = ""
+    control_address: int = 0
+    """Where the holder keeps `generation`, in memory, for as long as the segments stay as they are."""
+    generation: int = 0
+    content: str = ""
+    """128 bits over samples of the tensors' bytes, in hexadecimal; empty if unknown."""
 
 
 class Catalog(msgspec.Struct, frozen=True):

@@ -97,6 +97,14 @@ class RankError(CheckpointEngineError, RuntimeError):
     """Another rank of the parameter server failed or died; the message names it and its cause."""
 
 
+class PeerError(CheckpointEngineError, ConnectionError):
+    """The host memory of another parameter server could not be read; the message names it, the range and the cause."""
+
+
+class PeerMovedError(PeerError):
+    """It holds other bytes by now, or is another process: what is known of it is stale. Nothing of it was used."""
+
+
 class UpdateError(CheckpointEngineError, RuntimeError):
     """An update did not complete. `rank` and `phase` say where; no engine worker serves half of it silently."""
 

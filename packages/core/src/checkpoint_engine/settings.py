@@ -11,6 +11,7 @@ MIB = 1 << 20
 GIB = 1 << 30
 DEFAULT_BUCKET_SIZE = 256 * MIB
 DEFAULT_MEM_FRACTION = 0.9
+DEFAULT_PATIENCE_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,42 @@ class Settings:
             raise SettingError(f"the memory fraction is {fraction:g}; it must be above 0 and at most 1")
         chosen = device or os.environ.get("CHECKPOINT_ENGINE_DEVICE", "auto")
         return cls(bucket_size=int(gigabytes * GIB), mem_fraction=fraction, device=chosen)
+
+
+@dataclass(frozen=True)
+class P2PSettings:
+    """How other hosts read this one's checkpoints, and this one theirs.
+
+    Attributes:
+        share: Whether gathered checkpoints can be read by others (`CHECKPOINT_ENGINE_P2P`).
+        host: An address of this host (`CHECKPOINT_ENGINE_P2P_HOST`); found out if None.
+        transport: `auto`, `rdma`, `efa` or `tcp` (`CHECKPOINT_ENGINE_P2P_TRANSPORT`).
+        patience: Seconds that one read of at most 64 MiB may take (`CHECKPOINT_ENGINE_P2P_PATIENCE`).
+    """
+
+    share: bool
+    host: str | None
+    transport: str
+    patience: float
+
+    @classmethod
+    def from_environment(cls) -> P2PSettings:
+        """Reads the environment.
+
+        Raises:
+            SettingError: a value cannot work.
+        """
+        share = os.environ.get("CHECKPOINT_ENGINE_P2P", "0")
+        transport = os.environ.get("CHECKPOINT_ENGINE_P2P_TRANSPORT", "auto")
+        patience = _number("CHECKPOINT_ENGINE_P2P_PATIENCE", DEFAULT_PATIENCE_SECONDS)
+        if share not in ("", "0", "1"):
+            raise SettingError(f"CHECKPOINT_ENGINE_P2P is {share!r}; it is 1 or 0")
+        if transport not in ("auto", "rdma", "efa", "tcp"):
+            raise SettingError(f"CHECKPOINT_ENGINE_P2P_TRANSPORT is {transport!r}; it is auto, rdma, efa or tcp")
+        if not patience >= 1:
+            raise SettingError(f"CHECKPOINT_ENGINE_P2P_PATIENCE is {patience:g}; it must be at least 1 second")
+        host = os.environ.get("CHECKPOINT_ENGINE_P2P_HOST") or None
+        return cls(share == "1", host, transport, patience)
 
 
 def rank_from_environment(given: int | None, variable: str) -> int:

@@ -20,6 +20,7 @@ _STATUS: tuple[tuple[type[Exception], int], ...] = (
     (errors.WorkerError, 502),
     (errors.LinkError, 502),
     (errors.RankError, 502),
+    (errors.PeerError, 502),
     (errors.WeightsRejectedError, 502),
     (errors.HostMemoryError, 507),
     (errors.DeviceMemoryError, 507),

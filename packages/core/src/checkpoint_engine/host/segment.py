@@ -47,6 +47,8 @@ class Segment:
             self.tensor = _empty() if self._mapping is None else torch.frombuffer(self._mapping, dtype=torch.uint8)
         self.address = self.tensor.data_ptr() if nbytes else 0
         self.pinned: Pinned | None = None
+        self.shared: Pinned | None = None
+        """Its registration with a transport by which others read it."""
         self._touched = file is not None
 
     @classmethod
@@ -145,6 +147,9 @@ class Segment:
 
     def close(self) -> None:
         """Unpins the memory and gives it up; a mapped file stays as it is."""
+        if self.shared is not None:
+            shared, self.shared = self.shared, None
+            shared.close()
         if self.pinned is not None:
             pinned, self.pinned = self.pinned, None
             pinned.close()

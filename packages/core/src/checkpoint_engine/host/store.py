@@ -6,7 +6,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -140,8 +140,22 @@ class CheckpointStore:
                 self._being_registered.discard(name)
         return registered
 
-    def unregister(self, name: str, *, force: bool = False) -> None:
+    def adopt(self, name: str, segments: list[Segment], entries: list[SegmentEntry]) -> Registered:
+        """Keeps a checkpoint that is in memory already; `entries[i]` describes `segments[i]`.
+
+        Raises:
+            CheckpointStateError: the name is taken.
+        """
+        with self._lock:
+            if name in self._registered or name in self._being_registered:
+                raise CheckpointStateError(f"checkpoint {name!r} is registered already; unregister it first")
+            self._registered[name] = Registered(name, segments, entries)
+            return self._registered[name]
+
+    def unregister(self, name: str, *, force: bool = False, farewell: Callable[[], None] | None = None) -> None:
         """Frees a checkpoint; files stay. A pooled one leaves its memory to the pool, unless `force` frees that too.
+
+        `farewell` is called once it is clear that the memory will go, and before it goes.
 
         Raises:
             CheckpointStateError: there is no such checkpoint, or it is in use.
@@ -151,6 +165,8 @@ class CheckpointStore:
             if self._users.get(name):
                 raise CheckpointStateError(f"checkpoint {name!r} is being sent; unregister it once the update is over")
             del self._registered[name]
+        if farewell is not None:
+            farewell()
         self._let_go(registered)
         if force:
             self._pool.drop_idle()

@@ -1,0 +1,133 @@
+"""Opens a P2P store: which transport, which network cards, and what stands in the way, by name."""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from checkpoint_engine.errors import HostMemoryError, SettingError
+from checkpoint_engine.host.mooncake import MooncakeEngine, Transport
+from checkpoint_engine.host.network_cards import (
+    DEVICES_VARIABLE,
+    NCCL_VARIABLE,
+    Card,
+    cards_for_gpu,
+    find_cards,
+    gpu_of_host,
+    select_cards,
+)
+from checkpoint_engine.host.p2p_store import P2PStore
+from checkpoint_engine.settings import P2PSettings
+
+_LEAST_MEMLOCK = 1 << 30
+_PEER_MEMORY = ("nvidia_peermem", "nv_peer_mem")
+_GPUS = Path("/proc/driver/nvidia/gpus")
+_MODULES = Path("/sys/module")
+
+logger = logging.getLogger(__name__)
+
+_opening = threading.Lock()
+_engines: dict[tuple[str, Transport, tuple[str, ...]], MooncakeEngine] = {}
+"""Engines live as long as the process: starting and ending one takes seconds, and reads may be under way."""
+
+
+class Way(msgspec.Struct, frozen=True):
+    """How this process will read and be read, and why so."""
+
+    transport: Transport
+    cards: tuple[Card, ...]
+    reason: str
+
+
+def choose_way(wanted: str, cards: Sequence[Card], memlock: int) -> Way:
+    """EFA or RDMA where there are cards, else TCP.
+
+    Args:
+        wanted: `auto` or a transport.
+        cards: What this process may use.
+        memlock: The limit on memory that can be registered, in bytes, or `RLIM_INFINITY`.
+
+    Raises:
+        SettingError: the transport that is wanted has no cards here.
+        HostMemoryError: the memlock limit is too low for RDMA.
+    """
+    efa = tuple(card for card in cards if card.efa)
+    rdma = tuple(card for card in cards if not card.efa)
+    if wanted == "tcp":
+        return Way("tcp", (), "asked for")
+    if wanted == "efa" or (wanted == "auto" and efa):
+        way = Way("efa", efa, "asked for" if wanted == "efa" else "there are EFA devices")
+    elif wanted == "rdma" or rdma:
+        way = Way("rdma", rdma, "asked for" if wanted == "rdma" else "there are RDMA devices")
+    else:
+        return Way("tcp", (), "no RDMA device may be used")
+    if not way.cards:
+        raise SettingError(
+            f"{way.transport} is asked for, but this host shows no such device in /sys/class/infiniband that is up and "
+            f"allowed by {DEVICES_VARIABLE} and {NCCL_VARIABLE}; CHECKPOINT_ENGINE_P2P_TRANSPORT=tcp works without"
+        )
+    if memlock != resource.RLIM_INFINITY and memlock < _LEAST_MEMLOCK:
+        raise HostMemoryError(
+            f"the memlock limit of {memlock} bytes is too low to register checkpoints for {way.transport}: ulimit -l "
+            "unlimited (in containers --ulimit memlock=-1), or CHECKPOINT_ENGINE_P2P_TRANSPORT=tcp"
+        )
+    return way
+
+
+def way_of_this_process(settings: P2PSettings, local_gpu: int, gpus_seen: int) -> Way:
+    """What `open_p2p_store` will use.
+
+    Raises:
+        SettingError: a variable names what is not there.
+        HostMemoryError: the memlock limit is too low for RDMA.
+    """
+    allowed = select_cards(find_cards(), os.environ.get(DEVICES_VARIABLE), os.environ.get(NCCL_VARIABLE))
+    gpu, gpus = gpu_of_host(local_gpu, os.environ.get("CUDA_VISIBLE_DEVICES"), _gpus_present(), gpus_seen)
+    memlock = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    return choose_way(settings.transport, cards_for_gpu(allowed, gpu, gpus), memlock)
+
+
+def open_p2p_store(settings: P2PSettings, host: str, local_gpu: int, gpus_seen: int) -> P2PStore:
+    """Starts to listen and to read.
+
+    Args:
+        settings: From the environment.
+        host: An address of this host, unless the settings hold one.
+        local_gpu: Place of this process's GPU among those that it sees.
+        gpus_seen: How many it sees.
+
+    Raises:
+        MissingDependencyError: Mooncake is not installed.
+        SettingError: the transport cannot be used here.
+        HostMemoryError: the memlock limit is too low for RDMA.
+    """
+    way = way_of_this_process(settings, local_gpu, gpus_seen)
+    ports = {card.port for card in way.cards}
+    if ports and ports != {1}:
+        os.environ.setdefault("MC_IB_PORT", str(min(ports)))
+    devices = tuple(card.device for card in way.cards)
+    key = settings.host or host, way.transport, devices
+    with _opening:
+        if key not in _engines:
+            engine = MooncakeEngine(*key, settings.patience)
+            logger.info("P2P over %s (%s) at %s %s", way.transport, way.reason, engine.address, ", ".join(devices))
+            _engines[key] = engine
+        return P2PStore(_engines[key], devices, settings.patience)
+
+
+def can_reach_gpus() -> bool:
+    """Whether the kernel lets RDMA devices write into GPU memory."""
+    return any((_MODULES / name).exists() for name in _PEER_MEMORY)
+
+
+def _gpus_present() -> int:
+    try:
+        return len(list(_GPUS.iterdir()))
+    except OSError:
+        return 0
