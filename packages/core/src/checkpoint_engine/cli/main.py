@@ -12,6 +12,7 @@ from checkpoint_engine.cli.demo import demo
 from checkpoint_engine.cli.doctor import doctor
 from checkpoint_engine.cli.inspect import inspect_checkpoint
 from checkpoint_engine.cli.serve import serve
+from checkpoint_engine.cli.timeline import timeline
 from checkpoint_engine.cli.update import update
 from checkpoint_engine.errors import CheckpointEngineError
 from checkpoint_engine.version import __version__
@@ -37,6 +38,7 @@ for name, command in {
     "serve": serve,
     "doctor": doctor,
     "inspect": inspect_checkpoint,
+    "timeline": timeline,
 }.items():
     app.command(name, help=help_of(command))(command)
 
