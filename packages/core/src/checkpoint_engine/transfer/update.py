@@ -154,7 +154,8 @@ class BroadcastUpdate:
         with self._clock.step("worker finishes"):
             finished = link.finish()
         self._agree("finished")
-        request.join(self._deadline.remaining)
+        with self._clock.step("engine answers"):
+            request.join(self._deadline.remaining)
         self._clock.lap("finish", finishing)
         return self._report(plan, staging_device, layout, finished)
 
@@ -213,7 +214,8 @@ class BroadcastUpdate:
         return host, layout
 
     def _agree(self, what: str) -> None:
-        self._gather(what, b"")
+        with self._clock.step("wait for other ranks"):
+            self._gather(what, b"")
 
     def _gather(self, what: str, mine: bytes) -> list[bytes]:
         key = f"{self._order.key}/{what}"
