@@ -127,7 +127,7 @@ class SGLangClient(CollectiveRpcClient):
 
     def resume(self, deadline: Deadline) -> None:
         """`POST /continue_generation`."""
-        self.endpoint.call("POST", "/continue_generation", deadline, body={})
+        self.endpoint.call("POST", "/continue_generation", deadline, body={"torch_empty_cache": False})
 
     # -- inside
 

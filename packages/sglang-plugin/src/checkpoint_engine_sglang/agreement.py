@@ -1,0 +1,62 @@
+"""How the workers of one replica agree: every one of them learns what every other one says.
+
+SGLang reports what its first rank says. Here the collective library that SGLang has connected its workers with (Gloo,
+in host memory) carries a few bytes of each worker to all others, so that a failure anywhere is everybody's.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any, Protocol, TypeVar, cast
+
+import msgspec
+import torch
+import torch.distributed as dist
+
+from checkpoint_engine.errors import WorkerError
+
+_Message = TypeVar("_Message", bound=msgspec.Struct)
+
+
+class Workers(Protocol):
+    """All workers of a replica."""
+
+    def exchange(self, mine: _Message, seconds: float) -> list[_Message]:
+        """What every worker brought, in order of rank. All of them must call it, in the same order."""
+        ...
+
+
+class GroupOfWorkers:
+    """Workers that are connected by one of torch's process groups."""
+
+    def __init__(self, group: Any) -> None:  # noqa: ANN401 - torch does not export its type
+        self._group = group
+        self._size = int(dist.get_world_size(group))
+
+    def exchange(self, mine: _Message, seconds: float) -> list[_Message]:
+        """See `Workers`.
+
+        Raises:
+            WorkerError: a worker did not take part in time. What the others hold is unknown then.
+        """
+        if self._size == 1:
+            return [mine]
+        content = torch.frombuffer(bytearray(msgspec.msgpack.encode(mine)), dtype=torch.uint8)
+        sizes = self._gather(torch.tensor([content.numel()], dtype=torch.int64), seconds)
+        longest = max(int(size) for size in sizes)
+        padded = torch.zeros(longest, dtype=torch.uint8)
+        padded[: content.numel()] = content
+        everybody = self._gather(padded, seconds)
+        return [
+            msgspec.msgpack.decode(bytes(cast("Any", part[: int(size)]).tolist()), type=type(mine))
+            for part, size in zip(everybody, sizes, strict=True)
+        ]
+
+    def _gather(self, mine: torch.Tensor, seconds: float) -> list[torch.Tensor]:
+        everybody = [torch.empty_like(mine) for _ in range(self._size)]
+        try:
+            work = cast("Any", dist).all_gather(everybody, mine, group=self._group, async_op=True)
+            work.wait(timedelta(seconds=seconds))
+        except RuntimeError as error:
+            raise WorkerError(f"not all workers of this engine answered within {seconds:g} s: {error}") from error
+        return everybody
