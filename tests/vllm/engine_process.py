@@ -92,6 +92,7 @@ class Engine:
         fail_after: int | None = None,
         without: tuple[str, ...] = (),
         draft: str | None = None,
+        reload: Any = "auto",
         **change: Any,
     ) -> dict[str, Any]:
         tensors = changed(read(checkpoint), **change)
@@ -104,7 +105,7 @@ class Engine:
             if fail_after is not None:
                 faults.enter_context(broken_loader(compat.target_model(self.worker), fail_after))
             try:
-                self.adapter.begin(Update("id", "test", Path(checkpoint).name, specs))
+                self.adapter.begin(Update("id", "test", Path(checkpoint).name, specs, reload))
                 for bucket in buckets(tensors, bucket_bytes):
                     self.adapter.load(placed(bucket))
                     SCRATCH.fill_(0x41)

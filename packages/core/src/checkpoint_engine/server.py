@@ -22,6 +22,7 @@ from checkpoint_engine.collective import RankGroup, open_store
 from checkpoint_engine.device import Device, open_device
 from checkpoint_engine.errors import CheckpointEngineError, CheckpointStateError, SettingError
 from checkpoint_engine.host.store import CheckpointStore
+from checkpoint_engine.link.messages import ReloadMode
 from checkpoint_engine.planning.buckets import Bucket
 from checkpoint_engine.settings import Settings, rank_from_environment
 from checkpoint_engine.transfer.report import Progress, UpdateReport
@@ -261,6 +262,7 @@ class ParameterServer:
         ranks: Sequence[int] | None = None,
         version: str | None = None,
         trace: bool = False,
+        reload: ReloadMode = "auto",
     ) -> None:
         """Brings a checkpoint to all engine workers of all ranks, and returns once they have it.
 
@@ -271,6 +273,8 @@ class ParameterServer:
             ranks: Only None, or all ranks: transfers to a few ranks need the P2P method.
             version: What the engines shall call it; the checkpoint's name if None.
             trace: Whether `last_report` shall say when each bucket was copied, broadcast and loaded.
+            reload: How the engines take the tensors over: by reload plan as far as it reaches (`auto`), by nothing
+                else (`plan`), or by their own loaders (`loader`).
 
         Raises:
             CheckpointStateError: not gathered, or another update is running.
@@ -286,7 +290,7 @@ class ParameterServer:
             raise CheckpointStateError("an update is running on this rank already; wait for it, or abort it")
         try:
             call = self._connected().next_call()
-            self._run(UpdateOrder(call, catalog, digest, version or name, req_func, timeout, trace))
+            self._run(UpdateOrder(call, catalog, digest, version or name, req_func, timeout, trace, reload))
         finally:
             self._busy.release()
 

@@ -13,10 +13,13 @@ import torch
 from checkpoint_engine.engine.adapter import TensorSpec, Update
 from checkpoint_engine.errors import CheckpointStateError, WeightsRejectedError
 from checkpoint_engine_vllm import compat
-from checkpoint_engine_vllm.draft import DraftReload, open_draft
+from checkpoint_engine_vllm.draft import NAME, DraftReload, open_draft
+from checkpoint_engine_vllm.layers import Way
 from checkpoint_engine_vllm.loadplan import LoadPlan, Planner, missing_parameters
+from checkpoint_engine_vllm.planned import PlannedReload
+from checkpoint_engine_vllm.plans import AnyReload, Plans
 from checkpoint_engine_vllm.protocols import Worker
-from checkpoint_engine_vllm.reload import Reload
+from checkpoint_engine_vllm.proving import ProvingReload
 from checkpoint_engine_vllm.repairs import CpuRepairs, Repairs
 
 logger = logging.getLogger(__name__)
@@ -24,6 +27,8 @@ logger = logging.getLogger(__name__)
 LENIENT = "CHECKPOINT_ENGINE_VLLM_LENIENT"
 """Environment variable: `1` accepts a checkpoint that does not fit the model exactly, as far as vLLM itself does."""
 
+_SERVED = "served"
+"""The served model, among a worker's plans."""
 _MISSING = "the checkpoint does not fill these parameters of the model"
 _MOST_NAMED = 8
 
@@ -38,8 +43,9 @@ class VllmAdapter:
         self.version = ""
         """Of the weights held, as far as they came through here."""
         self._planner = Planner()
-        self._checked = False
-        self._target: Reload | None = None
+        self._plans = Plans()
+        self._plan: LoadPlan | None = None
+        self._target: AnyReload | None = None
         self._draft: DraftReload | None = None
         self._update: Update | None = None
         self._delivered: set[str] = set()
@@ -59,11 +65,18 @@ class VllmAdapter:
         self._seconds = dict.fromkeys(self._seconds, 0.0)
         start = time.perf_counter()
         with compat.engine_context(self._worker):
-            draft = open_draft(self._worker, update.tensors, self._planner)
+            draft = open_draft(self._worker, update.tensors, self._planner, self._plans, update.reload)
             served = {name: spec for name, spec in update.tensors.items() if draft is None or not draft.only(name)}
             self._check(served, draft)
             self._seconds["check"] = time.perf_counter() - start
-            self._target = Reload(compat.target_model(self._worker), self._worker.model_config, self._repairs())
+            self._target = self._plans.open(
+                _SERVED,
+                update.reload,
+                self._plan,
+                compat.target_model(self._worker),
+                self._worker.model_config,
+                self._repairs(),
+            )
             self._draft = draft
             self._target.begin()
             if draft is not None:
@@ -96,7 +109,7 @@ class VllmAdapter:
         if lost:
             raise WeightsRejectedError(f"announced but not delivered: {_listed(lost)}")
         with compat.engine_context(self._worker):
-            if not self._checked:
+            if self._plan is None or not self._plan.is_complete:
                 self._refuse(_MISSING, target.incomplete())
             if draft is not None:
                 self._refuse(_MISSING, draft.incomplete())
@@ -105,7 +118,9 @@ class VllmAdapter:
                 draft.finish()
             self._after_new_weights()
         self._seconds["finish"] = time.perf_counter() - start
-        details = self._details(target, draft)
+        details = self._details(update, target, draft)
+        for name in (_SERVED, NAME):
+            self._plans.succeeded(name)
         self.dirty, self.version = False, update.version
         self._target = self._draft = None
         return details
@@ -117,6 +132,8 @@ class VllmAdapter:
         if target is None:
             was_finished = update is not None and bool(self._delivered)
             return not self.dirty and not was_finished
+        for name in (_SERVED, NAME):
+            self._plans.failed(name)
         intact = False
         try:
             with compat.engine_context(self._worker):
@@ -136,9 +153,8 @@ class VllmAdapter:
     def _check(self, tensors: Mapping[str, TensorSpec], draft: DraftReload | None) -> None:
         """Refuses what would not fit, before anything has changed."""
         config, model_config = self._worker.vllm_config, self._worker.model_config
-        plan = self._planner.plan("served", config, model_config, tensors)
-        self._checked = plan is not None
-        if plan is not None:
+        self._plan = plan = self._planner.plan(_SERVED, config, model_config, tensors)
+        if plan is not None and plan.is_complete:
             model, quantised = compat.target_model(self._worker), config.quant_config is not None
             self._refuse(_MISSING, missing_parameters(plan, model, quantised=quantised))
             self._refuse("these tensors are larger than the model's parameters", self._too_large(plan, tensors))
@@ -173,14 +189,29 @@ class VllmAdapter:
         if reset is not None:
             reset()
 
-    def _details(self, target: Reload, draft: DraftReload | None) -> dict[str, str | int | float]:
+    def _details(self, update: Update, target: AnyReload, draft: DraftReload | None) -> dict[str, str | int | float]:
+        by_loader, why = self._left_to_loader(update, target)
         return {
             "vllm": compat.version(),
             "tensors": len(self._delivered),
             "draft_tensors": 0 if draft is None else draft.tensors,
+            "reload": target.way,
+            "loader_bytes": by_loader,
+            "loader_reason": why,
             "cloned_bytes": target.cloned_bytes + (0 if draft is None else draft.cloned_bytes),
             **{f"{step}_seconds": round(seconds, 6) for step, seconds in self._seconds.items()},
         }
+
+    def _left_to_loader(self, update: Update, target: AnyReload) -> tuple[int, str]:
+        """Bytes of tensors that vLLM's own loader placed, and why."""
+        nbytes = {name: math.prod(spec.shape) * spec.dtype.itemsize for name, spec in update.tensors.items()}
+        layers = self._plans.layers(_SERVED)
+        if not isinstance(target, PlannedReload) or layers is None:
+            why = "the first update proves the plan" if isinstance(target, ProvingReload) else "no plan"
+            return sum(nbytes.values()), why
+        left = layers.of(Way.LOADER)
+        why = "; ".join(f"{layer.name}: {layer.reason}" for layer in left[:_MOST_NAMED])
+        return sum(nbytes[name] for name in layers.tensors_of(Way.LOADER) if name in nbytes), why
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib
-from collections.abc import Callable, Generator
+import inspect
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
@@ -31,6 +32,10 @@ class Layerwise:
     finalize: Callable[[torch.nn.Module, ModelConfig], None]
     info: Callable[[torch.nn.Module], LayerState]
     """The state of one module's reload."""
+    materialize: Callable[[torch.nn.Module], None]
+    """Gives memory to a module's parameters that have none."""
+    process: Callable[[torch.nn.Module], None]
+    """Processes a module whose weights are loaded, and puts the result where its parameters were before."""
 
 
 @cache
@@ -42,16 +47,32 @@ def layerwise() -> Layerwise:
     """
     try:
         module = importlib.import_module(_RELOAD)
+        materialize, process, info = module.materialize_layer, module._layerwise_process, module.get_layerwise_info  # noqa: SLF001 - the steps of the public functions, for one layer
+        wants_info = len(inspect.signature(materialize).parameters) > 1  # not in 0.16
         return Layerwise(
             initialize=module.initialize_layerwise_reload,
             finalize=module.finalize_layerwise_reload,
-            info=module.get_layerwise_info,
+            info=info,
+            materialize=lambda layer: materialize(layer, info(layer)) if wants_info else materialize(layer),
+            process=lambda layer: process(layer, info(layer)),
         )
     except (ImportError, AttributeError) as error:
         raise MissingDependencyError(
             f"vLLM {version()} cannot reload weights layer by layer ({error}); checkpoint-engine-vllm needs vLLM 0.16 "
             "or newer: pip install --upgrade 'vllm>=0.16'"
         ) from error
+
+
+class Scope(torch.nn.Module):
+    """Some modules of a model, to be given to vLLM's functions in place of all of them."""
+
+    def __init__(self, modules: Iterable[torch.nn.Module]) -> None:
+        super().__init__()
+        self._scope = tuple(modules)
+
+    def modules(self, remove_duplicate: bool = True) -> Iterator[torch.nn.Module]:  # noqa: FBT001, FBT002, ARG002 - torch's own signature
+        """Those modules."""
+        return iter(self._scope)
 
 
 def is_open(state: LayerState) -> bool:
@@ -140,6 +161,11 @@ def is_attention(layer: torch.nn.Module) -> bool:
         if hasattr(attention, name)
     )
     return isinstance(layer, kinds)
+
+
+def process_attention(layer: torch.nn.Module, model_config: ModelConfig) -> None:
+    """What vLLM does to an attention layer once all other layers have their weights."""
+    cast("Any", layer).process_weights_after_loading(model_config.dtype)
 
 
 # -- MTP ------------------------------------------------------------------------------------------------------------

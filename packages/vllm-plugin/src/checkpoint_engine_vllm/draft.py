@@ -15,15 +15,20 @@ from checkpoint_engine.engine.adapter import TensorSpec
 from checkpoint_engine.errors import WeightsRejectedError
 from checkpoint_engine_vllm import compat
 from checkpoint_engine_vllm.loadplan import LoadPlan, Planner, missing_parameters
+from checkpoint_engine_vllm.plans import AnyReload, Plans
 from checkpoint_engine_vllm.protocols import ModelConfig, Worker
-from checkpoint_engine_vllm.reload import Reload
 from checkpoint_engine_vllm.repairs import Repairs
+
+NAME = "draft"
+"""Of the draft model, among a worker's plans."""
 
 PREFIX = "draft_model."
 """Tensors whose names begin so are the draft model's alone; it gets them without the prefix."""
 
 
-def open_draft(worker: Worker, tensors: Mapping[str, TensorSpec], planner: Planner) -> DraftReload | None:
+def open_draft(
+    worker: Worker, tensors: Mapping[str, TensorSpec], planner: Planner, plans: Plans, mode: str
+) -> DraftReload | None:
     """The draft model's part in an update; None if there is no draft model, or the update has nothing for it.
 
     Raises:
@@ -39,8 +44,8 @@ def open_draft(worker: Worker, tensors: Mapping[str, TensorSpec], planner: Plann
     model_config = compat.draft_model_config(worker)
     if model_config is None or not (own or compat.draft_shares_checkpoint(worker)):
         return None
-    plan = planner.plan("draft", compat.draft_config(worker), model_config, own or tensors)
-    return DraftReload(worker, model, model_config, plan, prefixed=bool(own))
+    plan = planner.plan(NAME, compat.draft_config(worker), model_config, own or tensors)
+    return DraftReload(worker, model, model_config, plan, plans, mode, prefixed=bool(own))
 
 
 class DraftReload:
@@ -52,6 +57,8 @@ class DraftReload:
         model: torch.nn.Module,
         model_config: ModelConfig,
         plan: LoadPlan | None,
+        plans: Plans,
+        mode: str,
         *,
         prefixed: bool,
     ) -> None:
@@ -62,9 +69,11 @@ class DraftReload:
         self._lent = frozenset(compat.target_model(worker).modules())
         self._plan = plan
         self._needed = None if plan is None else self._needs(plan)
+        self._plans = plans
+        self._mode = mode
         self._at_once = self._needed is None or not compat.can_load_mtp_in_buckets()
         self._kept: list[tuple[str, torch.Tensor]] = []
-        self._reload: Reload | None = None
+        self._reload: AnyReload | None = None
         self._repairs = Repairs()
         self.tensors = 0
         """How many tensors the draft model got."""
@@ -126,8 +135,10 @@ class DraftReload:
         """Gives the reload up; returns whether the draft model holds its old weights."""
         return self._reload is None or self._reload.abort()
 
-    def _open(self) -> Reload:
-        self._reload = Reload(self._model, self._model_config, self._repairs, self._lent)
+    def _open(self) -> AnyReload:
+        self._reload = self._plans.open(
+            NAME, self._mode, self._plan, self._model, self._model_config, self._repairs, self._lent
+        )
         self._reload.begin()
         return self._reload
 

@@ -14,11 +14,11 @@ from typing import Any, cast
 
 import torch
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from checkpoint_engine.engine.adapter import TensorSpec
 from checkpoint_engine.errors import CheckpointEngineError, WeightsRejectedError
+from checkpoint_engine.reload.plan import ReloadPlan, make_plan
+from checkpoint_engine.reload.recorder import LoaderError, record
 from checkpoint_engine_vllm import compat
 from checkpoint_engine_vllm.protocols import ModelConfig, VllmConfig
 
@@ -46,14 +46,30 @@ class Coverage:
 class LoadPlan:
     """What the loader would do."""
 
+    key: str
+    """Stands for the names, shapes and dtypes of the tensors."""
+
+    reload: ReloadPlan
+    """The copies that it would do."""
+
+    targets: Mapping[str, torch.Tensor]
+    """Parameters and buffers of the model without data, by the names that the model has for them."""
+
     parameters: Mapping[str, Coverage]
-    """By the names that the model has for its parameters."""
+    """Those of them that are parameters."""
 
     destinations: Mapping[str, frozenset[str]]
-    """Name of a tensor -> names of the parameters it goes to; a tensor that is ignored goes nowhere."""
+    """Name of a tensor -> names of the parameters and buffers it goes to; one that is ignored goes nowhere."""
 
-    taken: Mapping[str, int]
-    """Name of a tensor -> how many of its elements this worker takes."""
+    @property
+    def taken(self) -> Mapping[str, int]:
+        """Name of a tensor -> how many of its elements this worker takes."""
+        return self.reload.recording.taken
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether it is known where every tensor goes to."""
+        return self.reload.is_traced()
 
 
 class Watched:
@@ -89,7 +105,7 @@ class Planner:
         key = digest.hexdigest()
         if model not in self._known or self._known[model][0] != key:
             self._known.pop(model, None)
-            self._known[model] = (key, _make_plan(config, model_config, tensors))
+            self._known[model] = (key, _make_plan(key, config, model_config, tensors))
         return self._known[model][1]
 
 
@@ -132,7 +148,9 @@ def _is_optional(parameter: str) -> bool:
     return "weight" not in own_name or own_name.endswith(("shape", "g_idx", "zero_point", "sort_indices"))
 
 
-def _make_plan(config: VllmConfig, model_config: ModelConfig, tensors: Mapping[str, TensorSpec]) -> LoadPlan | None:
+def _make_plan(
+    key: str, config: VllmConfig, model_config: ModelConfig, tensors: Mapping[str, TensorSpec]
+) -> LoadPlan | None:
     try:
         model = compat.build_without_data(config, model_config)
     except CheckpointEngineError:
@@ -143,17 +161,43 @@ def _make_plan(config: VllmConfig, model_config: ModelConfig, tensors: Mapping[s
     if any(_is_quantised_while_loading(parameter) for parameter in model.parameters()):
         logger.warning("cannot check weights beforehand: this model is quantised while it loads")
         return None
-    dataless = [(name, torch.empty(spec.shape, dtype=spec.dtype, device="meta")) for name, spec in tensors.items()]
-    recorder, watched = _Recorder(model, dataless), Watched(dataless)
     try:
-        with torch.no_grad(), torch.device("meta"), compat.bucketed_load(), recorder:
-            cast("Any", model).load_weights(iter(watched))
-    except Exception as error:
-        if isinstance(error, NotImplementedError) or "meta" in str(error):
-            logger.warning("cannot check weights beforehand, the loader reads values (at %r): %r", watched.last, error)
-            return None
-        raise rejection(watched.last, tensors.get(watched.last), error) from error
-    return recorder.plan(model)
+        with compat.bucketed_load():
+            recording = record(cast("Any", model).load_weights, _targets(model), tensors)
+    except LoaderError as failure:
+        raise rejection(failure.name, tensors.get(failure.name), failure.error) from failure.error
+    for name, reason in recording.unreadable.items():
+        logger.info("tensor %r is loaded by vLLM: %s", name, reason)
+    targets = _targets(model)
+    plan = make_plan(recording, targets)
+    destinations: dict[str, set[str]] = {}
+    for target, sources in recording.origins.items():
+        for source in sources:
+            destinations.setdefault(source, set()).add(target)
+    return LoadPlan(
+        key,
+        plan,
+        targets,
+        {name: _coverage(name, parameter, plan) for name, parameter in model.named_parameters() if name in targets},
+        {name: frozenset(found) for name, found in destinations.items()},
+    )
+
+
+def _targets(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers that have a shape; of those that share memory, the first."""
+    found: dict[int, tuple[str, torch.Tensor]] = {}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if not _is_lazy(tensor):
+            found.setdefault(_storage(tensor), (name, tensor))
+    return dict(found.values())
+
+
+def _coverage(name: str, parameter: torch.Tensor, plan: ReloadPlan) -> Coverage:
+    elements = int(getattr(parameter, "weight_loader_numel", parameter.numel()))
+    sources = frozenset(plan.recording.origins.get(name, ()))
+    # Whoever reads values before it writes has written nothing here.
+    unknown = any(source in plan.loader_only for source in sources)
+    return Coverage(elements, elements if unknown else plan.recording.written.get(name, 0), sources)
 
 
 def rejection(name: str, spec: TensorSpec | None, error: Exception) -> WeightsRejectedError:
@@ -168,66 +212,6 @@ def rejection(name: str, spec: TensorSpec | None, error: Exception) -> WeightsRe
     )
 
 
-class _Recorder(TorchDispatchMode):
-    """Follows tensors through views and copies into parameters."""
-
-    def __init__(self, model: torch.nn.Module, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
-        super().__init__()  # pyright: ignore[reportUnknownMemberType]
-        self._parameters = {
-            _storage(parameter): name for name, parameter in model.named_parameters() if not _is_lazy(parameter)
-        }
-        self._origin = {_storage(tensor): frozenset((name,)) for name, tensor in tensors}
-        self._filled: dict[str, int] = {}
-        self._sources: dict[str, set[str]] = {}
-        self._taken: dict[str, int] = {}
-        # A storage's address must not be used again while we tell storages apart by it.
-        self._keep_alive: list[torch.Tensor] = [tensor for _, tensor in tensors]
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401 - torch's own signature
-        result = func(*args, **(kwargs or {}))
-        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        origin = frozenset[str]().union(*(self._origin.get(_storage(tensor), ()) for tensor in inputs))
-        if _writes_first_argument(func) and inputs:
-            self._note_write(inputs[0], origin)
-        elif origin:
-            self._follow(result, origin)
-        return result
-
-    def plan(self, model: torch.nn.Module) -> LoadPlan:
-        """What was seen."""
-        parameters = {
-            name: Coverage(
-                elements=int(getattr(parameter, "weight_loader_numel", parameter.numel())),
-                filled=self._filled.get(name, 0),
-                tensors=frozenset(self._sources.get(name, ())),
-            )
-            for name, parameter in model.named_parameters()
-            if not _is_lazy(parameter)
-        }
-        destinations: dict[str, set[str]] = {}
-        for parameter, names in self._sources.items():
-            for name in names:
-                destinations.setdefault(name, set()).add(parameter)
-        return LoadPlan(parameters, {name: frozenset(found) for name, found in destinations.items()}, self._taken)
-
-    def _note_write(self, target: torch.Tensor, origin: frozenset[str]) -> None:
-        parameter = self._parameters.get(_storage(target))
-        if parameter is None:
-            self._origin[_storage(target)] = self._origin.get(_storage(target), frozenset()) | origin
-            self._keep_alive.append(target)
-            return
-        self._filled[parameter] = self._filled.get(parameter, 0) + target.numel()
-        self._sources.setdefault(parameter, set()).update(origin)
-        for name in origin:
-            self._taken[name] = self._taken.get(name, 0) + target.numel()
-
-    def _follow(self, result: object, origin: frozenset[str]) -> None:
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and _storage(tensor) not in self._parameters:
-                self._origin[_storage(tensor)] = self._origin.get(_storage(tensor), frozenset()) | origin
-                self._keep_alive.append(tensor)
-
-
 def _storage(tensor: torch.Tensor) -> int:
     return cast("Any", tensor.untyped_storage())._cdata  # noqa: SLF001 - a meta tensor has no other identity
 
@@ -238,8 +222,3 @@ def _is_lazy(parameter: torch.Tensor) -> bool:
 
 def _is_quantised_while_loading(parameter: torch.Tensor) -> bool:
     return getattr(getattr(parameter, "weight_loader", None), "__name__", "") == "online_process_loader"
-
-
-def _writes_first_argument(operator: object) -> bool:
-    arguments = cast("Any", operator)._schema.arguments  # noqa: SLF001 - the only way to ask
-    return bool(arguments) and arguments[0].alias_info is not None and arguments[0].alias_info.is_write

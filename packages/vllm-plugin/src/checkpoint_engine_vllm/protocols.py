@@ -43,3 +43,5 @@ class LayerState(Protocol):
     loaded_weights: list[tuple[str, BoundArguments]]
     kernel_tensors: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]
     """Parameters and buffers as they were before the reload."""
+    restore_metadata: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]
+    """Parameters and buffers as a checkpoint fills them, without data."""

@@ -29,15 +29,22 @@ _REJECTIONS = (KeyError, ValueError, AssertionError, AttributeError, IndexError)
 class Reload:
     """Replaces the weights of one model. Everything here runs inside `compat.engine_context`."""
 
+    way = "loader"
+
     def __init__(
         self,
         model: torch.nn.Module,
         model_config: ModelConfig,
         repairs: Repairs,
         lent: frozenset[torch.nn.Module] = frozenset(),
+        only: Sequence[torch.nn.Module] | None = None,
     ) -> None:
-        """Makes the reload of `model`; modules in `lent` belong to another model, whose reload fills them."""
+        """Makes the reload of `model`, or of the modules in `only`.
+
+        Modules in `lent` belong to another model, whose reload fills them.
+        """
         self.model = model
+        self._scope = model if only is None else compat.Scope(only)
         self._lent = lent
         self._model_config = model_config
         self._layerwise = compat.layerwise()
@@ -50,10 +57,10 @@ class Reload:
 
     def begin(self) -> None:
         """Makes the model ready for new weights."""
-        already_open = {layer for layer in self.model.modules() if is_open(self._layerwise.info(layer))}
-        self._repairs.before(self.model)
-        self._layerwise.initialize(self.model)
-        for layer in self.model.modules():
+        already_open = {layer for layer in self._scope.modules() if is_open(self._layerwise.info(layer))}
+        self._repairs.before(self._scope)
+        self._layerwise.initialize(self._scope)
+        for layer in self._scope.modules():
             info = self._layerwise.info(layer)
             if layer not in already_open and info.load_numel_total:
                 self._opened.append((layer, info))
@@ -103,13 +110,13 @@ class Reload:
 
     def finish(self) -> None:
         """Completes all layers."""
-        self._layerwise.finalize(self.model, self._model_config)
-        self._repairs.after(self.model)
+        self._layerwise.finalize(self._scope, self._model_config)
+        self._repairs.after(self._scope)
 
     def abort(self) -> bool:
         """Puts the old weights back into layers that are not complete; returns whether those were all."""
         intact = all(is_open(info) for _, info in self._opened)
-        for layer in self.model.modules():
+        for layer in self._scope.modules():
             info = self._layerwise.info(layer)
             if not is_open(info):
                 # vLLM 0.16 puts these back into attention layers even if they are complete.
@@ -123,7 +130,7 @@ class Reload:
         for info, tensor, old in self._written_in_place:
             if is_open(info):
                 tensor.data.copy_(old)
-        self._layerwise.finalize(self.model, self._model_config)
+        self._layerwise.finalize(self._scope, self._model_config)
         return intact
 
     # -- inside
@@ -157,7 +164,7 @@ class Reload:
         return value
 
     def _finished_parameters(self) -> Iterator[torch.Tensor]:
-        for layer in self.model.modules():
+        for layer in self._scope.modules():
             if not is_open(self._layerwise.info(layer)):
                 yield from layer.parameters(recurse=False)
 

@@ -4,6 +4,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from checkpoint_engine.link.messages import ReloadMode
 from checkpoint_engine.transfer.report import UpdateReport
 
 _Strict = ConfigDict(extra="forbid")
@@ -61,6 +62,10 @@ class UpdateBody(BaseModel):
     version: Annotated[
         str | None, Field(description="What the engines shall call it; the checkpoint's name if left out.")
     ] = None
+    reload: Annotated[
+        ReloadMode,
+        Field(description="How the engine takes the tensors over: its recorded plan and loader, only one of them."),
+    ] = "auto"
     trace: Annotated[
         bool, Field(description="Whether the report shall say when this rank copied, broadcast and loaded each bucket.")
     ] = False

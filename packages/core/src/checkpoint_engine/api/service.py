@@ -98,6 +98,7 @@ class Service:
                     ranks=ranks or None,
                     version=body.version,
                     trace=body.trace,
+                    reload=body.reload,
                 )
                 self._last_error = None
             except CheckpointEngineError as error:

@@ -60,6 +60,14 @@ class Pause(str, Enum):
     NONE = "none"
 
 
+class Reload(str, Enum):
+    """How tensors get into the engine."""
+
+    AUTO = "auto"
+    PLAN = "plan"
+    LOADER = "loader"
+
+
 class DeviceKind(str, Enum):
     """Where ranks bring the weights to."""
 

@@ -121,7 +121,12 @@ class Rank:
         with self._watched():
             ask = self._lead.ask if self._lead else _ask_nobody
             self._server.update(
-                name, ask, timeout=timedelta(seconds=job.timeout), version=job.version, trace=job.trace is not None
+                name,
+                ask,
+                timeout=timedelta(seconds=job.timeout),
+                version=job.version,
+                trace=job.trace is not None,
+                reload=job.reload,
             )
         return self._done(job)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from checkpoint_engine.link.messages import ReloadMode
 from checkpoint_engine.transfer.report import UpdateReport
 
 
@@ -23,6 +24,7 @@ class Job(msgspec.Struct, frozen=True, tag=True):
     wait: float = 600.0
     """Seconds for an engine that is still starting."""
     save_metas: str | None = None
+    reload: ReloadMode = "auto"
     trace: str | None = None
     """File to which the first rank writes what all ranks did when."""
     number: int = 0

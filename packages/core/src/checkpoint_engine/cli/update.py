@@ -12,6 +12,7 @@ from checkpoint_engine.cli.common import (
     Json,
     Method,
     Pause,
+    Reload,
     Verbose,
     check_can_write,
     notes,
@@ -79,6 +80,14 @@ def update(
         DeviceKind, typer.Option(help="Where the engines' workers run.", rich_help_panel=_HOW)
     ] = DeviceKind.AUTO,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds for the update.", rich_help_panel=_HOW)] = 600.0,
+    reload: Annotated[
+        Reload,
+        typer.Option(
+            help="How tensors get into the engine: by its recorded reload plan and, where that does not reach, by its "
+            "own loader (auto); by nothing but the plan; or by its loader alone.",
+            rich_help_panel=_HOW,
+        ),
+    ] = Reload.AUTO,
     wait: Annotated[
         float, typer.Option(min=1, help="Seconds for an engine that is still starting.", rich_help_panel=_HOW)
     ] = 600.0,
@@ -151,6 +160,7 @@ def update(
         timeout=timeout,
         wait=wait,
         save_metas=str(save_metas) if save_metas else None,
+        reload=reload.value,
         trace=str(trace) if trace else None,
     )
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:

@@ -8,6 +8,8 @@ from typing import Protocol
 
 import torch
 
+from checkpoint_engine.link.messages import ReloadMode
+
 
 @dataclass(frozen=True)
 class TensorSpec:
@@ -25,6 +27,7 @@ class Update:
     checkpoint: str
     version: str
     tensors: Mapping[str, TensorSpec]
+    reload: ReloadMode = "auto"
 
 
 class Adapter(Protocol):

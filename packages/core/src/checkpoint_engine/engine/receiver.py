@@ -31,6 +31,7 @@ from checkpoint_engine.link.messages import (
     Loaded,
     TensorSlice,
 )
+from checkpoint_engine.reload.regions import contiguous
 from checkpoint_engine.version import __version__
 
 _GOODBYE_SECONDS = 5.0
@@ -159,7 +160,7 @@ class _Reception:
         if len(tensors) < sum(len(bucket) for bucket in begin.buckets):
             raise LinkError("the parameter server announces a tensor twice")
         self._begun = True
-        self._adapter.begin(Update(begin.update_id, begin.checkpoint, begin.version, tensors))
+        self._adapter.begin(Update(begin.update_id, begin.checkpoint, begin.version, tensors, begin.reload))
         self._send(Accepted())
 
     def _load_all(self, begin: Begin, staging: Mapped) -> None:
@@ -183,7 +184,7 @@ class _Reception:
 
     def _load(self, bucket: Sequence[TensorSlice], staging: torch.Tensor, offset: int) -> float:
         start = time.perf_counter()
-        self._adapter.load([(entry.name, view_tensor(staging, entry, offset)) for entry in bucket])
+        self._adapter.load(view_bucket(staging, bucket, offset))
         self._device.synchronize()
         return time.perf_counter() - start
 
@@ -228,27 +229,34 @@ class UpdateAbortedError(WorkerError):
     """The parameter server told this worker to give the update up."""
 
 
-def view_tensor(staging: torch.Tensor, entry: TensorSlice, bucket_offset: int) -> torch.Tensor:
-    """The tensor that lies in the staging memory.
+def view_bucket(staging: torch.Tensor, bucket: Sequence[TensorSlice], offset: int) -> list[tuple[str, torch.Tensor]]:
+    """The tensors of a bucket that lies `offset` bytes into the staging memory.
 
     A file used in place may hold tensors at addresses that their dtype does not allow; those are copied out.
 
     Raises:
-        LinkError: it would leave the staging memory.
+        LinkError: a tensor would leave the staging memory.
     """
-    begin = bucket_offset + entry.offset
-    end = begin + _nbytes(entry)
-    if begin < 0 or end > staging.numel() or any(size < 0 for size in entry.shape):
-        raise LinkError(
-            f"tensor {entry.name!r} at bytes {begin} to {end} leaves the staging memory of {staging.numel()}"
-        )
-    dtype = torch_dtype(entry.dtype)
-    piece = staging[begin:end]
-    if piece.numel() == 0:
-        return torch.empty(entry.shape, dtype=dtype, device=staging.device)
-    if piece.data_ptr() % dtype.itemsize:
-        piece = piece.clone()
-    return piece.view(dtype).view(entry.shape)
+    views: dict[str, torch.Tensor] = {}
+    result: list[tuple[str, torch.Tensor]] = []
+    for entry in bucket:
+        begin, dtype = offset + entry.offset, torch_dtype(entry.dtype)
+        end = begin + _nbytes(entry)
+        if begin < 0 or end > staging.numel() or any(size < 0 for size in entry.shape):
+            raise LinkError(
+                f"tensor {entry.name!r} at bytes {begin} to {end} leaves the staging memory of {staging.numel()}"
+            )
+        view = views.get(entry.dtype)
+        if view is None:
+            # One view of all of it for each dtype: a thousand small tensors then cost one operation each.
+            views[entry.dtype] = view = staging[: staging.numel() // dtype.itemsize * dtype.itemsize].view(dtype)
+        if begin % dtype.itemsize:
+            tensor = staging[begin:end].clone().view(dtype).view(entry.shape)
+        else:
+            place = int(view.storage_offset()) + begin // dtype.itemsize
+            tensor = view.as_strided(entry.shape, contiguous(entry.shape), place)
+        result.append((entry.name, tensor))
+    return result
 
 
 def _nbytes(entry: TensorSlice) -> int:

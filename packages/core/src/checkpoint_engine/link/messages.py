@@ -17,10 +17,17 @@ One update, in order:
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 PROTOCOL = 1
 """Raised whenever a message changes its meaning; both sides must state the same."""
+
+
+ReloadMode = Literal["auto", "plan", "loader"]
+"""How tensors get from a bucket into the engine: by the reload plan as far as it reaches (`auto`), by nothing but the
+plan (`plan`), or by the engine's own loader (`loader`)."""
 
 
 class TensorSlice(msgspec.Struct, frozen=True, array_like=True):
@@ -67,6 +74,7 @@ class Begin(msgspec.Struct, frozen=True, tag=True):
     version: str
     staging: HostMemory | CudaMemory
     buckets: tuple[tuple[TensorSlice, ...], ...]
+    reload: ReloadMode = "auto"
 
 
 class Load(msgspec.Struct, frozen=True, tag=True):

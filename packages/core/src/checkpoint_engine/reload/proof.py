@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -87,7 +87,7 @@ class Proof:
         if pieces:
             expected = torch.stack([self._expected[piece] for piece in pieces])
             found = torch.stack([self._found[piece] for piece in pieces])
-            differs = cast("list[bool]", (expected != found).tolist())
+            differs = cast("list[bool]", cast("Any", expected != found).tolist())
             wrong = [piece for piece, wrong in zip(pieces, differs, strict=True) if wrong]
         result: dict[str, str] = {}
         for piece in (*missing, *wrong):

@@ -182,7 +182,7 @@ class _Recorder(TorchDispatchMode):
         if found is None or place.offset or int(copy.untyped_storage().nbytes()) != copy.nbytes:
             return None
         source, splits, region, dtype = found
-        if dtype != tensor.dtype and tensor.dtype != copy.dtype:
+        if tensor.dtype not in {dtype, copy.dtype}:
             return None  # two casts, one after the other, are not one
         return _Copy(source, region, dtype, place.refined(splits), copy.dtype)
 

@@ -75,7 +75,7 @@ class Replay:
                 else:
                     target.copy_(source)
         for targets, sources in batches.values():
-            torch._foreach_copy_(targets, sources)
+            _copy_all(targets, sources)
 
     def fill(self, target: str, memory: torch.Tensor) -> None:
         """Writes the constants that belong into a target."""
@@ -96,7 +96,7 @@ def view_of(memory: torch.Tensor, region: Region, dtype: torch.dtype) -> torch.T
 
 def _copy_all(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
     """Many copies in one launch; torch has no public name for it, and its optimisers rely on this one."""
-    cast("Any", torch)._foreach_copy_(targets, sources)  # noqa: SLF001
+    cast("Any", torch)._foreach_copy_(targets, sources)
 
 
 def _make_step(piece: Piece, target: torch.Tensor | None) -> _Step:

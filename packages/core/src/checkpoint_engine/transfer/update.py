@@ -13,17 +13,18 @@ import msgspec
 import torch
 import torch.distributed as dist
 
-from checkpoint_engine.catalog import Catalog
+from checkpoint_engine.catalog import Catalog, Holding
 from checkpoint_engine.collective import Failure, RankGroup
 from checkpoint_engine.deadline import Cancel, Deadline
 from checkpoint_engine.device import CpuDevice, Device
 from checkpoint_engine.errors import DeviceMemoryError, RankError, UpdateError
 from checkpoint_engine.link.channel import Listener
-from checkpoint_engine.link.messages import Finished
-from checkpoint_engine.planning.buckets import Bucket, BucketPlan, plan_buckets
+from checkpoint_engine.link.messages import Finished, ReloadMode
+from checkpoint_engine.planning.buckets import BucketPlan
 from checkpoint_engine.planning.staging import StagingLayout, choose_layout, place_buckets
 from checkpoint_engine.settings import Settings
 from checkpoint_engine.transfer.broadcast import BroadcastPipeline
+from checkpoint_engine.transfer.feeds import Feed
 from checkpoint_engine.transfer.report import Progress, StageClock, UpdateReport
 from checkpoint_engine.transfer.trace import Trace
 from checkpoint_engine.transfer.watch import EngineRequest, Watch
@@ -46,6 +47,8 @@ class _Introduction(msgspec.Struct, frozen=True):
     available: int
     digest: str
     generation: str
+    access: Holding | None
+    """How this rank's host memory is read; None where nobody needs to."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +62,11 @@ class UpdateOrder:
     ask_engine: RequestFunction
     timeout: timedelta
     trace: bool = False
+    reload: ReloadMode = "auto"
 
 
-class BroadcastUpdate:
-    """Runs one update by broadcast. Every rank makes one and calls `run`."""
+class UpdateRun:
+    """Runs one update. Every rank makes one and calls `run`, also those whose engines are not updated."""
 
     def __init__(
         self,
@@ -71,7 +75,7 @@ class BroadcastUpdate:
         group: RankGroup,
         device: Device,
         settings: Settings,
-        read: Callable[[Bucket], torch.Tensor],
+        feed: Feed,
         progress: Progress,
     ) -> None:
         self._order = order
@@ -79,7 +83,7 @@ class BroadcastUpdate:
         self._board = group.board
         self._device = device
         self._settings = settings
-        self._read = read
+        self._feed = feed
         self._progress = progress
         self._deadline = Deadline(order.timeout.total_seconds())
         self._clock = StageClock(Trace() if order.trace else None)
@@ -103,16 +107,26 @@ class BroadcastUpdate:
                 raise self._explain(error, watch) from error
 
     def _run(self, stack: ExitStack) -> UpdateReport:
-        with self._clock.step("plan"):
-            plan = self._plan()
+        if self._board.rank not in self._feed.receivers:
+            return self._stand_by()
         listener = Listener()
         stack.callback(listener.close)
         with self._clock.step("introduce"):
             ranks = self._introduce(listener.handle)
-        staging_device, layout = self._choose_staging(plan, min(rank.available for rank in ranks))
+        with self._clock.step("plan"):
+            plan = self._plan(ranks)
+        receivers = self._feed.receivers
+        place = receivers.index(self._board.rank)
+        source = self._feed.open(place, self.cancel)
+        stack.callback(source.close)
+        staging_device, layout = self._choose_staging(plan, min(ranks[rank].available for rank in receivers))
         with self._clock.step("communicator"):
             communicator = self._group.communicator(
-                staging_device.backend, staging_device.torch_device, self._agreed_generation(ranks), self._deadline
+                staging_device.backend,
+                staging_device.torch_device,
+                self._agreed_generation(ranks),
+                self._deadline,
+                receivers,
             )
         if communicator is not None:
             self.cancel.on_set(communicator.abort)
@@ -129,20 +143,22 @@ class BroadcastUpdate:
             staging = staging_device.allocate(layout.nbytes)
         stack.callback(staging.close)
         with self._clock.step("worker checks"):
-            link.begin(self._order.key, self._order.catalog.name, self._order.version, plan, staging)
+            link.begin(
+                self._order.key, self._order.catalog.name, self._order.version, plan, staging, self._order.reload
+            )
         self._agree("connected")
         self._clock.lap("connect", connecting)
 
         self._progress.phase = "load"
         BroadcastPipeline(
-            rank=self._board.rank,
+            rank=place,
             plan=plan,
-            places=place_buckets(plan, layout, self._board.rank),
+            places=place_buckets(plan, layout, place),
             staging=staging,
             device=staging_device,
             communicator=communicator,
             link=link,
-            read=lambda index: self._read(plan.buckets[index]),
+            source=source,
             cancel=self.cancel,
             progress=self._progress,
             clock=self._clock,
@@ -156,11 +172,22 @@ class BroadcastUpdate:
         self._agree("finished")
         with self._clock.step("engine answers"):
             request.join(self._deadline.remaining)
+        self._feed.finished()
         self._clock.lap("finish", finishing)
-        return self._report(plan, staging_device, layout, finished)
+        where = "host" if staging_device is not self._device else staging_device.torch_device.type
+        rings = "one ring" if layout.shared else "two rings"
+        return self._report(plan, f"{layout.nbytes / 1e6:.1f} MB on {where}, {rings}", finished.details)
 
-    def _plan(self) -> BucketPlan:
-        plan = plan_buckets(self._order.catalog, self._settings.bucket_size)
+    def _stand_by(self) -> UpdateReport:
+        """This rank's engine keeps its weights; its host memory must stay as it is until the others have theirs."""
+        plan = self._plan(self._introduce(""))
+        for phase, agreed in (("connect", "connected"), ("load", "loaded"), ("finish", "finished")):
+            self._progress.phase = phase
+            self._agree(agreed)
+        return self._report(plan, "none: this rank's engine was not updated", {})
+
+    def _plan(self, ranks: list[_Introduction]) -> BucketPlan:
+        plan = self._feed.plan([rank.access for rank in ranks], self._settings.bucket_size)
         self._progress.buckets, self._progress.nbytes = len(plan.buckets), plan.nbytes
         self._progress.buckets_done = self._progress.bytes_done = 0
         return plan
@@ -173,7 +200,8 @@ class BroadcastUpdate:
             handle,
             int(free * self._settings.mem_fraction),
             self._order.digest,
-            self._group.generation,
+            self._group.generation_of(self._feed.receivers),
+            self._feed.introduction(),
         )
         ranks = [
             msgspec.msgpack.decode(text, type=_Introduction)
@@ -189,17 +217,17 @@ class BroadcastUpdate:
 
     def _agreed_generation(self, ranks: list[_Introduction]) -> str:
         """A rank that failed in a call that others did not notice has closed its communicators; all make new ones."""
-        held = {rank.generation for rank in ranks}
+        held = {ranks[rank].generation for rank in self._feed.receivers}
         return held.pop() if len(held) == 1 and "" not in held else self._order.key
 
     def _choose_staging(self, plan: BucketPlan, available: int) -> tuple[Device, StagingLayout]:
         """All ranks decide alike, since all know the smallest free memory."""
-        layout = choose_layout(plan, self._board.world_size, available)
+        layout = choose_layout(plan, len(self._feed.receivers), available)
         if layout is not None:
             return self._device, layout
         host = CpuDevice(self._board.rank)
         free, _ = host.memory()
-        layout = choose_layout(plan, self._board.world_size, free)
+        layout = choose_layout(plan, len(self._feed.receivers), free)
         if layout is None:
             raise DeviceMemoryError(
                 f"the largest bucket has {plan.largest} bytes; {available} bytes may be used on the device, and "
@@ -246,17 +274,16 @@ class BroadcastUpdate:
         except (dist.DistError, RuntimeError):  # the store went with rank 0
             return mine
 
-    def _report(self, plan: BucketPlan, device: Device, layout: StagingLayout, finished: Finished) -> UpdateReport:
-        where = "host" if device is not self._device else device.torch_device.type
+    def _report(self, plan: BucketPlan, staging: str, details: dict[str, str | int | float]) -> UpdateReport:
         return UpdateReport(
             version=self._order.version,
-            method="broadcast",
+            method=self._feed.method,
             nbytes=self._order.catalog.nbytes,
             tensors=sum(len(bucket.tensors) for bucket in plan.buckets),
             buckets=len(plan.buckets),
             bucket_size=plan.bucket_size,
-            staging=f"{layout.nbytes / 1e6:.1f} MB on {where}, {'one ring' if layout.shared else 'two rings'}",
+            staging=staging,
             seconds=self._clock.total(),
-            engine=finished.details,
+            engine=details,
             trace=self._clock.trace and self._clock.trace.finish(self._board.rank, self._device.identity),
         )

@@ -27,6 +27,7 @@ from checkpoint_engine.link.messages import (
     FromReceiver,
     Load,
     Loaded,
+    ReloadMode,
     TensorSlice,
 )
 from checkpoint_engine.planning.buckets import BucketPlan
@@ -59,7 +60,9 @@ class WorkerLink:
         channel, _ = listener.accept(deadline, cancel, f"the engine worker on {device} connecting")
         return cls(channel, device, deadline)
 
-    def begin(self, update_id: str, checkpoint: str, version: str, plan: BucketPlan, staging: Staging) -> None:
+    def begin(
+        self, update_id: str, checkpoint: str, version: str, plan: BucketPlan, staging: Staging, reload: ReloadMode
+    ) -> None:
         """Announces the update, and waits until the worker is ready for it.
 
         Raises:
@@ -70,7 +73,15 @@ class WorkerLink:
             for bucket in plan.buckets
         )
         message = Begin(
-            PROTOCOL, __version__, str(torch.__version__), update_id, checkpoint, version, staging.memory, buckets
+            PROTOCOL,
+            __version__,
+            str(torch.__version__),
+            update_id,
+            checkpoint,
+            version,
+            staging.memory,
+            buckets,
+            reload,
         )
         self._channel.send(message, self._deadline, staging.descriptors)
         self._expect(Accepted, "accepting the update")

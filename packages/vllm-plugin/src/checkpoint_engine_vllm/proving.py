@@ -1,0 +1,126 @@
+"""The update in which a plan earns its trust: vLLM's loader does it, and every piece of the plan is compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from checkpoint_engine.reload.proof import Checksums, Proof
+from checkpoint_engine_vllm.layers import Layer, Layers, Way
+from checkpoint_engine_vllm.reload import Reload
+
+_MARKS = ("_already_called_process_weights_after_loading",)
+"""Attributes by which vLLM notes that a layer was processed."""
+
+
+class ProvingReload:
+    """An ordinary reload that watches what vLLM makes of each layer, and decides on the layers' ways."""
+
+    way = "proof"
+
+    def __init__(self, reload: Reload, layers: Layers) -> None:
+        self._reload = reload
+        self._layers = layers
+        self._proof = Proof(layers.plan.reload)
+        self._checksums = Checksums()
+        self._planned = {id(layer.module): layer for layer in layers if layer.way is not Way.LOADER}
+        self._targets = {target for layer in self._planned.values() for target in layer.targets}
+        self._patched: list[Any] = []
+        self._untouched: set[str] = set()
+        """Names of layers that vLLM does not process, or whose processing changes nothing."""
+        self._seen: set[str] = set()
+
+    @property
+    def cloned_bytes(self) -> int:
+        """See `Reload`."""
+        return self._reload.cloned_bytes
+
+    def begin(self) -> None:
+        """See `Reload`."""
+        self._reload.begin()
+        for layer in self._planned.values():
+            method = getattr(layer.module, "quant_method", None)
+            if hasattr(method, "process_weights_after_loading"):
+                if not any(method is patched for patched in self._patched):
+                    self._watch(method)
+            else:
+                self._untouched.add(layer.name)
+
+    def load(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+        """See `Reload`."""
+        self._proof.expect(tensors, self._targets)
+        self._reload.load(tensors)
+
+    def incomplete(self) -> list[str]:
+        """See `Reload`."""
+        return self._reload.incomplete()
+
+    def finish(self) -> None:
+        """Completes the reload, and decides on the layers' ways."""
+        try:
+            self._reload.finish()
+        finally:
+            self._unwatch()
+        for layer in self._planned.values():
+            if layer.name not in self._seen:
+                self._find(layer)
+        wrong = self._proof.differing(self._targets)
+        for layer in self._planned.values():
+            differing = [target for target in layer.targets if target in wrong]
+            if differing:
+                layer.leave_to_loader(f"vLLM's loader put something else than {wrong[differing[0]]!r} into it")
+            elif layer.way is Way.DIRECT and layer.name not in self._untouched:
+                self._layers.rebuild(layer)
+        self._layers.settle()
+
+    def abort(self) -> bool:
+        """See `Reload`."""
+        self._unwatch()
+        return self._reload.abort()
+
+    # -- inside
+
+    def _watch(self, method: Any) -> None:  # noqa: ANN401 - vLLM's own class
+        original: Callable[[torch.nn.Module], object] = method.process_weights_after_loading
+
+        def process(module: torch.nn.Module) -> object:
+            layer = self._planned.get(id(module))
+            if layer is None:
+                return original(module)
+            self._seen.add(layer.name)
+            self._find(layer)
+            before = self._state(layer, method)
+            result = original(module)
+            if before == self._state(layer, method) and type(method).__name__.startswith("Unquantized"):
+                self._untouched.add(layer.name)
+            return result
+
+        method.process_weights_after_loading = process
+        self._patched.append(method)
+
+    def _unwatch(self) -> None:
+        while self._patched:
+            del self._patched.pop().process_weights_after_loading
+
+    def _find(self, layer: Layer) -> None:
+        for target in layer.targets:
+            tensor, planned = layer.tensor(target), self._layers.plan.targets[target]
+            if tensor is not None and not tensor.is_meta and tensor.shape == planned.shape:
+                self._proof.find(target, tensor)
+
+    def _state(self, layer: Layer, method: object) -> object:
+        """Whatever processing could change: what the layer and its method hold, and the values of its tensors."""
+        held = {
+            (index, name): id(value)
+            for index, owner in enumerate((layer.module, method))
+            for name, value in vars(owner).items()
+            if name not in {*_MARKS, "_parameters", "_buffers", "process_weights_after_loading"}
+        }
+        tensors = {
+            name: (tensor.shape, tensor.stride(), tensor.dtype, int(self._checksums.of(tensor)))
+            for name, tensor in layer.module.state_dict(keep_vars=True).items()
+            if not tensor.is_meta
+        }
+        return held, tensors
