@@ -22,18 +22,22 @@ class Settings:
         bucket_size: Bytes that several tensors may fill together (`PS_MAX_BUCKET_SIZE_GB`).
         mem_fraction: Share of the free device memory that staging may take (`PS_MEM_FRACTION`).
         device: `cpu`, `cuda` or `auto` (`CHECKPOINT_ENGINE_DEVICE`).
+        keep_staging: Whether staging outlives an update (`PS_STAGING` is `persistent`), or is freed (`release`).
     """
 
     bucket_size: int
     mem_fraction: float
     device: str
+    keep_staging: bool = False
 
     @classmethod
-    def from_environment(cls, mem_fraction: float | None = None, device: str | None = None) -> Settings:
+    def from_environment(
+        cls, mem_fraction: float | None = None, device: str | None = None, staging: str | None = None
+    ) -> Settings:
         """Reads the environment; arguments that are given win.
 
         Raises:
-            SettingError: a value is not a number, or out of range.
+            SettingError: a value is not a number, out of range, or none of the words allowed.
         """
         gigabytes = _number("PS_MAX_BUCKET_SIZE_GB", DEFAULT_BUCKET_SIZE / GIB)
         fraction = mem_fraction if mem_fraction is not None else _number("PS_MEM_FRACTION", DEFAULT_MEM_FRACTION)
@@ -42,7 +46,10 @@ class Settings:
         if not 0 < fraction <= 1:
             raise SettingError(f"the memory fraction is {fraction:g}; it must be above 0 and at most 1")
         chosen = device or os.environ.get("CHECKPOINT_ENGINE_DEVICE", "auto")
-        return cls(bucket_size=int(gigabytes * GIB), mem_fraction=fraction, device=chosen)
+        lifetime = staging or os.environ.get("PS_STAGING") or "release"
+        if lifetime not in ("release", "persistent"):
+            raise SettingError(f"PS_STAGING is {lifetime!r}; it must be release or persistent")
+        return cls(int(gigabytes * GIB), fraction, chosen, lifetime == "persistent")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The staging memory that this worker keeps mapped between updates: at most one for each device.
 
-A mapping is used again only for the very allocation that it was made of, which has a name of its own; it is dropped when
-another one comes, when the parameter server says so, or when that is gone.
+A mapping is used again only for the very allocation that it was made of, which has a name of its own; it is dropped
+when another one comes, when the parameter server says so, or when that is gone.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _take(device: Device, memory: Memory) -> Mapped | None:
     same = bool(memory.lease) and kept.memory == memory
     if not same:
         kept.unmap()
-    kept.lease.say_end()  # by now the thread that watches it has nothing to do
+    kept.lease.cancel()  # by now the thread that watches it has nothing to do
     return kept.mapped if same else None
 
 

@@ -14,6 +14,7 @@ from checkpoint_engine.deadline import Deadline
 from checkpoint_engine.device import Device, Mapped
 from checkpoint_engine.dtypes import torch_dtype
 from checkpoint_engine.engine.adapter import Adapter, TensorSpec, Update
+from checkpoint_engine.engine.mappings import mapped_staging
 from checkpoint_engine.errors import CheckpointEngineError, LinkError, LinkRefusedError, WorkerError
 from checkpoint_engine.link.channel import ReceiverChannel, connect
 from checkpoint_engine.link.messages import (
@@ -143,13 +144,8 @@ class _Reception:
                 f"the parameter server speaks link protocol {begin.protocol} (checkpoint-engine-core {begin.library}), "
                 f"this engine {PROTOCOL}; install matching versions in both environments"
             )
-        staging = self._device.map(begin.staging, self._channel.take_descriptors())
-        try:
+        with mapped_staging(self._device, begin.staging, self._channel) as staging:
             yield begin, staging
-        finally:
-            # The engine may still be reading; the memory may go only after that.
-            self._device.synchronize()
-            staging.close()
 
     def _begin(self, begin: Begin) -> None:
         tensors = {

@@ -105,6 +105,10 @@ class Channel(Generic[Sent, Received]):
         taken, self._descriptors = tuple(self._descriptors), []
         return taken
 
+    def duplicate(self) -> socket.socket:
+        """The connection, which then lives on when the channel is closed."""
+        return self._socket.dup()
+
     def close(self) -> None:
         """Closes the channel; the other side notices at once."""
         for descriptor in self.take_descriptors():

@@ -20,26 +20,29 @@ class Lease:
         self._socket = connection
 
     def wait(self) -> None:
-        """Blocks until the other side has ended it, has died, or this side has called `say_end`."""
+        """Blocks until the other side has ended it or died, or this side has called `cancel`."""
         self._poll(None)
 
-    def say_end(self) -> None:
-        """Ends it; works also if a child of this process has inherited the connection."""
-        with contextlib.suppress(OSError):  # the other side was first
-            self._socket.shutdown(socket.SHUT_WR)
+    def cancel(self) -> None:
+        """Ends it on both sides; whoever waits goes on."""
+        self._shut(socket.SHUT_RDWR)
 
-    def end(self, deadline: Deadline | None = None) -> bool:
-        """Ends it, waits for the other side to do so too if a deadline is given, and returns whether it has."""
-        self.say_end()
-        ended = deadline is None or self._poll(deadline)
+    def end(self, deadline: Deadline) -> bool:
+        """Asks the other side to end it, and returns whether it has done so in time."""
+        self._shut(socket.SHUT_WR)
+        ended = self._poll(deadline)
         self.close()
         return ended
 
     def close(self) -> None:
-        """Ends it without a wait."""
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
+        """Ends it and frees the connection."""
+        self.cancel()
         self._socket.close()
+
+    def _shut(self, direction: int) -> None:
+        # Unlike closing, this also works if a child of this process has inherited the connection.
+        with contextlib.suppress(OSError):  # the other side was first
+            self._socket.shutdown(direction)
 
     def _poll(self, deadline: Deadline | None) -> bool:
         poller = select.poll()

@@ -13,6 +13,9 @@ One update, in order:
     Failed             ->                        instead of any answer
                        <-        Abort           instead of any request
     Aborted            ->                        answers Abort
+
+After Finished, a receiver that was given a lease keeps the staging memory mapped and the connection open, and the
+sender may keep it open too. Neither says anything more: when one of them ends it, the receiver unmaps the memory.
 """
 
 from __future__ import annotations
@@ -40,16 +43,21 @@ class TensorSlice(msgspec.Struct, frozen=True, array_like=True):
 
 
 class HostMemory(msgspec.Struct, frozen=True, tag=True):
-    """Staging in host memory; its file descriptor comes with the message."""
+    """Staging in host memory; its file descriptor comes with the message.
+
+    `lease` names this very allocation if the receiver may keep it mapped after the update; else it is empty.
+    """
 
     nbytes: int
+    lease: str = ""
 
 
 class CudaMemory(msgspec.Struct, frozen=True, tag=True):
-    """Staging on the GPU that both sides share: a raw `cudaIpcMemHandle_t` of 64 bytes."""
+    """Staging on the GPU that both sides share: a raw `cudaIpcMemHandle_t` of 64 bytes. `lease` as above."""
 
     nbytes: int
     handle: bytes
+    lease: str = ""
 
 
 class Hello(msgspec.Struct, frozen=True, tag=True):

@@ -28,8 +28,8 @@ class UpdateReport:
 
     `seconds` holds `total` and a figure for each stage: `connect` (until the engine's workers are there), `copy`
     (host to device), `broadcast`, `load` (in the engine's loader) and `finish`. Stages overlap, so they add up to more
-    than the total. `engine` holds what this rank's engine worker tells of itself; `trace` says when all that was, if it
-    was asked for.
+    than the total. `staging_kept` is how many bytes of staging outlive the update. `engine` holds what this rank's
+    engine worker tells of itself; `trace` says when all that was, if it was asked for.
     """
 
     version: str
@@ -39,6 +39,7 @@ class UpdateReport:
     buckets: int
     bucket_size: int
     staging: str
+    staging_kept: int
     seconds: dict[str, float]
     engine: dict[str, str | int | float] = field(default_factory=dict[str, str | int | float])
     trace: RankTrace | None = None

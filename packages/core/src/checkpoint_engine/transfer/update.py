@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 import msgspec
-import torch
 import torch.distributed as dist
 
 from checkpoint_engine.catalog import Catalog, Holding
@@ -19,13 +18,14 @@ from checkpoint_engine.deadline import Cancel, Deadline
 from checkpoint_engine.device import CpuDevice, Device
 from checkpoint_engine.errors import DeviceMemoryError, RankError, UpdateError
 from checkpoint_engine.link.channel import Listener
-from checkpoint_engine.link.messages import Finished, ReloadMode
+from checkpoint_engine.link.messages import ReloadMode
 from checkpoint_engine.planning.buckets import BucketPlan
 from checkpoint_engine.planning.staging import StagingLayout, choose_layout, place_buckets
 from checkpoint_engine.settings import Settings
 from checkpoint_engine.transfer.broadcast import BroadcastPipeline
 from checkpoint_engine.transfer.feeds import Feed
 from checkpoint_engine.transfer.report import Progress, StageClock, UpdateReport
+from checkpoint_engine.transfer.staging import StagingKeeper
 from checkpoint_engine.transfer.trace import Trace
 from checkpoint_engine.transfer.watch import EngineRequest, Watch
 from checkpoint_engine.transfer.worker_link import WorkerLink
@@ -75,6 +75,7 @@ class UpdateRun:
         group: RankGroup,
         device: Device,
         settings: Settings,
+        stagings: StagingKeeper,
         feed: Feed,
         progress: Progress,
     ) -> None:
@@ -83,6 +84,7 @@ class UpdateRun:
         self._board = group.board
         self._device = device
         self._settings = settings
+        self._stagings = stagings
         self._feed = feed
         self._progress = progress
         self._deadline = Deadline(order.timeout.total_seconds())
@@ -140,8 +142,7 @@ class UpdateRun:
         self._link = link
         listener.close()  # nobody else is expected, and a process that is killed leaves no socket behind
         with self._clock.step("staging"):
-            staging = staging_device.allocate(layout.nbytes)
-        stack.callback(staging.close)
+            staging = stack.enter_context(self._stagings.lend(staging_device, layout.nbytes))
         with self._clock.step("worker checks"):
             link.begin(
                 self._order.key, self._order.catalog.name, self._order.version, plan, staging, self._order.reload
@@ -169,6 +170,7 @@ class UpdateRun:
         finishing = time.perf_counter()
         with self._clock.step("worker finishes"):
             finished = link.finish()
+        self._stagings.leave_with_worker(link.channel)
         self._agree("finished")
         with self._clock.step("engine answers"):
             request.join(self._deadline.remaining)
@@ -194,7 +196,7 @@ class UpdateRun:
 
     def _introduce(self, handle: str) -> list[_Introduction]:
         self._progress.phase = "introduce"
-        free, _ = self._device.memory()
+        free = self._device.memory()[0] + self._stagings.held(self._device)
         mine = _Introduction(
             self._device.identity,
             handle,
@@ -283,6 +285,7 @@ class UpdateRun:
             buckets=len(plan.buckets),
             bucket_size=plan.bucket_size,
             staging=staging,
+            staging_kept=self._stagings.kept,
             seconds=self._clock.total(),
             engine=details,
             trace=self._clock.trace and self._clock.trace.finish(self._board.rank, self._device.identity),

@@ -117,6 +117,11 @@ class WorkerLink:
         self._over = True
         return finished
 
+    @property
+    def channel(self) -> SenderChannel:
+        """What it talks over."""
+        return self._channel
+
     def failure(self) -> CheckpointEngineError | None:
         """What the worker said of its own failure, if it did so without being asked."""
         with contextlib.suppress(LinkError):

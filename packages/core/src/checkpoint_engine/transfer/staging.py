@@ -1,0 +1,100 @@
+"""Staging memory between updates: freed after each, or kept for the next with the worker's mapping of it."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import msgspec
+
+from checkpoint_engine.deadline import Deadline
+from checkpoint_engine.device import Device, Staging
+from checkpoint_engine.link.channel import SenderChannel
+from checkpoint_engine.link.lease import Lease
+
+logger = logging.getLogger(__name__)
+
+_UNMAP_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class _Allocated:
+    """Staging memory, and the identity of its device."""
+
+    device: str
+    staging: Staging
+
+    @property
+    def nbytes(self) -> int:
+        return self.staging.memory.nbytes
+
+
+class StagingKeeper:
+    """Gives out staging memory, one at a time; what is kept is used again if it is large enough."""
+
+    def __init__(self, *, keep: bool) -> None:
+        self._keep = keep
+        self._allocated: _Allocated | None = None
+        self._lease: Lease | None = None
+
+    @property
+    def kept(self) -> int:
+        """Bytes that outlive the update that uses them."""
+        return self._allocated.nbytes if self._keep and self._allocated is not None else 0
+
+    def held(self, device: Device) -> int:
+        """Bytes allocated on a device."""
+        ours = self._allocated is not None and self._allocated.device == device.identity
+        return self._allocated.nbytes if ours and self._allocated is not None else 0
+
+    @contextmanager
+    def lend(self, device: Device, nbytes: int) -> Generator[Staging]:
+        """Staging of at least `nbytes`, for one update; after a failure nothing is kept.
+
+        Raises:
+            DeviceMemoryError: there is not enough.
+        """
+        if self._allocated is None or self.held(device) < nbytes:
+            self.release()  # first, so that old and new need not fit side by side
+            self._allocated = self._allocate(device, nbytes)
+        try:
+            yield self._allocated.staging
+        except BaseException:
+            self.release()
+            raise
+        if not self._keep:
+            self.release()
+
+    def leave_with_worker(self, channel: SenderChannel) -> None:
+        """After an update: the worker keeps its mapping until this side of the channel ends."""
+        if self._keep:
+            self._end_lease()  # of another worker, perhaps; this one has none from before any more
+            self._lease = Lease(channel.duplicate())
+
+    def release(self) -> None:
+        """Makes the worker unmap what is kept, and frees it."""
+        self._end_lease()
+        if self._allocated is not None:
+            allocated, self._allocated = self._allocated, None
+            allocated.staging.close()
+
+    def _allocate(self, device: Device, nbytes: int) -> _Allocated:
+        staging = device.allocate(nbytes)
+        if self._keep:
+            # The driver gives out the same IPC handle for the next allocation at the same address: that is no name.
+            staging.memory = msgspec.structs.replace(staging.memory, lease=secrets.token_hex(16))
+        return _Allocated(device.identity, staging)
+
+    def _end_lease(self) -> None:
+        """Memory that another process has mapped must not be freed."""
+        if self._lease is not None:
+            lease, self._lease = self._lease, None
+            if not lease.end(Deadline(_UNMAP_SECONDS)):
+                logger.warning(
+                    "the engine's worker has not unmapped the staging memory within %g s; the device may not get it "
+                    "back before that worker goes on or ends",
+                    _UNMAP_SECONDS,
+                )
