@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.abc
 import importlib.machinery
+import os
 import sys
 import types
 from collections.abc import Sequence
@@ -82,6 +83,7 @@ def _furnish(triton: types.ModuleType) -> None:
     language = _shell("triton.language")
     language.constexpr = _Settings
     triton.language = language
+    _shell("triton.backends").backends = {}
 
 
 _libraries: list[object] = []
@@ -98,6 +100,8 @@ def _name_operators_of_torchvision() -> None:
     _libraries.append(library)
 
 
+# SGLang compiles small functions at their first use: a minute each start, for nothing on models this small.
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 _Finder.instance = _Finder()
 if importlib.machinery.PathFinder.find_spec("triton") is None:
     sys.meta_path.insert(0, _Finder.instance)
