@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import enum
 from dataclasses import dataclass
 
 import torch
 
 from checkpoint_engine.errors import WeightsRejectedError
+from checkpoint_engine.reload.reloader import Trust
 from checkpoint_engine.reload.replay import Replay
 from checkpoint_engine_vllm import compat
 from checkpoint_engine_vllm.layers import Layers, Way
@@ -19,17 +19,6 @@ from checkpoint_engine_vllm.reload import Reload
 from checkpoint_engine_vllm.repairs import Repairs
 
 AnyReload = Reload | ProvingReload | PlannedReload
-
-
-class Trust(enum.IntEnum):
-    """How far a plan has come."""
-
-    RECORDED = 0
-    """vLLM's loader has run without data."""
-    PROVED = 1
-    """An update by vLLM's loader put every piece where the plan says."""
-    CHECKED = 2
-    """An update by plan was compared as well."""
 
 
 @dataclass

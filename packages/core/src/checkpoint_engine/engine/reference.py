@@ -19,6 +19,8 @@ from checkpoint_engine.engine.adapter import TensorSpec, Update
 from checkpoint_engine.engine.reference_checkpoint import CONFIG, make_checkpoint
 from checkpoint_engine.engine.reference_model import ModelSpec, plan_layout
 from checkpoint_engine.errors import CheckpointFormatError, WeightsRejectedError
+from checkpoint_engine.reload.recorder import Loader
+from checkpoint_engine.reload.reloader import Reloader
 
 __all__ = ["Comparison", "ModelSpec", "ReferenceAdapter", "ReferenceEngine", "make_checkpoint"]
 
@@ -86,7 +88,7 @@ class ReferenceEngine:
         self.check_tensors(_specs(offered))
         return self.write(offered)
 
-    def write(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> set[str]:
+    def write(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """`load_weights` for tensors that `check_tensors` has accepted."""
         for name, tensor in tensors:
             slot = self.layout.slots[name]
@@ -158,6 +160,7 @@ class ReferenceAdapter:
         self._update: Update | None = None
         self._loaded: set[str] = set()
         self._written = False
+        self._reloader = Reloader(engine.write, engine.parameters, self._shadow)
 
     def begin(self, update: Update) -> None:
         """Refuses an update that does not bring exactly the engine's tensors.
@@ -168,6 +171,7 @@ class ReferenceAdapter:
         self._update, self._loaded, self._written = update, set(), False
         self.engine.check_tensors(update.tensors)
         self.engine.check_complete(update.tensors)
+        self._reloader.begin(update.tensors, update.reload)
 
     def load(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
         """Loads a bucket.
@@ -177,7 +181,8 @@ class ReferenceAdapter:
         """
         self.engine.check_tensors(_specs(tensors))
         self._written = self.dirty = True
-        self._loaded |= self.engine.write(tensors)
+        self._reloader.load(tensors)
+        self._loaded.update(name for name, _ in tensors)
 
     def finish(self) -> Mapping[str, str | int | float]:
         """Completes the update.
@@ -186,14 +191,22 @@ class ReferenceAdapter:
             WeightsRejectedError: tensors are missing.
         """
         self.engine.check_complete(self._loaded)
+        shares = self._reloader.finish()
         self.version = self._update.version if self._update else None
         self.dirty = False
-        return {"parameters": len(self.engine.parameters), "tensors": len(self._loaded)}
+        return {"parameters": len(self.engine.parameters), "tensors": len(self._loaded), **shares}
 
     def abort(self) -> bool:
         """Gives up; what was written cannot be taken back."""
         self._update = None
+        self._reloader.failed()
         return not self._written
+
+    def _shadow(self) -> tuple[Loader, Mapping[str, torch.Tensor]]:
+        shadow = ReferenceEngine(
+            self.engine.spec, tp_rank=self.engine.tp_rank, tp_size=self.engine.tp_size, device="meta"
+        )
+        return shadow.load_weights, shadow.parameters
 
 
 def _dummy(spec: TensorSpec, device: torch.device) -> torch.Tensor:

@@ -8,13 +8,13 @@ reason why the plan does not cover it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from checkpoint_engine.engine.adapter import TensorSpec
 from checkpoint_engine.reload.plan import Fill, Piece, Recording
@@ -132,7 +132,7 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401 - torch's own signature
         result = func(*args, **(kwargs or {}))
-        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        inputs = _tensors_in((*args, *cast("dict[str, object]", kwargs or {}).values()))
         for tensor in inputs:
             target = self._targets.get(_storage(tensor))
             if target is not None:
@@ -167,8 +167,8 @@ class _Recorder(TorchDispatchMode):
     def _follow(self, func: object, inputs: list[torch.Tensor], result: object) -> None:
         """A new tensor: a view of one of the inputs, a copy, or something computed."""
         known = {_storage(tensor) for tensor in inputs}
-        for tensor in tree_leaves(result):
-            if not isinstance(tensor, torch.Tensor) or _storage(tensor) in known:
+        for tensor in _tensors_in((result,)):
+            if _storage(tensor) in known:
                 continue
             made = self._copy_of(inputs[0], tensor) if func in _COPIES and inputs else None
             sources = self._origins(inputs)
@@ -260,12 +260,28 @@ def _storage(tensor: torch.Tensor) -> int:
     return cast("Any", tensor.untyped_storage())._cdata  # noqa: SLF001 - a meta tensor has no other identity
 
 
+def _tensors_in(values: Iterable[object]) -> list[torch.Tensor]:
+    """Tensors among an operator's arguments or results, which may be in lists."""
+    found: list[torch.Tensor] = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found.extend(_tensors_in(cast("Iterable[object]", value)))
+    return found
+
+
 def _written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:  # noqa: ANN401 - torch's own types
     """The arguments that an operator writes to."""
-    found: list[torch.Tensor] = []
-    for index, argument in enumerate(func._schema.arguments):  # noqa: SLF001 - the only way to ask
-        if argument.alias_info is None or not argument.alias_info.is_write:
-            continue
-        value = args[index] if index < len(args) else kwargs.get(argument.name)
-        found.extend(leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor))
-    return found
+    return _tensors_in(
+        args[index] if index < len(args) else kwargs.get(name) for index, name in _written_arguments(func)
+    )
+
+
+@functools.cache
+def _written_arguments(func: Any) -> list[tuple[int, str]]:  # noqa: ANN401 - torch's own types
+    return [
+        (index, argument.name)
+        for index, argument in enumerate(func._schema.arguments)  # noqa: SLF001 - the only way to ask
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]

@@ -1,0 +1,188 @@
+"""The reference engine by plan: proved, checked, replayed; and what happens when a plan is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from checkpoint_engine.engine.adapter import TensorSpec, Update
+from checkpoint_engine.engine.reference import ModelSpec, ReferenceAdapter, ReferenceEngine, make_checkpoint
+from checkpoint_engine.errors import WeightsRejectedError, WorkerError
+from checkpoint_engine.reload import reloader as reloading
+from checkpoint_engine.reload.plan import ReloadPlan, make_plan
+from checkpoint_engine.reload.proof import Checksums
+from checkpoint_engine.reload.reloader import Reloader
+
+DENSE, MOE, TIED = ModelSpec(), ModelSpec(experts=4), ModelSpec(tied=True, extras=False, dtype="float32")
+Details = Mapping[str, str | int | float]
+
+
+def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
+    return {
+        name: tensor for file in sorted(directory.glob("*.safetensors")) for name, tensor in load_file(file).items()
+    }
+
+
+def give(adapter: ReferenceAdapter, tensors: dict[str, torch.Tensor], version: str, mode: str = "auto") -> Details:
+    """One update in buckets of three tensors."""
+    specs = {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    adapter.begin(Update("id", "checkpoint", version, specs, mode))  # type: ignore[arg-type]
+    pairs = list(tensors.items())
+    for start in range(0, len(pairs), 3):
+        adapter.load(pairs[start : start + 3])
+    return adapter.finish()
+
+
+@pytest.mark.parametrize("spec", [DENSE, MOE, TIED], ids=["dense", "moe", "tied"])
+@pytest.mark.parametrize(("tp_rank", "tp_size"), [(0, 1), (0, 2), (1, 2)])
+def test_four_updates_by_proof_check_and_plan(spec: ModelSpec, tp_rank: int, tp_size: int, tmp_path: Path) -> None:
+    adapter = ReferenceAdapter(ReferenceEngine(spec, tp_rank=tp_rank, tp_size=tp_size))
+    addresses, ways = adapter.engine.addresses(), []
+    for seed in (1, 2, 3, 1):
+        directory = make_checkpoint(tmp_path / str(seed), spec, seed=seed)
+        details = give(adapter, tensors_of(directory), f"v{seed}")
+        cold = ReferenceEngine.cold_start(directory, tp_rank=tp_rank, tp_size=tp_size)
+        padded = {"model.embed_tokens.weight", "lm_head.weight"}
+        assert set(adapter.engine.compare(cold).different) <= padded, "only rows behind the vocabulary may differ"
+        ways.append(details["reload"])
+    assert ways == ["proof", "plan", "plan", "plan"]
+    assert int(details["plan_bytes"]) > int(details["loader_bytes"])
+    assert adapter.engine.addresses() == addresses
+
+
+def test_the_loader_alone_when_asked_for(tmp_path: Path) -> None:
+    adapter = ReferenceAdapter(ReferenceEngine(DENSE))
+    tensors = tensors_of(make_checkpoint(tmp_path, DENSE, seed=1))
+    assert [give(adapter, tensors, "v", "loader")["reload"] for _ in range(3)] == ["loader"] * 3
+
+
+def test_other_tensors_are_recorded_anew() -> None:
+    parameters = {"p": torch.zeros(4)}
+
+    def load(tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+        for name, tensor in tensors:
+            parameters["p"][:2].copy_(tensor) if name == "a" else parameters["p"][2:].copy_(tensor)
+
+    def shadow_load(tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+        for name, tensor in tensors:
+            (shadow["p"][:2] if name == "a" else shadow["p"][2:]).copy_(tensor)
+
+    shadow = {"p": torch.empty(4, device="meta")}
+    reloader = Reloader(load, parameters, lambda: (shadow_load, shadow))
+    ways = []
+    for names in ("ab", "ab", "ab", "ac", "ac"):
+        tensors = {name: torch.rand(2) for name in names}
+        reloader.begin({name: TensorSpec(torch.float32, (2,)) for name in names}, "auto")
+        reloader.load(list(tensors.items()))
+        ways.append(reloader.finish()["reload"])
+        assert torch.equal(parameters["p"], torch.cat(list(tensors.values())))
+    assert ways == ["proof", "plan", "plan", "proof", "plan"]
+
+
+def altered(plan: ReloadPlan) -> ReloadPlan:
+    """The same plan, but one of its copies takes its rows in the wrong order."""
+    name, (piece, *rest) = next((name, pieces) for name, pieces in plan.pieces.items() if pieces[0].region.offset == 0)
+    region = piece.region
+    wrong = replace(piece, region=type(region)(region.offset, region.shape, (0, *region.stride[1:])))
+    return replace(plan, pieces={**plan.pieces, name: (wrong, *rest)})
+
+
+def test_one_altered_entry_of_a_plan_is_found_before_the_plan_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    def alter(recording: object, targets: Mapping[str, torch.Tensor]) -> ReloadPlan:
+        plan = altered(make_plan(recording, targets))  # type: ignore[arg-type]
+        seen.append(next(iter(plan.pieces)))
+        return plan
+
+    monkeypatch.setattr(reloading, "make_plan", alter)
+    adapter = ReferenceAdapter(ReferenceEngine(DENSE))
+    tensors = tensors_of(make_checkpoint(tmp_path, DENSE, seed=1))
+    whole = sum(tensor.nbytes for tensor in tensors.values())
+    give(adapter, tensors, "v1")
+    details = give(adapter, tensors, "v2")
+    assert seen
+    assert details["reload"] == "plan"
+    assert 0 < int(details["loader_bytes"]) < whole, "the altered parameter stays with the loader"
+    cold = ReferenceEngine.cold_start(tmp_path)
+    assert set(adapter.engine.compare(cold).different) <= {"model.embed_tokens.weight", "lm_head.weight"}
+
+
+def test_an_entry_altered_after_the_proof_is_found_by_the_check(tmp_path: Path) -> None:
+    adapter = ReferenceAdapter(ReferenceEngine(DENSE))
+    tensors = tensors_of(make_checkpoint(tmp_path, DENSE, seed=1))
+    give(adapter, tensors, "v1")
+    replay = adapter._reloader._replay
+    assert replay is not None
+    step = next(steps[0] for steps in replay._steps.values() if steps and steps[0].piece.region.elements > 1)
+    assert step.target is not None
+    step.target = step.target.clone()  # the copy now goes elsewhere
+    step_target = step.piece.target
+    adapter.engine.parameters[step_target].zero_()
+    with pytest.raises(WorkerError, match="put something else") as caught:
+        give(adapter, tensors, "v2")
+    assert step_target in str(caught.value)
+    adapter.abort()
+    assert adapter.dirty
+    assert give(adapter, tensors, "v3")["reload"] == "proof", "nothing of a plan that failed is kept"
+    assert not adapter.dirty
+
+
+def test_nothing_but_a_plan_where_it_does_not_reach() -> None:
+    parameters = {"p": torch.zeros(4)}
+
+    def load(tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+        for _, tensor in tensors:
+            shadow["p"].copy_(-tensor)
+
+    shadow = {"p": torch.empty(4, device="meta")}
+    reloader = Reloader(load, parameters, lambda: (load, shadow))
+    with pytest.raises(WeightsRejectedError, match="--reload auto") as caught:
+        reloader.begin({"a": TensorSpec(torch.float32, (4,))}, "plan")
+    assert "'p'" in str(caught.value)
+
+
+def test_a_mixture_of_planned_and_computed(tmp_path: Path) -> None:
+    del tmp_path
+
+    def loader(parameters: dict[str, torch.Tensor]) -> object:
+        def load(tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+            for name, tensor in tensors:
+                parameters[name].copy_(tensor.exp() if name == "a" else tensor)
+
+        return load
+
+    parameters = {name: torch.zeros(4) for name in "abc"}
+    shadow = {name: torch.empty(4, device="meta") for name in "abc"}
+    reloader = Reloader(loader(parameters), parameters, lambda: (loader(shadow), shadow))  # type: ignore[arg-type, return-value]
+    for _ in range(3):
+        tensors = {name: torch.rand(4) for name in "abc"}
+        reloader.begin({name: TensorSpec(torch.float32, (4,)) for name in "abc"}, "auto")
+        reloader.load(list(tensors.items()))
+        details = reloader.finish()
+        assert torch.equal(parameters["a"], tensors["a"].exp())
+        assert torch.equal(parameters["b"], tensors["b"])
+    assert (details["plan_bytes"], details["loader_bytes"]) == (32, 16)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8, torch.float32, torch.float64, torch.complex128])
+def test_checksums_tell_any_change_and_any_exchange(dtype: torch.dtype) -> None:
+    checksums = Checksums()
+    tensor = torch.arange(1, 200).to(dtype)
+    original = int(checksums.of(tensor))
+    for index in (0, 77, 198):
+        changed = tensor.clone()
+        changed[index] = 0
+        assert int(checksums.of(changed)) != original
+    exchanged = tensor.clone()
+    exchanged[[3, 4]] = tensor[[4, 3]]
+    assert int(checksums.of(exchanged)) != original
+    assert int(checksums.of(tensor.clone())) == original
+    assert int(checksums.of(tensor.reshape(199, 1).expand(199, 2)[:, 0])) == original
