@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from msgspec import structs
 from p2p_help import needs_mooncake
 from seed_process import SeedProcess
 
-from checkpoint_engine.catalog import SegmentEntry, TensorEntry
+from checkpoint_engine.catalog import Catalog, Holding, SegmentEntry, TensorEntry
 from checkpoint_engine.errors import (
     CheckpointEngineError,
     HostMemoryError,
@@ -25,7 +26,7 @@ from checkpoint_engine.errors import (
     SettingError,
 )
 from checkpoint_engine.host import mooncake
-from checkpoint_engine.host.content import add_up, content_of
+from checkpoint_engine.host.content import content_of
 from checkpoint_engine.host.mooncake import MooncakeEngine
 from checkpoint_engine.host.network_cards import Card
 from checkpoint_engine.host.p2p_open import choose_way
@@ -259,8 +260,13 @@ def test_content_does_not_depend_on_layout() -> None:
     parts = [TensorEntry("b", "uint8", (3,), 0), TensorEntry("a", "uint8", (2000,), 4000)]
     assert content_of([two], [SegmentEntry(8192, tuple(parts))]) == before
     split = [content_of([one], [SegmentEntry(8192, (tensor,))]) for tensor in (a, b)]
-    assert add_up(split) == before
-    assert add_up([*split, ""]) == ""
+    holdings = [
+        Holding(rank, "h", "d", (SegmentEntry(8192, (tensor,)),), content=part)
+        for rank, (tensor, part) in enumerate(zip((a, b), split, strict=True))
+    ]
+    assert Catalog("x", tuple(holdings)).content == before
+    assert Catalog("x", (*holdings, Holding(2, "h", "d", ()))).content == before
+    assert Catalog("x", (holdings[0], structs.replace(holdings[1], content=""))).content == ""
     two.tensor[1] += 1
     assert content_of([two], [SegmentEntry(8192, tuple(parts))]) != before
     one.close()

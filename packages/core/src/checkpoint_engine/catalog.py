@@ -16,6 +16,7 @@ from checkpoint_engine.dtypes import item_size
 from checkpoint_engine.errors import CheckpointFormatError, DuplicateTensorError
 
 SCHEMA_VERSION = 1
+CONTENT_MODULUS = 1 << 128
 
 
 class TensorEntry(msgspec.Struct, frozen=True, array_like=True):
@@ -30,6 +31,10 @@ class TensorEntry(msgspec.Struct, frozen=True, array_like=True):
     def nbytes(self) -> int:
         """Bytes of the tensor's data."""
         return math.prod(self.shape) * item_size(self.dtype)
+
+    def moved(self, distance: int) -> TensorEntry:
+        """The same tensor so many bytes further on."""
+        return TensorEntry(self.name, self.dtype, self.shape, self.offset + distance)
 
 
 class SegmentEntry(msgspec.Struct, frozen=True):
@@ -72,6 +77,14 @@ class Catalog(msgspec.Struct, frozen=True):
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self.tensors())
+
+    @property
+    def content(self) -> str:
+        """A digest of samples of the bytes of all tensors, whoever holds them; empty if a holder did not make one."""
+        parts = [holding.content for holding in self.holdings if any(True for s in holding.segments if s.tensors)]
+        if not all(parts):
+            return ""
+        return f"{sum(int(part, 16) for part in parts) % CONTENT_MODULUS:032x}"
 
     def tensors(self) -> Iterator[TensorEntry]:
         """Every tensor, holder by holder."""

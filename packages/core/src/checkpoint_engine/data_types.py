@@ -127,10 +127,15 @@ class MemoryBufferMetaList:
 
 @dataclass
 class DataToGather(MemoryBufferMetaList):
-    """The same with the rank's host and device."""
+    """The same with the rank's host and device, and what a reader of its memory must find there."""
 
     host_ip: str
     device_uuid: str
+    checkpoint: str = ""
+    transport: str = ""
+    control_address: int = 0
+    generation: int = 0
+    content: str = ""
 
 
 def catalog_to_metas(catalog: Catalog) -> dict[int, DataToGather]:
@@ -142,6 +147,11 @@ def catalog_to_metas(catalog: Catalog) -> dict[int, DataToGather]:
             rdma_device=holding.rdma_device,
             host_ip=holding.host,
             device_uuid=holding.device,
+            checkpoint=catalog.name,
+            transport=holding.transport,
+            control_address=holding.control_address,
+            generation=holding.generation,
+            content=holding.content,
         )
         for holding in catalog.holdings
         if any(segment.tensors for segment in holding.segments)
@@ -149,7 +159,7 @@ def catalog_to_metas(catalog: Catalog) -> dict[int, DataToGather]:
 
 
 def metas_to_catalog(metas: Mapping[int, MemoryBufferMetaList], name: str = "") -> Catalog:
-    """The catalog that says the same; metas do not know what their checkpoint is called.
+    """The catalog that says the same; it has the given name, or else the one in the metas if they know it.
 
     Raises:
         CheckpointFormatError: sizes contradict each other.
@@ -164,10 +174,15 @@ def metas_to_catalog(metas: Mapping[int, MemoryBufferMetaList], name: str = "") 
             segments=tuple(_segment_of(buffer) for buffer in metas[rank].memory_buffer_metas_list),
             p2p_address=metas[rank].p2p_store_addr,
             rdma_device=metas[rank].rdma_device,
+            transport=getattr(metas[rank], "transport", ""),
+            control_address=getattr(metas[rank], "control_address", 0),
+            generation=getattr(metas[rank], "generation", 0),
+            content=getattr(metas[rank], "content", ""),
         )
         for rank in sorted(metas)
     )
-    return Catalog(name=name, holdings=holdings).validate()
+    known = {getattr(metas[rank], "checkpoint", "") for rank in metas}
+    return Catalog(name=name or (known.pop() if len(known) == 1 else ""), holdings=holdings).validate()
 
 
 def metas_to_json(metas: Mapping[int, MemoryBufferMetaList]) -> bytes:
@@ -181,6 +196,10 @@ def metas_from_json(data: bytes, source: str = "metas") -> dict[int, MemoryBuffe
     Raises:
         CheckpointFormatError: not JSON, or not metas.
     """
+    try:
+        return dict(msgspec.json.decode(data, type=dict[int, DataToGather], dec_hook=_from_plain))
+    except msgspec.MsgspecError:
+        pass  # the plain form, without host and device
     try:
         return msgspec.json.decode(data, type=dict[int, MemoryBufferMetaList], dec_hook=_from_plain)
     except msgspec.MsgspecError as error:

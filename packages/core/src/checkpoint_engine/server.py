@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import socket
+import logging
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -18,21 +19,35 @@ from typing_extensions import Self
 
 from checkpoint_engine import distributed
 from checkpoint_engine.catalog import Catalog, Holding
-from checkpoint_engine.collective import RankGroup, open_store
+from checkpoint_engine.collective import Failure, RankGroup, failure_key, open_store
 from checkpoint_engine.device import Device, open_device
 from checkpoint_engine.errors import CheckpointEngineError, CheckpointStateError, SettingError
-from checkpoint_engine.host.store import CheckpointStore
+from checkpoint_engine.host.store import CheckpointStore, Registered
 from checkpoint_engine.link.messages import ReloadMode
 from checkpoint_engine.planning.buckets import Bucket
+from checkpoint_engine.planning.peers import check_same
 from checkpoint_engine.settings import Settings, rank_from_environment
+from checkpoint_engine.sharing import Sharing
+from checkpoint_engine.transfer.feeds import Feed, HostFeed, PeerFeed
 from checkpoint_engine.transfer.report import Progress, UpdateReport
 from checkpoint_engine.transfer.trace import RankTrace
-from checkpoint_engine.transfer.update import BroadcastUpdate, RequestFunction, UpdateOrder
+from checkpoint_engine.transfer.update import RequestFunction, UpdateOrder, UpdateRun
 
 if TYPE_CHECKING:
     from checkpoint_engine.data_types import MemoryBufferMetaList
 
 Files = Sequence[str | Path] | Mapping[Path, Sequence[str]]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Known:
+    """Who holds a checkpoint: these ranks together, or one or several parameter servers elsewhere."""
+
+    replicas: tuple[Catalog, ...]
+    digest: str
+    elsewhere: bool = False
 
 
 class ParameterServer:
@@ -82,12 +97,15 @@ class ParameterServer:
         self._auto_pg = auto_pg
         self._device = open_device(self._settings.device, index=_device_index(self._rank, gpu_count), rank=self._rank)
         self._store = CheckpointStore(self._device)
-        self._gathered: dict[str, tuple[Catalog, str]] = {}
+        self._sharing = Sharing(
+            self._rank, self._device, _device_index(self._rank, gpu_count), gpu_count or torch.cuda.device_count()
+        )
+        self._gathered: dict[str, _Known] = {}
         self._latest = ""
         self._group: RankGroup | None = None
         self._facade: distributed.DistributedProcessGroup | None = None
         self._busy = threading.Lock()
-        self._running: BroadcastUpdate | None = None
+        self._running: UpdateRun | None = None
         self.progress = Progress()
         self.last_report: UpdateReport | None = None
 
@@ -150,7 +168,7 @@ class ParameterServer:
         Raises:
             CheckpointStateError: no such checkpoint, or an update is using it.
         """
-        self._store.unregister(name, force=force)
+        self._store.unregister(name, force=force, farewell=lambda: self._sharing.withdraw(name))
         self._gathered.pop(name, None)
 
     def get_metas(self) -> dict[int, MemoryBufferMetaList]:
@@ -160,12 +178,22 @@ class ParameterServer:
         return dict(catalog_to_metas(self.catalog(self._latest)))
 
     def load_metas(self, metas: Mapping[int, MemoryBufferMetaList]) -> None:
-        """Makes known what ranks elsewhere hold, as their `get_metas` gave it."""
+        """Makes known what ranks elsewhere hold, as their `get_metas` gave it; the next update is read from there."""
         from checkpoint_engine.data_types import metas_to_catalog  # noqa: PLC0415 - stands above this floor
 
-        catalog = metas_to_catalog(metas).validate()
-        self._gathered[catalog.name] = (catalog, _digest([catalog.to_json()]))
-        self._latest = catalog.name
+        self.load_catalogs([metas_to_catalog(metas)])
+
+    def load_catalogs(self, catalogs: Sequence[Catalog]) -> None:
+        """Makes known which parameter servers elsewhere hold a checkpoint; updates to it are read from all of them.
+
+        Raises:
+            CheckpointStateError: the catalogs are not of the same checkpoint.
+            CheckpointFormatError: one contradicts itself.
+        """
+        check_same([catalog.validate() for catalog in catalogs])
+        name = catalogs[0].name
+        self._gathered[name] = _Known(tuple(catalogs), _digest([c.to_json() for c in catalogs]), elsewhere=True)
+        self._latest = name
 
     def catalog(self, name: str) -> Catalog:
         """What all ranks hold of a checkpoint.
@@ -173,7 +201,7 @@ class ParameterServer:
         Raises:
             CheckpointStateError: it was not gathered.
         """
-        return self._gathered_as(name)[0]
+        return self._known(name).replicas[0]
 
     def abort(self, reason: str) -> bool:
         """Gives up the update that is running, from another thread; returns whether there was one."""
@@ -186,6 +214,7 @@ class ParameterServer:
     def close(self) -> None:
         """Leaves the group of ranks and frees all host memory."""
         self._disconnect()
+        self._sharing.close()
         self._store.close()
 
     def __enter__(self) -> Self:
@@ -232,13 +261,15 @@ class ParameterServer:
     def gather_metas(self, name: str, *, timeout: timedelta = timedelta(minutes=5)) -> None:
         """Tells all ranks what each of them holds of a checkpoint; ranks that hold nothing take part too.
 
+        With `CHECKPOINT_ENGINE_P2P=1`, whoever gets the metas afterwards can read the memory, see `load_metas`.
+
         Raises:
             DuplicateTensorError: two ranks hold the same tensor.
-            CheckpointStateError: no rank holds anything of that name.
+            CheckpointStateError: the ranks gather different checkpoints.
             DeadlineError: a rank did not come in time.
         """
-        held = self._store.get(name).entries if name in self._store.names() else []
-        mine = Holding(self._rank, socket.gethostname(), self._device.identity, tuple(held))
+        registered = self._store.get(name) if name in self._store.names() else None
+        mine = self._sharing.describe(registered, share=self._sharing.settings.share and registered is not None)
         parts = self._connected().gather(
             "metas", msgspec.msgpack.encode((name, mine)), timeout, f"all ranks gathering {name!r}"
         )
@@ -249,8 +280,10 @@ class ParameterServer:
                 raise CheckpointStateError(f"rank {holding.rank} gathers {other!r} while this rank gathers {name!r}")
             holdings.append(holding)
         if not any(holding.segments for holding in holdings):
-            raise CheckpointStateError(f"no rank has registered {name!r}; call register_checkpoint first")
-        self._gathered[name] = (Catalog(name, tuple(holdings)).validate(), _digest(parts))
+            # Ranks that are about to load the metas of others gather first, too.
+            _log.warning("no rank has registered %r; an update to it needs register_checkpoint, or load_metas", name)
+            return
+        self._gathered[name] = _Known((Catalog(name, tuple(holdings)).validate(),), _digest(parts))
         self._latest = name
 
     def update(
@@ -263,34 +296,44 @@ class ParameterServer:
         version: str | None = None,
         trace: bool = False,
         reload: ReloadMode = "auto",
+        keep: bool = False,
     ) -> None:
-        """Brings a checkpoint to all engine workers of all ranks, and returns once they have it.
+        """Brings a checkpoint to the engine workers of all ranks, or of some, and returns once they have it.
+
+        What was gathered reaches all ranks by broadcast. With `ranks`, only the engines of those are updated, and they
+        read the others' host memory; the others take part in the call, undisturbed, and keep their memory as it is
+        until it returns. What was loaded with `load_metas` is read from the hosts that hold it.
 
         Args:
-            name: A gathered checkpoint.
+            name: A checkpoint that was gathered or loaded.
             req_func: Called on every rank with (device identity, handle) of all ranks; asks the engines to update.
             timeout: For the whole update.
-            ranks: Only None, or all ranks: transfers to a few ranks need the P2P method.
+            ranks: Whose engines are updated; all if None or empty.
             version: What the engines shall call it; the checkpoint's name if None.
             trace: Whether `last_report` shall say when each bucket was copied, broadcast and loaded.
             reload: How the engines take the tensors over: by reload plan as far as it reaches (`auto`), by nothing
                 else (`plan`), or by their own loaders (`loader`).
+            keep: Whether what is read from other parameter servers stays in host memory, registered under `name`, so
+                that these ranks can serve it in turn.
 
         Raises:
             CheckpointStateError: not gathered, or another update is running.
             UpdateError: it did not complete; the message names the rank, the phase and the cause.
         """
-        catalog, digest = self._gathered_as(name)
-        if ranks and sorted(ranks) != list(range(self._world_size)):
-            raise SettingError(
-                f"ranks={list(ranks)}: updating a part of the ranks needs the P2P method, which this version does not "
-                "have yet; leave ranks out to update all of them"
-            )
+        known = self._known(name)
+        receivers = self._receivers(ranks)
+        if keep and not known.elsewhere:
+            raise SettingError("keep=True keeps what is read from other parameter servers; these ranks hold it already")
+        if keep and name in self._store.names():
+            raise CheckpointStateError(f"{name!r} is registered on this rank; unregister it, or leave keep out")
         if not self._busy.acquire(blocking=False):
             raise CheckpointStateError("an update is running on this rank already; wait for it, or abort it")
         try:
             call = self._connected().next_call()
-            self._run(UpdateOrder(call, catalog, digest, version or name, req_func, timeout, trace, reload))
+            order = UpdateOrder(
+                call, known.replicas[0], known.digest, version or name, req_func, timeout, trace, reload
+            )
+            self._run(name, order, known, receivers, keep=keep)
         finally:
             self._busy.release()
 
@@ -305,22 +348,17 @@ class ParameterServer:
         traces = (msgspec.msgpack.decode(part, type=RankTrace | None) for part in parts)
         return [trace for trace in traces if trace is not None]
 
-    def _run(self, order: UpdateOrder) -> None:
+    def _run(self, name: str, order: UpdateOrder, known: _Known, receivers: tuple[int, ...], *, keep: bool) -> None:
         group = self._connected()
         with ExitStack() as stack:
-            name = order.catalog.name
             held = stack.enter_context(self._store.use(name)) if name in self._store.names() else None
-            segments = held.segments if held else []
-
-            def read(bucket: Bucket) -> torch.Tensor:
-                return segments[bucket.segment].tensor[bucket.start : bucket.start + bucket.nbytes]
-
-            self._running = BroadcastUpdate(
+            feed = self._feed(order, known, receivers, None if known.elsewhere else held, keep=keep)
+            self._running = UpdateRun(
                 order,
                 group=group,
                 device=self._device,
                 settings=self._settings,
-                read=read,
+                feed=feed,
                 progress=self.progress,
             )
             try:
@@ -331,11 +369,49 @@ class ParameterServer:
             finally:
                 self._running = None
                 self.progress.phase = "idle"
+            if keep and isinstance(feed, PeerFeed) and feed.kept[0]:
+                self._store.adopt(name, *feed.kept)
 
-    def _gathered_as(self, name: str) -> tuple[Catalog, str]:
-        if name not in self._gathered:
-            raise CheckpointStateError(f"{name!r} was not gathered; call gather_metas({name!r}) on all ranks first")
-        return self._gathered[name]
+    def _feed(
+        self, order: UpdateOrder, known: _Known, receivers: tuple[int, ...], held: Registered | None, *, keep: bool
+    ) -> Feed:
+        """What the update feeds on; a rank that cannot take part tells the others."""
+
+        def find(bucket: Bucket) -> torch.Tensor:
+            if held is None:
+                raise CheckpointStateError(f"this rank holds nothing of {order.catalog.name!r}")
+            return held.segments[bucket.segment].tensor[bucket.start : bucket.start + bucket.nbytes]
+
+        if not known.elsewhere and len(receivers) == self._world_size:
+            return HostFeed(order.catalog, self._world_size, find)
+        try:
+            return PeerFeed(
+                known.replicas,
+                receivers,
+                store=self._sharing.store(),
+                device=self._device,
+                mine=self._sharing.describe(held, share=True),
+                find=None if known.elsewhere else find,
+                keep=keep,
+            )
+        except CheckpointEngineError as error:
+            failure = Failure(self._rank, "p2p", type(error).__name__, str(error))
+            self._connected().board.post(failure_key(order.key), msgspec.json.encode(failure))
+            raise
+
+    def _receivers(self, ranks: Sequence[int] | None) -> tuple[int, ...]:
+        chosen = tuple(sorted(set(ranks or range(self._world_size))))
+        if chosen[0] < 0 or chosen[-1] >= self._world_size:
+            raise SettingError(f"ranks={list(ranks or ())}: there are the ranks 0 to {self._world_size - 1}")
+        return chosen
+
+    def _known(self, name: str) -> _Known:
+        if name in self._gathered:
+            return self._gathered[name]
+        if "" in self._gathered and name:  # metas of the known form do not say what their checkpoint is called
+            nameless = self._gathered[""]
+            return replace(nameless, replicas=tuple(msgspec.structs.replace(c, name=name) for c in nameless.replicas))
+        raise CheckpointStateError(f"{name!r} was not gathered; call gather_metas({name!r}) on all ranks first")
 
     def _connected(self) -> RankGroup:
         if self._group is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import timedelta
 
 import msgspec
@@ -38,8 +39,8 @@ class RankGroup:
         self._store = store
         self._calls = 0
         self._communicators: dict[str, Communicator] = {}
-        self.generation = ""
-        """Of the communicators that are open; ranks must agree on it before they use them."""
+        self._generation = ""
+        self._members: tuple[int, ...] = ()
 
     def next_call(self) -> str:
         """The name of the next call, the same on all ranks.
@@ -65,26 +66,32 @@ class RankGroup:
             self.board.post(failure_key(call), msgspec.json.encode(failure))
             raise
 
+    def generation_of(self, members: Sequence[int]) -> str:
+        """Of the communicators among these ranks that are open; ranks must agree on it before they use them."""
+        return self._generation if tuple(members) == self._members else ""
+
     def communicator(
-        self, backend: str, device: torch.device, generation: str, deadline: Deadline
+        self, backend: str, device: torch.device, generation: str, deadline: Deadline, members: Sequence[int]
     ) -> Communicator | None:
         """The communicator of that generation for tensors of this device; None for a single rank, which needs none.
+
+        `members` are the ranks that it connects, this one among them; it counts them in this order.
 
         Raises:
             RankError: a rank did not come in time.
         """
-        if self.board.world_size == 1:
+        if len(members) == 1:
             return None
-        if generation != self.generation:
+        if (generation, tuple(members)) != (self._generation, self._members):
             self.drop_communicators()
-            self.generation = generation
+            self._generation, self._members = generation, tuple(members)
         timeout = timedelta(seconds=max(deadline.remaining, _SHORTEST_SECONDS))
         if backend not in self._communicators:
             self._communicators[backend] = open_communicator(
                 backend,
                 dist.PrefixStore(f"{generation}/{backend}", self._store),
-                self.board.rank,
-                self.board.world_size,
+                self._members.index(self.board.rank),
+                len(members),
                 timeout,
                 device,
             )
@@ -96,4 +103,4 @@ class RankGroup:
         for communicator in self._communicators.values():
             communicator.close()
         self._communicators.clear()
-        self.generation = ""
+        self._generation, self._members = "", ()

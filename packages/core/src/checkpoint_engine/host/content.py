@@ -3,35 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-from checkpoint_engine.catalog import SegmentEntry, TensorEntry
+from checkpoint_engine.catalog import CONTENT_MODULUS, SegmentEntry, TensorEntry
 from checkpoint_engine.host.segment import Segment
 
 _SAMPLE = 512
 """Bytes taken from the beginning, the middle and the end of every tensor."""
-_MODULUS = 1 << 128
 
 
 def content_of(segments: Sequence[Segment], entries: Sequence[SegmentEntry]) -> str:
     """128 bits over samples of all tensors, in hexadecimal.
 
-    A sum over tensors: it depends neither on their order nor on the segment that they lie in. Equal checkpoints have
-    equal sums; two training steps differ in some sample of some tensor.
+    A sum over tensors, so that `Catalog.content` can add up what ranks hold: it depends neither on their order nor on
+    the segments that they lie in. Equal checkpoints have equal sums; two training steps differ in some sample.
     """
     total = 0
     for segment, entry in zip(segments, entries, strict=True):
         for tensor in entry.tensors:
             total += int.from_bytes(_digest(segment, tensor), "little")
-    return f"{total % _MODULUS:032x}"
-
-
-def add_up(contents: Iterable[str]) -> str:
-    """The content of a checkpoint from those of its parts; empty if one is unknown."""
-    known = list(contents)
-    if not all(known):
-        return ""
-    return f"{sum(int(part, 16) for part in known) % _MODULUS:032x}"
+    return f"{total % CONTENT_MODULUS:032x}"
 
 
 def _digest(segment: Segment, tensor: TensorEntry) -> bytes:

@@ -1,14 +1,14 @@
 """The broadcast pipeline: host to device, device to all devices, device to engine.
 
 Every rank walks through the same buckets in the same order. The owner of a bucket copies it to its device ahead of
-time; then all ranks take part in one broadcast of it; then each rank's engine worker loads it. The three stages run
-on streams of their own, tied together by events, and by the places in the staging memory becoming free again:
-while bucket k is loaded, k+1 is broadcast and k+2 comes over the bus.
+time, as soon as its source has it; then all ranks take part in one broadcast of it; then each rank's engine worker
+loads it. The three stages run on streams of their own, tied together by events, and by the places in the staging memory
+becoming free again: while bucket k is loaded, k+1 is broadcast and k+2 comes over the bus.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from checkpoint_engine.device import Device, Event, Staging
 from checkpoint_engine.planning.buckets import BucketPlan
 from checkpoint_engine.planning.staging import Place
 from checkpoint_engine.transfer.report import Progress, StageClock
+from checkpoint_engine.transfer.sources import BucketSource
 from checkpoint_engine.transfer.trace import DeviceClock, Span
 from checkpoint_engine.transfer.worker_link import WorkerLink
 
@@ -47,7 +48,7 @@ class BroadcastPipeline:
         device: Device,
         communicator: Communicator | None,
         link: WorkerLink,
-        read: Callable[[int], torch.Tensor],
+        source: BucketSource,
         cancel: Cancel,
         progress: Progress,
         clock: StageClock,
@@ -55,24 +56,25 @@ class BroadcastPipeline:
         """Prepares.
 
         Args:
-            rank: This rank.
+            rank: Place of this rank among those that are connected; buckets name their owner by it.
             plan: What is sent, the same on every rank.
             places: Where each bucket goes in this rank's staging memory.
             staging: The staging memory, which the engine worker has mapped.
             device: Where the staging memory lies.
             communicator: Connects the ranks; None if there is only one.
             link: To this rank's engine worker.
-            read: Gives the host memory of a bucket that this rank owns, as 1-D uint8.
+            source: Gives the bytes of the buckets that this rank owns.
             cancel: Thrown when another rank or the engine has failed.
             progress: Kept up to date.
             clock: Gets the seconds of each stage.
         """
+        self._rank = rank
         self._plan = plan
         self._places = places
         self._staging = staging.tensor
         self._communicator = communicator
         self._link = link
-        self._read = read
+        self._source = source
         self._cancel = cancel
         self._progress = progress
         self._clock = clock
@@ -97,6 +99,7 @@ class BroadcastPipeline:
             self._start_copies()
             self._wait_for_place(index)
             self._start_copies()
+            self._wait_for_bytes(index)
             self._broadcast(index)
             # All but the newest bucket: while it is broadcast, the worker loads the ones before.
             self._load_up_to(index - 1)
@@ -107,13 +110,25 @@ class BroadcastPipeline:
         self._add_up()
 
     def _start_copies(self) -> None:
-        """Copies this rank's next buckets as far ahead as places are free."""
-        while self._next_copy < len(self._own) and self._is_free(self._own[self._next_copy]):
+        """Copies this rank's next buckets as far ahead as places are free and bytes are there."""
+        while self._next_copy < len(self._own):
             index = self._own[self._next_copy]
-            begin = self._copies.record()
-            self._copies.copy(self._view(index), self._read(index))
-            self._copied[index] = _Span(begin, self._copies.record())
-            self._next_copy += 1
+            if not self._is_free(index) or not self._source.ready(index):
+                return
+            self._copy(index)
+
+    def _copy(self, index: int) -> None:
+        source = self._source.read(index)
+        begin = self._copies.record()
+        self._copies.copy(self._view(index), source)
+        self._copied[index] = _Span(begin, self._copies.record())
+        self._next_copy += 1
+
+    def _wait_for_bytes(self, index: int) -> None:
+        """Waits for an own bucket that is still on its way; what came before makes room for it meanwhile."""
+        if self._plan.buckets[index].owner == self._rank and index not in self._copied:
+            self._load_up_to(index - 1)
+            self._copy(index)
 
     def _wait_for_place(self, index: int) -> None:
         after = self._places[index].after
@@ -136,6 +151,8 @@ class BroadcastPipeline:
             index = self._next_load
             self._sent[index].end.synchronize()
             self._cancel.check()  # a broadcast that was cut off leaves rubbish behind
+            if index in self._copied:
+                self._source.release(index)
             self._link.load(index, self._places[index].offset)
             self._next_load += 1
             self._note_progress()
@@ -155,10 +172,13 @@ class BroadcastPipeline:
 
     def _add_up(self) -> None:
         self._clock.add("copy", sum(span.seconds() for span in self._copied.values()))
+        fetched = self._source.spans()
+        if fetched:
+            self._clock.add("fetch", max(span.end for span in fetched) - min(span.begin for span in fetched))
         self._clock.add("broadcast", sum(span.seconds() for span in self._sent.values()))
         self._clock.add("load", sum(seconds for _, seconds in self._link.loads.values()))
         if self._clock.trace is not None and self._device_clock is not None:
-            self._clock.trace.spans += self._trace(self._device_clock)
+            self._clock.trace.spans += [*fetched, *self._trace(self._device_clock)]
 
     def _trace(self, clock: DeviceClock) -> Iterator[Span]:
         def span(lane: str, index: int, begin: float, end: float) -> Span:
