@@ -30,6 +30,7 @@ from checkpoint_engine.settings import Settings, rank_from_environment
 from checkpoint_engine.sharing import Sharing
 from checkpoint_engine.transfer.feeds import Feed, HostFeed, PeerFeed
 from checkpoint_engine.transfer.report import Progress, UpdateReport
+from checkpoint_engine.transfer.staging import StagingKeeper
 from checkpoint_engine.transfer.trace import RankTrace
 from checkpoint_engine.transfer.update import RequestFunction, UpdateOrder, UpdateRun
 
@@ -72,6 +73,7 @@ class ParameterServer:
         master_addr: str | None = None,
         master_port: int | None = None,
         device: str | None = None,
+        staging: str | None = None,
     ) -> None:
         """Opens the device of this rank; the ranks do not meet yet.
 
@@ -84,6 +86,7 @@ class ParameterServer:
             master_addr: Host of rank 0; `MASTER_ADDR` if None.
             master_port: A free port there; `MASTER_PORT` if None.
             device: `cpu`, `cuda` or `auto`; `CHECKPOINT_ENGINE_DEVICE` if None.
+            staging: `release` to free staging memory after each update, `persistent` to keep it; `PS_STAGING` if None.
 
         Raises:
             SettingError: an argument or environment variable cannot work.
@@ -92,11 +95,12 @@ class ParameterServer:
         self._world_size = rank_from_environment(world_size, "WORLD_SIZE")
         if not 0 <= self._rank < self._world_size:
             raise SettingError(f"rank {self._rank} is not one of {self._world_size} ranks")
-        self._settings = Settings.from_environment(mem_fraction, device)
+        self._settings = Settings.from_environment(mem_fraction, device, staging)
         self._master = (master_addr, master_port)
         self._auto_pg = auto_pg
         self._device = open_device(self._settings.device, index=_device_index(self._rank, gpu_count), rank=self._rank)
         self._store = CheckpointStore(self._device)
+        self._stagings = StagingKeeper(keep=self._settings.keep_staging)
         self._sharing = Sharing(
             self._rank, self._device, _device_index(self._rank, gpu_count), gpu_count or torch.cuda.device_count()
         )
@@ -211,8 +215,24 @@ class ParameterServer:
         running.cancel.set(CheckpointEngineError(f"aborted: {reason}"))
         return True
 
+    def release_staging(self) -> None:
+        """Frees the staging memory that was kept for the next update, and makes the engine's worker unmap it.
+
+        Raises:
+            CheckpointStateError: an update is using it.
+        """
+        if not self._busy.acquire(blocking=False):
+            raise CheckpointStateError("an update is using the staging memory; wait for it, or abort it")
+        try:
+            with self._device.active():
+                self._stagings.release()
+        finally:
+            self._busy.release()
+
     def close(self) -> None:
-        """Leaves the group of ranks and frees all host memory."""
+        """Leaves the group of ranks and frees all memory."""
+        with self._device.active():
+            self._stagings.release()
         self._disconnect()
         self._sharing.close()
         self._store.close()
@@ -358,6 +378,7 @@ class ParameterServer:
                 group=group,
                 device=self._device,
                 settings=self._settings,
+                stagings=self._stagings,
                 feed=feed,
                 progress=self.progress,
             )
