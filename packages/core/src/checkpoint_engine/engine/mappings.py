@@ -90,6 +90,8 @@ def _watch(identity: str, kept: _Kept) -> None:
         ours = _kept.get(identity) is kept
         if ours:
             del _kept[identity]
-    if ours:
-        kept.unmap()
-    kept.lease.close()
+    try:
+        if ours:
+            kept.unmap()
+    finally:
+        kept.lease.close()

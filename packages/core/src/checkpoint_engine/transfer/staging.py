@@ -51,8 +51,18 @@ class StagingKeeper:
         return self._allocated.nbytes if ours and self._allocated is not None else 0
 
     @contextmanager
-    def lend(self, device: Device, nbytes: int) -> Generator[Staging]:
-        """Staging of at least `nbytes`, for one update; after a failure nothing is kept.
+    def for_one_update(self) -> Generator[None]:
+        """Within it, staging can be taken. Nothing is kept after a failure: who knows what the worker has mapped."""
+        done = False
+        try:
+            yield
+            done = True
+        finally:
+            if not (done and self._keep):
+                self.release()
+
+    def take(self, device: Device, nbytes: int) -> Staging:
+        """Staging of at least `nbytes`.
 
         Raises:
             DeviceMemoryError: there is not enough.
@@ -60,13 +70,7 @@ class StagingKeeper:
         if self._allocated is None or self.held(device) < nbytes:
             self.release()  # first, so that old and new need not fit side by side
             self._allocated = self._allocate(device, nbytes)
-        try:
-            yield self._allocated.staging
-        except BaseException:
-            self.release()
-            raise
-        if not self._keep:
-            self.release()
+        return self._allocated.staging
 
     def leave_with_worker(self, channel: SenderChannel) -> None:
         """After an update: the worker keeps its mapping until this side of the channel ends."""

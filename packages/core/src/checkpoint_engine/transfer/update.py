@@ -101,6 +101,7 @@ class UpdateRun:
         with (
             self._device.active(),  # an HTTP server calls from any of its threads
             Watch(self._board, self._order.key, self.cancel, self._deadline) as watch,
+            self._stagings.for_one_update(),
             ExitStack() as stack,
         ):
             try:
@@ -142,7 +143,7 @@ class UpdateRun:
         self._link = link
         listener.close()  # nobody else is expected, and a process that is killed leaves no socket behind
         with self._clock.step("staging"):
-            staging = stack.enter_context(self._stagings.lend(staging_device, layout.nbytes))
+            staging = self._stagings.take(staging_device, layout.nbytes)
         with self._clock.step("worker checks"):
             link.begin(
                 self._order.key, self._order.catalog.name, self._order.version, plan, staging, self._order.reload

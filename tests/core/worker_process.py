@@ -1,0 +1,139 @@
+"""Engine workers and ranks as processes of their own that start at once: they are forked from one that has torch."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+import signal
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+from cluster import TIMEOUT, Recorder
+
+from checkpoint_engine.device import open_device
+from checkpoint_engine.engine.receiver import receive_update
+from checkpoint_engine.server import ParameterServer
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["checkpoint_engine.server", "checkpoint_engine.engine.receiver"])
+
+
+def digests(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """What tells contents apart; cheap to send."""
+    return {
+        name: hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+        for name, tensor in tensors.items()
+    }
+
+
+class _Process:
+    def __init__(self, target: object, *arguments: object) -> None:
+        self._pipe, theirs = _context.Pipe()
+        self._process = _context.Process(target=target, args=(theirs, *arguments), daemon=True)  # pyright: ignore[reportArgumentType]
+        self._process.start()
+        theirs.close()
+
+    @property
+    def pid(self) -> int:
+        assert self._process.pid is not None
+        return self._process.pid
+
+    def stagings(self) -> set[str]:
+        """Staging memory that it has mapped, as inode numbers."""
+        return stagings_of(self.pid)
+
+    def is_stopped(self) -> bool:
+        """Whether all its threads have followed a SIGSTOP."""
+        states = [
+            file.read_text().rpartition(")")[2].split()[0] for file in Path(f"/proc/{self.pid}/task").glob("*/stat")
+        ]
+        return set(states) == {"T"}
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+        self._process.join(10)
+
+    def close(self) -> None:
+        """May be called again."""
+        self._pipe.close()
+        self._process.join(10)
+        if self._process.exitcode is None:
+            self.kill()
+
+    def answer(self) -> object:
+        if not self._pipe.poll(TIMEOUT):
+            raise TimeoutError(f"process {self.pid} did not answer")
+        answer = self._pipe.recv()
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+
+class Worker(_Process):
+    """An engine worker. Call it with a handle: it takes the update and returns digests of what came."""
+
+    def __init__(self, rank: int = 0) -> None:
+        super().__init__(_work, rank)
+
+    def __call__(self, handle: str) -> dict[str, str]:
+        self._pipe.send(handle)
+        return self.answer()  # pyright: ignore[reportReturnType]
+
+
+class Rank(_Process):
+    """The only rank of a parameter server, which holds some tensors."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], staging: str) -> None:
+        super().__init__(_serve, {name: tensor.tolist() for name, tensor in tensors.items()}, staging)
+
+    def update(self, worker: Worker) -> dict[str, str]:
+        self._pipe.send("update")
+        handle = self.answer()
+        with ThreadPoolExecutor(1) as pool:
+            loaded: Future[dict[str, str]] = pool.submit(worker, handle)  # pyright: ignore[reportArgumentType]
+            self.answer()
+            return loaded.result(TIMEOUT)
+
+
+def stagings_of(pid: int) -> set[str]:
+    """Staging memory that a process has mapped, as inode numbers, which the kernel does not soon use twice."""
+    lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    return {line.split()[4] for line in lines if "memfd:checkpoint-engine-staging" in line}
+
+
+def _work(pipe: Connection, rank: int) -> None:
+    torch.set_num_threads(1)
+    recorder = Recorder()
+    while True:
+        try:
+            handle = pipe.recv()
+        except EOFError:
+            return
+        try:
+            receive_update(handle, recorder, open_device("cpu", rank=rank), timeout=TIMEOUT)
+            pipe.send(digests(recorder.loaded))
+        except Exception as error:  # noqa: BLE001 - the test gets it
+            pipe.send(error)
+
+
+def _serve(pipe: Connection, tensors: Mapping[str, list[int]], staging: str) -> None:
+    torch.set_num_threads(1)
+    with ParameterServer(rank=0, world_size=1, device="cpu", staging=staging) as server:
+        content = {name: torch.tensor(values, dtype=torch.uint8) for name, values in tensors.items()}
+        server.register_checkpoint("a", named_tensors=content)
+        server.gather_metas("a")
+        while True:
+            try:
+                pipe.recv()
+            except EOFError:
+                return
+            try:
+                server.update("a", lambda handles: pipe.send(handles[0][1]), timeout=timedelta(seconds=TIMEOUT))
+                pipe.send("done")
+            except Exception as error:  # noqa: BLE001 - the test gets it
+                pipe.send(error)
