@@ -19,7 +19,7 @@ from typing_extensions import Self
 
 from checkpoint_engine import distributed
 from checkpoint_engine.catalog import Catalog, Holding
-from checkpoint_engine.collective import Failure, RankGroup, failure_key, open_store
+from checkpoint_engine.collective import RankGroup, open_store
 from checkpoint_engine.device import Device, open_device
 from checkpoint_engine.errors import CheckpointEngineError, CheckpointStateError, SettingError
 from checkpoint_engine.host.store import CheckpointStore, Registered
@@ -396,7 +396,7 @@ class ParameterServer:
     def _feed(
         self, order: UpdateOrder, known: _Known, receivers: tuple[int, ...], held: Registered | None, *, keep: bool
     ) -> Feed:
-        """What the update feeds on; a rank that cannot take part tells the others."""
+        """What the update feeds on."""
 
         def find(bucket: Bucket) -> torch.Tensor:
             if held is None:
@@ -405,20 +405,14 @@ class ParameterServer:
 
         if not known.elsewhere and len(receivers) == self._world_size:
             return HostFeed(order.catalog, self._world_size, find)
-        try:
-            return PeerFeed(
-                known.replicas,
-                receivers,
-                store=self._sharing.store(),
-                device=self._device,
-                mine=self._sharing.describe(held, share=True),
-                find=None if known.elsewhere else find,
-                keep=keep,
-            )
-        except CheckpointEngineError as error:
-            failure = Failure(self._rank, "p2p", type(error).__name__, str(error))
-            self._connected().board.post(failure_key(order.key), msgspec.json.encode(failure))
-            raise
+        return PeerFeed(
+            known.replicas,
+            receivers,
+            connect=lambda: (self._sharing.store(), self._sharing.describe(held, share=True)),
+            device=self._device,
+            find=None if known.elsewhere else find,
+            keep=keep,
+        )
 
     def _receivers(self, ranks: Sequence[int] | None) -> tuple[int, ...]:
         chosen = tuple(sorted(set(ranks or range(self._world_size))))

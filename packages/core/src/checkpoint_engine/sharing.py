@@ -19,7 +19,7 @@ class Sharing:
     """Opens the P2P store of this rank, and says how its memory is reached."""
 
     def __init__(self, rank: int, device: Device, gpu: int, gpus_seen: int) -> None:
-        """Reads the settings.
+        """Reads the settings; opens the store at once if checkpoints shall be shared.
 
         Args:
             rank: This rank.
@@ -29,6 +29,7 @@ class Sharing:
 
         Raises:
             SettingError: an environment variable cannot work.
+            MissingDependencyError: checkpoints shall be shared, and Mooncake is not installed.
         """
         self.settings = P2PSettings.from_environment()
         self._rank = rank
@@ -36,6 +37,8 @@ class Sharing:
         self._gpu = (gpu, gpus_seen)
         self._lock = threading.Lock()
         self._store: P2PStore | None = None
+        if self.settings.share:
+            self.store()
 
     def store(self) -> P2PStore:
         """The store, listening from now on.

@@ -31,7 +31,11 @@ class Feed(Protocol):
     """Ranks whose engine workers are updated, ascending."""
 
     def introduction(self) -> Holding | None:
-        """How the other ranks reach this one's memory; None if they need not."""
+        """How the other ranks reach this one's memory; None if they need not.
+
+        Raises:
+            CheckpointEngineError: this rank cannot take part.
+        """
         ...
 
     def plan(self, introductions: Sequence[Holding | None], bucket_size: int) -> BucketPlan:
@@ -87,9 +91,8 @@ class PeerFeed:
         replicas: Sequence[Catalog],
         receivers: Sequence[int],
         *,
-        store: P2PStore,
+        connect: Callable[[], tuple[P2PStore, Holding]],
         device: Device,
-        mine: Holding,
         find: FindBucket | None,
         keep: bool,
     ) -> None:
@@ -98,27 +101,33 @@ class PeerFeed:
         Args:
             replicas: Catalogs of the parameter servers that hold the checkpoint.
             receivers: Ranks of this group that are updated.
-            store: Reads.
+            connect: Opens this rank's store, and says how it is reached.
             device: Of this rank.
-            mine: How this rank is reached, and what it holds itself.
             find: Gives buckets that this rank holds itself; None if the catalogs are of other parameter servers.
             keep: Whether everything that is read stays in host memory.
         """
         self.receivers = tuple(sorted(receivers))
         self._replicas = replicas
-        self._store = store
+        self._connect = connect
         self._device = device
-        self._mine = mine
         self._find = find
         self._keep = keep
+        self._store: P2PStore | None = None
+        self._rank = -1
         self._plan: PeerPlan | None = None
         self._source: PeerSource | None = None
         self.kept: tuple[list[Segment], list[SegmentEntry]] = ([], [])
         """What stays in host memory after an update that was told to keep it: segments, and what is in them."""
 
     def introduction(self) -> Holding:
-        """How this rank is reached."""
-        return msgspec.structs.replace(self._mine, segments=())
+        """How this rank is reached.
+
+        Raises:
+            CheckpointEngineError: it cannot take part.
+        """
+        self._store, mine = self._connect()
+        self._rank = mine.rank
+        return msgspec.structs.replace(mine, segments=())
 
     def plan(self, introductions: Sequence[Holding | None], bucket_size: int) -> BucketPlan:
         """Spreads the reads over the network cards of all that hold something and all that receive."""
@@ -136,7 +145,7 @@ class PeerFeed:
         Raises:
             PeerError: a holder does not share its memory.
         """
-        if self._plan is None:
+        if self._plan is None or self._store is None:
             raise CheckpointStateError("an update is planned before it begins")
         self._source = PeerSource(
             self._plan,
@@ -159,7 +168,7 @@ class PeerFeed:
         if self._find is None or self._plan is None or not route:
             return None
         holder = self._plan.holders[route[0].holder]
-        return self._find(bucket) if holder.rank == self._mine.rank else None
+        return self._find(bucket) if holder.rank == self._rank else None
 
 
 def peers_of(plan: PeerPlan) -> list[Peer]:

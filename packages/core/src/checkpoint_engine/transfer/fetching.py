@@ -94,7 +94,7 @@ class PeerSource:
                 self._local[index] = view
         self._away = [index for index in self._own if index not in self._local]
         self._arrivals: dict[int, Future[_Berth]] = {index: Future() for index in self._away}
-        self._failed: dict[str, PeerError] = {}
+        self._failed: dict[Peer, PeerError] = {}
         self._spans: list[Span] = []
         self._next = 0
         self._turn = threading.Lock()
@@ -265,7 +265,7 @@ class PeerSource:
         return self._plan.holders[holder].segments[segment].address
 
     def _known_failure(self, route: Route) -> PeerError | None:
-        failed = [self._failed.get(self._peers[piece.holder].address) for piece in route]
+        failed = [self._failed.get(self._peers[piece.holder]) for piece in route]
         return next((error for error in failed if error is not None), None)
 
     def _judge(self, route: Route) -> None:
@@ -275,7 +275,7 @@ class PeerSource:
             try:
                 self._store.verify(peer)
             except PeerError as error:
-                self._failed.setdefault(peer.address, error)
+                self._failed.setdefault(peer, error)
 
     def _replace(self, berth: _Berth) -> _Berth:
         self._endangered.append(berth.segment)

@@ -16,7 +16,7 @@ from checkpoint_engine.catalog import Catalog, Holding
 from checkpoint_engine.collective import Failure, RankGroup
 from checkpoint_engine.deadline import Cancel, Deadline
 from checkpoint_engine.device import CpuDevice, Device
-from checkpoint_engine.errors import DeviceMemoryError, RankError, UpdateError
+from checkpoint_engine.errors import CheckpointEngineError, DeviceMemoryError, RankError, UpdateError
 from checkpoint_engine.link.channel import Listener
 from checkpoint_engine.link.messages import ReloadMode
 from checkpoint_engine.planning.buckets import BucketPlan
@@ -49,6 +49,8 @@ class _Introduction(msgspec.Struct, frozen=True):
     generation: str
     access: Holding | None
     """How this rank's host memory is read; None where nobody needs to."""
+    refusal: str = ""
+    """Why this rank cannot take part. It says so here because the others may not have begun yet."""
 
 
 @dataclass(frozen=True)
@@ -198,19 +200,30 @@ class UpdateRun:
     def _introduce(self, handle: str) -> list[_Introduction]:
         self._progress.phase = "introduce"
         free = self._device.memory()[0] + self._stagings.held(self._device)
+        access: Holding | None = None
+        refusal: CheckpointEngineError | None = None
+        try:
+            access = self._feed.introduction()
+        except CheckpointEngineError as error:
+            refusal = error
         mine = _Introduction(
             self._device.identity,
             handle,
             int(free * self._settings.mem_fraction),
             self._order.digest,
             self._group.generation_of(self._feed.receivers),
-            self._feed.introduction(),
+            access,
+            refusal=f"{type(refusal).__name__}: {refusal}" if refusal else "",
         )
         ranks = [
             msgspec.msgpack.decode(text, type=_Introduction)
             for text in self._gather("introduced", msgspec.msgpack.encode(mine))
         ]
+        if refusal is not None:
+            raise refusal
         for rank, other in enumerate(ranks):
+            if other.refusal:
+                raise RankError(f"rank {rank} cannot take part: {other.refusal}")
             if other.digest != mine.digest:
                 raise RankError(
                     f"rank {rank} and rank {self._board.rank} know {self._order.catalog.name!r} differently; "
