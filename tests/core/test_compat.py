@@ -25,6 +25,7 @@ from checkpoint_engine.engine.client import ReferenceClient
 from checkpoint_engine.engine.reference import ModelSpec, make_checkpoint
 from checkpoint_engine.engine.reference_process import ReferenceProcess
 from checkpoint_engine.errors import CheckpointFormatError, DuplicateTensorError, SettingError, UpdateError
+from checkpoint_engine.server import ParameterServer
 
 SPEC = ModelSpec(experts=2)
 
@@ -78,6 +79,7 @@ ps._p2p_store = None
 ps.init_process_group()
 assert dist.is_initialized()
 dist.barrier()
+torch.distributed.barrier()  # as SGLang's own update script does
 file = sorted(f for f in os.listdir(directory) if f.endswith(".safetensors"))[rank]
 named_tensors = {}
 with safe_open(os.path.join(directory, file), framework="pt") as opened:
@@ -119,6 +121,8 @@ dist.init_process_group(rank, world_size, torch.distributed.TCPStore("127.0.0.1"
 dist.barrier()
 dist.destroy_process_group()
 ps.unregister_checkpoint("my-checkpoint-iter-0")
+ps.close()
+assert not torch.distributed.is_initialized()
 """
 
 
@@ -208,6 +212,23 @@ def test_what_a_worker_of_the_wild_raises_ends_the_update(alone: Cluster) -> Non
         update_through_worker(alone, lambda _: None, None)
     finally:
         alone.close()
+
+
+def test_torchs_own_group_is_left_alone_where_no_script_can_expect_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    with ParameterServer(rank=0, world_size=1, device="cpu") as server:
+        server.init_process_group()
+        assert not torch.distributed.is_initialized()
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with ParameterServer(device="cpu") as server:
+        server.register_checkpoint("x", named_tensors={"w": torch.ones(3)})
+        server.gather_metas("x")  # connects, without having been asked for a group
+        assert not torch.distributed.is_initialized()
+    with ParameterServer(device="cpu") as server:
+        server.init_process_group()
+        torch.distributed.barrier()
+    assert not torch.distributed.is_initialized()
 
 
 def test_all_known_names_are_there() -> None:

@@ -5,11 +5,13 @@
     ps.init_process_group()
     dist.barrier()
 
-The group is our own: torch's default process group is neither needed nor touched.
+The group is our own: torch's default process group is not needed, and not touched but by `lend_default_group`.
 """
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Sequence
 from datetime import timedelta
 from itertools import count
@@ -36,6 +38,8 @@ __all__ = [
     "new_group",
     "use_backend",
 ]
+
+logger = logging.getLogger(__name__)
 
 _TEN_MINUTES = timedelta(minutes=10)
 _PLAIN = (type(None), bool, int, float, str, bytes)
@@ -175,6 +179,36 @@ def adopt(
     own_store = torch_dist.PrefixStore(f"distributed-{next(_made)}", store)
     _default = DistributedProcessGroup(own_store, range(world_size), rank, timeout, backend or _chosen_backend)
     return _default
+
+
+def lend_default_group(store: torch_dist.Store, rank: int, world_size: int, timeout: timedelta) -> bool:
+    """Gives torch its default process group, if torchrun started this process as this rank and there is none.
+
+    It is for barriers and the like, over Gloo. Returns whether there is one now that was not there before.
+    """
+    if torch_dist.is_initialized() or (os.environ.get("RANK"), os.environ.get("WORLD_SIZE")) != (
+        str(rank),
+        str(world_size),
+    ):
+        return False
+    try:
+        torch_dist.init_process_group(
+            "gloo",
+            store=torch_dist.PrefixStore("default-group", store),
+            rank=rank,
+            world_size=world_size,
+            timeout=timeout,
+        )
+    except RuntimeError as error:
+        logger.warning("torch gets no default process group from us, Gloo cannot connect the ranks: %s", error)
+        return False
+    return True
+
+
+def take_back_default_group() -> None:
+    """Ends the group that was lent, unless somebody has ended it already."""
+    if torch_dist.is_initialized():
+        torch_dist.destroy_process_group()
 
 
 def is_initialized() -> bool:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 import torch
+from torch.distributed import Store
 from typing_extensions import Self
 
 from checkpoint_engine import distributed
@@ -108,6 +109,7 @@ class ParameterServer:
         self._latest = ""
         self._group: RankGroup | None = None
         self._facade: distributed.DistributedProcessGroup | None = None
+        self._lent = False
         self._busy = threading.Lock()
         self._running: UpdateRun | None = None
         self.progress = Progress()
@@ -256,19 +258,20 @@ class ParameterServer:
     ) -> None:
         """Connects the ranks, in a group of their own; does nothing if they are connected.
 
+        Update scripts in the wild, SGLang's own among them, call `torch.distributed.barrier()` next, as upstream gives
+        torch its default group here. So this call does too, over Gloo, but only in a process that torchrun started as
+        this very rank and that has no default group. The price: such a process cannot make a default group of its own
+        afterwards. Make it before; or do not call this: `gather_metas` and `update` connect the ranks by themselves,
+        and leave torch's default group alone. `close` takes it back.
+
         Raises:
             SettingError: no address is known.
             AddressInUseError: the port on rank 0 is taken.
             DeadlineError: not all ranks came in time.
         """
-        if self._group is None:
-            known_addr, known_port = self._master
-            store = open_store(
-                self._rank, self._world_size, master_addr or known_addr, master_port or known_port, timeout
-            )
-            self._group = RankGroup(store, self._rank, self._world_size)
-            # Update scripts call checkpoint_engine.distributed.barrier() once this has returned.
-            self._facade = distributed.adopt(store, self._rank, self._world_size, timeout)
+        store = self._connect(master_addr, master_port, timeout)
+        if store is not None:
+            self._lent = distributed.lend_default_group(store, self._rank, self._world_size, timeout)
 
     def store_based_barrier(self, timeout: timedelta = timedelta(minutes=5)) -> None:
         """Waits until all ranks are here; no collective library is involved.
@@ -428,11 +431,24 @@ class ParameterServer:
             return replace(nameless, replicas=tuple(msgspec.structs.replace(c, name=name) for c in nameless.replicas))
         raise CheckpointStateError(f"{name!r} was not gathered; call gather_metas({name!r}) on all ranks first")
 
+    def _connect(
+        self, master_addr: str | None = None, master_port: int | None = None, timeout: timedelta = timedelta(minutes=10)
+    ) -> Store | None:
+        """Connects the ranks; returns their store, None if they were connected already."""
+        if self._group is not None:
+            return None
+        known_addr, known_port = self._master
+        store = open_store(self._rank, self._world_size, master_addr or known_addr, master_port or known_port, timeout)
+        self._group = RankGroup(store, self._rank, self._world_size)
+        # Update scripts call checkpoint_engine.distributed.barrier() once they are connected.
+        self._facade = distributed.adopt(store, self._rank, self._world_size, timeout)
+        return store
+
     def _connected(self) -> RankGroup:
         if self._group is None:
             if not self._auto_pg:
                 raise CheckpointStateError("the ranks are not connected; call init_process_group on all ranks first")
-            self.init_process_group()
+            self._connect()
         if self._group is None:
             raise CheckpointStateError("the group of ranks was closed")
         return self._group
@@ -443,6 +459,9 @@ class ParameterServer:
             self._group.board.leave()
             self._group = None
             distributed.destroy_process_group(self._facade)
+            if self._lent:
+                distributed.take_back_default_group()
+                self._lent = False
 
 
 def _device_index(rank: int, gpu_count: int | None) -> int:
