@@ -14,6 +14,7 @@ import json
 import os
 import sys
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -24,7 +25,7 @@ from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.model_executor.layers.linear import LinearBase
 
 from checkpoint_engine.engine.adapter import TensorSpec, Update
-from checkpoint_engine_vllm import compat
+from checkpoint_engine_vllm import compat, loadplan
 from checkpoint_engine_vllm.adapter import VllmAdapter
 from vllm import LLM, SamplingParams
 
@@ -90,6 +91,8 @@ class Engine:
         checkpoint: str,
         bucket_bytes: int = 100_000,
         fail_after: int | None = None,
+        break_after: int | None = None,
+        alter: str | None = None,
         without: tuple[str, ...] = (),
         draft: str | None = None,
         reload: Any = "auto",
@@ -102,11 +105,15 @@ class Engine:
         with ExitStack() as faults:
             for thing in without:
                 faults.enter_context(lacking(thing))
+            if alter is not None:
+                faults.enter_context(altered_plan(alter))
             if fail_after is not None:
                 faults.enter_context(broken_loader(compat.target_model(self.worker), fail_after))
             try:
                 self.adapter.begin(Update("id", "test", Path(checkpoint).name, specs, reload))
-                for bucket in buckets(tensors, bucket_bytes):
+                for index, bucket in enumerate(buckets(tensors, bucket_bytes)):
+                    if index == break_after:
+                        raise RuntimeError("the sender is gone")
                     self.adapter.load(placed(bucket))
                     SCRATCH.fill_(0x41)
                 details = dict(self.adapter.finish())
@@ -171,6 +178,8 @@ def changed(
     only: tuple[str, ...] = (),
     shorten: tuple[str, ...] = (),
     double: tuple[str, ...] = (),
+    first: str | None = None,
+    as_dtype: str | None = None,
 ) -> dict[str, torch.Tensor]:
     tensors = {(rename or {}).get(name, name): tensor for name, tensor in tensors.items() if name not in drop}
     tensors = {name: tensor for name, tensor in tensors.items() if not only or name in only}
@@ -178,6 +187,10 @@ def changed(
         tensors[name] = tensors[name][:-1].contiguous()
     for name in double:
         tensors[name] = torch.cat([tensors[name], tensors[name]])
+    if first is not None:
+        tensors = {first: tensors[first], **tensors}
+    if as_dtype is not None:
+        tensors = {name: tensor.to(getattr(torch, as_dtype)) for name, tensor in tensors.items()}
     return tensors
 
 
@@ -209,6 +222,27 @@ def lacking(thing: str) -> Any:
     if thing == "plan":
         return mock.patch.object(compat, "build_without_data", side_effect=RuntimeError("taken away by the test"))
     return mock.patch.object(compat, "_mtp_switch", return_value=None)
+
+
+@contextmanager
+def altered_plan(target: str) -> Iterator[None]:
+    """Makes plans wrong: one of the copies into a parameter takes its first row again and again."""
+    original = loadplan.make_plan
+
+    def make_plan(recording: Any, targets: Any) -> Any:
+        plan = original(recording, targets)
+        pieces = {}
+        for name, found in plan.pieces.items():
+            pieces[name] = tuple(
+                replace(piece, region=type(piece.region)(piece.region.offset, piece.region.shape, (0, 1)))
+                if piece.target == target and len(piece.region.shape) == 2
+                else piece
+                for piece in found
+            )
+        return replace(plan, pieces=pieces)
+
+    with mock.patch.object(loadplan, "make_plan", make_plan):
+        yield
 
 
 @contextmanager

@@ -24,8 +24,13 @@ def test_two_workers_from_a_to_b_and_back(serve: Serve, update: Update, checkpoi
     after_update = first.tokens()
     assert update(checkpoints / a, first, *two_workers).returncode == 0
     assert first.tokens() == tokens[a]
-    versions = [status["version"] for status in first.rpc("checkpoint_engine_status")]
-    assert versions == [a, a]
+    status = first.rpc("checkpoint_engine_status")
+    assert [worker["version"] for worker in status] == [a, a]
+    assert [worker["last_update"]["reload"] for worker in status] == ["plan", "plan"]
+    assert update(checkpoints / b, first, *two_workers).returncode == 0
+    assert first.tokens() == after_update
+    assert update(checkpoints / a, first, *two_workers).returncode == 0
+    assert first.tokens() == tokens[a]
     refused = update(checkpoints / b, first, "--tensor-parallel-size", "1")
     assert refused.returncode != 0
     assert "--tensor-parallel-size 2" in refused.stderr

@@ -196,6 +196,7 @@ class VllmAdapter:
             "tensors": len(self._delivered),
             "draft_tensors": 0 if draft is None else draft.tensors,
             "reload": target.way,
+            "plan_bytes": sum(_nbytes(spec) for spec in update.tensors.values()) - by_loader,
             "loader_bytes": by_loader,
             "loader_reason": why,
             "cloned_bytes": target.cloned_bytes + (0 if draft is None else draft.cloned_bytes),
@@ -204,7 +205,7 @@ class VllmAdapter:
 
     def _left_to_loader(self, update: Update, target: AnyReload) -> tuple[int, str]:
         """Bytes of tensors that vLLM's own loader placed, and why."""
-        nbytes = {name: math.prod(spec.shape) * spec.dtype.itemsize for name, spec in update.tensors.items()}
+        nbytes = {name: _nbytes(spec) for name, spec in update.tensors.items()}
         layers = self._plans.layers(_SERVED)
         if not isinstance(target, PlannedReload) or layers is None:
             why = "the first update proves the plan" if isinstance(target, ProvingReload) else "no plan"
@@ -212,6 +213,10 @@ class VllmAdapter:
         left = layers.of(Way.LOADER)
         why = "; ".join(f"{layer.name}: {layer.reason}" for layer in left[:_MOST_NAMED])
         return sum(nbytes[name] for name in layers.tensors_of(Way.LOADER) if name in nbytes), why
+
+
+def _nbytes(spec: TensorSpec) -> int:
+    return math.prod(spec.shape) * spec.dtype.itemsize
 
 
 def _listed(names: Sequence[str]) -> str:

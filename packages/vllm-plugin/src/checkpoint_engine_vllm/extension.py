@@ -35,7 +35,10 @@ class WorkerExtension:
         return _state_of(cast("Worker", self)).update(handles, float(timeout))
 
     def checkpoint_engine_status(self) -> dict[str, Any]:
-        """What this worker holds: `version`, `dirty`, `updating`, `error` of the last update, and library versions."""
+        """What this worker holds: `version`, `dirty`, `updating`, and library versions.
+
+        `error` is that of the last update; `last_update` has the figures of the last one that succeeded.
+        """
         return _state_of(cast("Worker", self)).status()
 
     def update_weights_from_ipc(self, handles: Mapping[str, str]) -> None:
@@ -55,6 +58,7 @@ class WorkerState:
         self._adapter = VllmAdapter(worker)
         self._busy = threading.Lock()
         self._error = ""
+        self._details: Mapping[str, str | int | float] = {}
 
     def status(self) -> dict[str, Any]:
         """See `WorkerExtension.checkpoint_engine_status`."""
@@ -65,6 +69,7 @@ class WorkerState:
             "error": self._error,
             "rank": int(self._worker.rank),
             "vllm": compat.version(),
+            "last_update": dict(self._details),
         }
 
     def update(self, handles: Mapping[str, str], timeout: float) -> dict[str, Any]:
@@ -94,7 +99,7 @@ class WorkerState:
             raise
         finally:
             self._busy.release()
-        self._error = ""
+        self._error, self._details = "", received.details
         return received
 
     def _describe(self) -> str:

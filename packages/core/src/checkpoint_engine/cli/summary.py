@@ -142,9 +142,24 @@ def print_stages(console: Console, reports: Sequence[Done]) -> None:
         style="dim",
         soft_wrap=True,
     )
-    if figures := engine_figures(reports):
+    figures = engine_figures(reports)
+    if "reload" in figures:
+        console.print(Text(_way_taken(figures), style="dim"), soft_wrap=True)
+    if figures:
         said = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in figures.items())
         console.print(Text(f"each worker of the engine: {said}\n", style="dim"), soft_wrap=True)
+
+
+def _way_taken(figures: dict[str, str]) -> str:
+    """How the tensors got from the buckets into the engine; these figures are then told."""
+    way = figures.pop("reload")
+    by_plan, by_loader, why = (figures.pop(f"{key}", "") for key in ("plan_bytes", "loader_bytes", "loader_reason"))
+    says = {
+        "plan": f"taken over by reload plan: {by_plan} bytes a worker; by the engine's own loader: {by_loader}",
+        "proof": "taken over by the engine's own loader, which proved the reload plan; the next update goes by plan",
+        "loader": "taken over by the engine's own loader",
+    }
+    return says.get(way, f"taken over by {way}") + (f" ({why})" if why and way != "proof" else "")
 
 
 def engine_figures(reports: Sequence[Done]) -> dict[str, str]:

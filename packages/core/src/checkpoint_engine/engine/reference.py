@@ -93,6 +93,8 @@ class ReferenceEngine:
         for name, tensor in tensors:
             slot = self.layout.slots[name]
             self.parameters[slot.parameter][slot.into].copy_(tensor[slot.take], non_blocking=True)
+            if slot.zeros is not None:
+                self.parameters[slot.parameter][slot.zeros].zero_()
         return {name for name, _ in tensors}
 
     def check_tensors(self, tensors: Mapping[str, TensorSpec]) -> None:

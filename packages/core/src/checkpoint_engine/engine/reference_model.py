@@ -67,12 +67,13 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True)
 class Slot:
-    """What a worker does with one tensor of the checkpoint: `parameter[into] = tensor[take]`."""
+    """What a worker does with a tensor of the checkpoint: `parameter[into] = tensor[take]`, `parameter[zeros] = 0`."""
 
     spec: TensorSpec
     parameter: str
     take: Region
     into: Region
+    zeros: Region | None = None
 
 
 @dataclass(frozen=True)
@@ -132,11 +133,13 @@ class _Layouter:
 
     def _vocabulary(self, name: str) -> None:
         rows, hidden = self._spec.vocab, self._spec.hidden
-        rows_each = -(-rows // self._size)  # the last worker's rows beyond the vocabulary stay padding
+        rows_each = -(-rows // self._size)  # the last worker's rows beyond the vocabulary are zeros
         start = min(self._rank * rows_each, rows)
         end = min(start + rows_each, rows)
         self._parameter(name, (rows_each, hidden))
-        self._slot(name, (rows, hidden), name, (slice(start, end),), (slice(0, end - start),))
+        self._slot(
+            name, (rows, hidden), name, (slice(start, end),), (slice(0, end - start),), (slice(end - start, None),)
+        )
 
     def _attention(self, prefix: str) -> None:
         spec = self._spec
@@ -203,9 +206,11 @@ class _Layouter:
     def _parameter(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> None:
         self._parameters[name] = TensorSpec(dtype or self._dtype, shape)
 
-    def _slot(self, name: str, shape: tuple[int, ...], parameter: str, take: Region, into: Region) -> None:
+    def _slot(
+        self, name: str, shape: tuple[int, ...], parameter: str, take: Region, into: Region, zeros: Region | None = None
+    ) -> None:
         dtype = self._parameters[parameter].dtype
-        self._slots[name] = Slot(TensorSpec(dtype, shape), parameter, take, into)
+        self._slots[name] = Slot(TensorSpec(dtype, shape), parameter, take, into, zeros)
 
 
 def checkpoint_tensors(spec: ModelSpec) -> Iterator[tuple[str, TensorSpec]]:
