@@ -36,7 +36,12 @@ def update(
         Path, typer.Argument(metavar="DIR", help="Holds the checkpoint's *.safetensors.", show_default=False)
     ],
     engine: Annotated[
-        str, typer.Option(help="vllm, or any other engine with a plugin.", rich_help_panel=_WORK, show_default=False)
+        str,
+        typer.Option(
+            help="vllm, sglang or any other engine with a plugin; auto asks the endpoint.",
+            rich_help_panel=_WORK,
+            show_default=False,
+        ),
     ],
     endpoint: Annotated[
         list[str],

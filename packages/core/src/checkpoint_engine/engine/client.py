@@ -282,9 +282,15 @@ class ReferenceClient(CollectiveRpcClient):
 def load_client(engine: str) -> type[EngineClient]:
     """The client class of an engine, by its name in the entry-point group `checkpoint_engine.clients`.
 
+    `auto` finds out which engine answers.
+
     Raises:
         MissingDependencyError: no installed plugin offers that engine, or the plugin cannot be imported.
     """
+    if engine == "auto":
+        from checkpoint_engine.engine.auto import AutoClient  # noqa: PLC0415 - it uses this function
+
+        return AutoClient
     found = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
     if engine not in found:
         raise MissingDependencyError(
