@@ -400,6 +400,7 @@ def test_openapi_teaches(ranks: HttpRanks) -> None:
         ("GET", "/v1/updates/current"),
         ("POST", "/v1/updates/current/abort"),
         ("GET", "/v1/metas"),
+        ("GET", "/v1/metas/catalog"),
         ("POST", "/v1/metas"),
         ("GET", "/v1/healthz"),
         ("GET", "/v1/version"),

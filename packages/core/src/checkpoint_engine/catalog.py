@@ -124,21 +124,27 @@ class Catalog(msgspec.Struct, frozen=True):
         return self
 
     def to_json(self) -> bytes:
-        """Indented JSON with a stable order of fields."""
-        return msgspec.json.format(msgspec.json.encode(self), indent=1)
+        """Indented JSON with a stable order of fields; the fingerprints are there for people, and to be checked."""
+        saved = _Saved(self.name, self.holdings, self.schema, self.fingerprint(), self.content)
+        return msgspec.json.format(msgspec.json.encode(saved), indent=1)
 
     @classmethod
     def from_json(cls, data: bytes, source: str = "catalog") -> Catalog:
         """Reads what `to_json` wrote.
 
         Raises:
-            CheckpointFormatError: not JSON, or not a catalog.
+            CheckpointFormatError: not JSON, not a catalog, or not the one that its fingerprint is of.
         """
         try:
-            catalog = msgspec.json.decode(data, type=cls)
+            saved = msgspec.json.decode(data, type=_Saved)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise CheckpointFormatError(f"{source} is not a catalog: {error}") from error
-        return catalog.validate()
+        catalog = cls(saved.name, saved.holdings, saved.schema).validate()
+        if saved.fingerprint not in ("", catalog.fingerprint()):
+            raise CheckpointFormatError(
+                f"the fingerprint in {source} is not that of the tensors in it: it was changed or cut off; get it anew"
+            )
+        return catalog
 
     def save(self, path: Path) -> None:
         """Writes the JSON to a file."""
@@ -156,6 +162,16 @@ class Catalog(msgspec.Struct, frozen=True):
         except OSError as error:
             raise CheckpointFormatError(f"cannot read the catalog {path}: {error.strerror}") from error
         return cls.from_json(data, source=str(path))
+
+
+class _Saved(msgspec.Struct, frozen=True):
+    """A catalog as it is written."""
+
+    name: str
+    holdings: tuple[Holding, ...]
+    schema: int = SCHEMA_VERSION
+    fingerprint: str = ""
+    content: str = ""
 
 
 def _check_segment(rank: int, segment: SegmentEntry) -> None:

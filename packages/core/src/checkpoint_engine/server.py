@@ -181,7 +181,7 @@ class ParameterServer:
         """What all ranks hold of the checkpoint gathered last, by rank, in the form that existing callers know."""
         from checkpoint_engine.data_types import catalog_to_metas  # noqa: PLC0415 - stands above this floor
 
-        return dict(catalog_to_metas(self.catalog(self._latest)))
+        return dict(catalog_to_metas(self.catalog()))
 
     def load_metas(self, metas: Mapping[int, MemoryBufferMetaList]) -> None:
         """Makes known what ranks elsewhere hold, as their `get_metas` gave it; the next update is read from there."""
@@ -201,13 +201,15 @@ class ParameterServer:
         self._gathered[name] = _Known(tuple(catalogs), _digest([c.to_json() for c in catalogs]), elsewhere=True)
         self._latest = name
 
-    def catalog(self, name: str) -> Catalog:
-        """What all ranks hold of a checkpoint.
+    def catalog(self, name: str | None = None) -> Catalog:
+        """What all ranks hold of a checkpoint; of the one gathered or loaded last if no name is given.
 
         Raises:
             CheckpointStateError: it was not gathered.
         """
-        return self._known(name).replicas[0]
+        if name is None and self._latest not in self._gathered:
+            raise CheckpointStateError("nothing was gathered yet; call gather_metas on all ranks first")
+        return self._known(self._latest if name is None else name).replicas[0]
 
     def abort(self, reason: str) -> bool:
         """Gives up the update that is running, from another thread; returns whether there was one."""

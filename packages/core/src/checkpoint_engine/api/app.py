@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import APIRouter, FastAPI, Query
+from fastapi import APIRouter, FastAPI, Query, Response
 from fastapi import Path as InPath
 from fastapi.security import HTTPBearer
 
@@ -182,6 +182,11 @@ def _meta_routes(service: Service) -> APIRouter:
     def get_metas() -> _Metas:  # pyright: ignore[reportUnusedFunction]
         """What every rank holds of the checkpoint gathered last, by rank."""
         return dict(service.metas())
+
+    @router.get("/catalog", summary="Export the catalog", responses=_failures({409: "Nothing was gathered yet."}))
+    def get_catalog() -> Response:  # pyright: ignore[reportUnusedFunction]
+        """The same with names, versions and fingerprints, as `checkpoint-engine join --metas URL` reads it."""
+        return Response(service.catalog_json(), media_type="application/json")
 
     @router.post("", summary="Load metas", responses=_failures({422: _INPUT}))
     def load_metas(metas: _Metas) -> dict[str, int]:  # pyright: ignore[reportUnusedFunction]

@@ -138,6 +138,10 @@ class Service:
         """What all ranks hold of the checkpoint gathered last."""
         return self._server.get_metas()
 
+    def catalog_json(self) -> bytes:
+        """The same as a catalog."""
+        return self._server.catalog().to_json()
+
     def load_metas(self, metas: Mapping[int, DataToGather | MemoryBufferMetaList]) -> None:
         """Makes known what ranks elsewhere hold."""
         self._server.load_metas(metas)

@@ -12,11 +12,11 @@ from typing import cast
 import msgspec
 
 from checkpoint_engine.catalog import Catalog, Holding, SegmentEntry, TensorEntry
-from checkpoint_engine.data_types import metas_from_json, metas_to_catalog
 from checkpoint_engine.errors import CheckpointFormatError, SettingError
 from checkpoint_engine.host.filling import place
 from checkpoint_engine.host.loader import find_files, select, split_among_ranks
 from checkpoint_engine.host.segment import Segment
+from checkpoint_engine.metas import parse_metas
 from checkpoint_engine.planning.buckets import plan_buckets
 from checkpoint_engine.settings import Settings
 
@@ -135,7 +135,7 @@ def catalog_of_files(name: str, files: list[Path], ranks: int) -> Catalog:
 
 
 def catalog_of_json(path: Path) -> Catalog:
-    """A catalog, or metas in the shape that `GET /v1/metas` has.
+    """A catalog, or metas in the shape that `GET /v1/metas` has; a nameless one is named after the file.
 
     Raises:
         CheckpointFormatError: it is neither.
@@ -144,17 +144,8 @@ def catalog_of_json(path: Path) -> Catalog:
         data = path.read_bytes()
     except OSError as error:
         raise CheckpointFormatError(f"cannot read {path}: {error.strerror}") from error
-    try:
-        return Catalog.from_json(data, source=str(path))
-    except CheckpointFormatError as not_a_catalog:
-        if b'"holdings"' in data:
-            raise
-        try:
-            return metas_to_catalog(metas_from_json(data, source=str(path)), path.stem)
-        except CheckpointFormatError as error:
-            raise CheckpointFormatError(
-                f"{path} is neither a directory, nor a catalog, nor metas: {error}"
-            ) from not_a_catalog
+    catalog = parse_metas(data, str(path))
+    return catalog if catalog.name else msgspec.structs.replace(catalog, name=path.stem)
 
 
 def _laid_out(tensors: list[TensorEntry]) -> Iterator[SegmentEntry]:

@@ -1,0 +1,78 @@
+"""Metas: who holds a checkpoint and how its memory is reached, from a file or from a running parameter server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import httpx
+
+from checkpoint_engine.catalog import Catalog
+from checkpoint_engine.data_types import metas_from_json, metas_to_catalog
+from checkpoint_engine.errors import AccessRefusedError, CheckpointFormatError, DeadlineError, PeerError, SettingError
+
+CATALOG_PATH = "/v1/metas/catalog"
+_CONNECT_SECONDS = 5.0
+_UNAUTHORISED = (401, 403)
+
+
+def read_metas(source: str, *, token: str | None = None, timeout: float = 60.0) -> Catalog:
+    """The catalog at a place.
+
+    Args:
+        source: A file; or `http://HOST:PORT`, for which `/v1/metas/catalog` is taken, or a whole URL.
+        token: What the parameter server asks for.
+        timeout: Seconds to wait for its answer.
+
+    Raises:
+        CheckpointFormatError: there is none, or it contradicts itself.
+        PeerError: the parameter server cannot be reached, or knows no catalog.
+        AccessRefusedError: the token is missing or wrong.
+        DeadlineError: the answer does not come in time.
+    """
+    if source.startswith(("http://", "https://")):
+        return parse_metas(_fetch(source, token, timeout), source)
+    if "://" in source:
+        raise SettingError(f"metas come from a file, http:// or https://, not from {source!r}")
+    try:
+        return parse_metas(Path(source).read_bytes(), source)
+    except OSError as error:
+        raise CheckpointFormatError(f"cannot read the metas {source}: {error.strerror}") from error
+
+
+def parse_metas(data: bytes, source: str) -> Catalog:
+    """A catalog, or metas in the shape that `GET /v1/metas` has.
+
+    Raises:
+        CheckpointFormatError: it is neither.
+    """
+    try:
+        return Catalog.from_json(data, source=source)
+    except CheckpointFormatError as not_a_catalog:
+        if b'"holdings"' in data:
+            raise
+        try:
+            return metas_to_catalog(metas_from_json(data, source=source))
+        except CheckpointFormatError as error:
+            raise CheckpointFormatError(f"{source} is neither a catalog nor metas: {error}") from not_a_catalog
+
+
+def _fetch(url: str, token: str | None, timeout: float) -> bytes:
+    try:
+        parsed = httpx.URL(url)
+        if parsed.path in ("", "/"):
+            parsed = parsed.copy_with(path=CATALOG_PATH)
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        # No proxy: the address is one inside of the cluster.
+        with httpx.Client(timeout=httpx.Timeout(timeout, connect=_CONNECT_SECONDS), trust_env=False) as client:
+            answer = client.get(parsed, headers=headers)
+    except httpx.InvalidURL as error:
+        raise SettingError(f"{url!r} is no URL: {error}") from error
+    except httpx.TimeoutException as error:
+        raise DeadlineError(f"{url} did not answer within {timeout:g} s") from error
+    except httpx.HTTPError as error:
+        raise PeerError(f"{url} cannot be reached: {error}; is a parameter server running there?") from error
+    if answer.status_code in _UNAUTHORISED:
+        raise AccessRefusedError(f"{url} asks for its token: set CHECKPOINT_ENGINE_TOKEN, or pass --token-file")
+    if not answer.is_success:
+        raise PeerError(f"{url} answered {answer.status_code}: {answer.text[:500]}")
+    return answer.content
