@@ -135,6 +135,25 @@ def test_a_plugin_that_is_not_announced_is_found(engines: Path) -> None:
     look("problem", "not announced in fake.plugins")
 
 
+@pytest.mark.parametrize(
+    ("body", "status", "words"),
+    [
+        ("return [{'status': 'ok', 'value': 'all hooks', 'advice': ''}]", "ok", "all hooks"),
+        ("return [{'status': 'problem', 'value': 'one is lost', 'advice': 'x'}]", "problem", "one is lost"),
+        ("raise OSError('libcuda is gone')", "problem", "libcuda is gone"),
+    ],
+)
+def test_a_plugin_says_itself_what_it_finds_in_its_engine(
+    engines: Path, body: str, status: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (engines / "fake_checks.py").write_text(f"def look():\n    {body}\n")
+    monkeypatch.delitem(sys.modules, "fake_checks", raising=False)
+    install(engines, FAKE.plugin, "0.1.0", f"{ANNOUNCED}\n[checkpoint_engine.checks]\nfake = fake_checks:look\n")
+    (finding,) = checks.look_inside("fake")
+    assert (finding.name, finding.status) == ("fake hooks", status)
+    assert words in finding.value
+
+
 def test_limits() -> None:
     assert checks.check_memlock(resource.RLIM_INFINITY, rdma=True).status == "ok"
     assert checks.check_memlock(1 << 26, rdma=False).status == "ok"

@@ -8,7 +8,7 @@ import resource
 from collections.abc import Callable, Iterator
 from importlib import metadata, util
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import msgspec
 
@@ -87,7 +87,10 @@ def check_plugins() -> Iterator[Finding]:
     for name in clients:
         yield _check_client(name)
     for name, engine in ENGINES.items():
-        yield check_engine(name, engine)
+        found = check_engine(name, engine)
+        yield found
+        if found.status == "ok" and util.find_spec(engine.module) is not None:
+            yield from look_inside(name)
 
 
 def _check_client(name: str) -> Finding:
@@ -138,6 +141,28 @@ def check_engine(name: str, engine: Engine) -> Finding:
             f"add {points[0].name} to {engine.filter_variable}",
         )
     return Finding("plugins", name, "ok", f"{name} {version} loads plugin {plugin} ({points[0].value})")
+
+
+def look_inside(name: str) -> Iterator[Finding]:
+    """What an engine's plugin itself finds in the engine that is installed here, if it looks: this imports the engine.
+
+    The entry-point group `checkpoint_engine.checks` names, by engine, a function that returns a mapping with `status`,
+    `value` and `advice` for each thing that it looked at.
+    """
+    for point in metadata.entry_points(group="checkpoint_engine.checks", name=name):
+        yield from _findings_of(name, point)
+
+
+def _findings_of(name: str, point: metadata.EntryPoint) -> list[Finding]:
+    try:
+        return [
+            Finding("plugins", f"{name} hooks", cast("Status", found["status"]), found["value"], found["advice"])
+            for found in point.load()()
+        ]
+    except Exception as error:  # noqa: BLE001 - whatever an engine does when it is imported is the finding
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or ['no reason given'])[0]}"
+        value = f"cannot be looked at: {reason}"
+        return [Finding("plugins", f"{name} hooks", "problem", value, f"does `import {name}` work?")]
 
 
 def _is_from(point: metadata.EntryPoint, distribution: str) -> bool:
