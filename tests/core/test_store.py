@@ -42,12 +42,14 @@ class CountingDevice(CpuDevice):
         self.pinned = 0
         self.pins = 0
         self.most = most
+        self.lock = threading.Lock()
 
     def pin(self, buffer: torch.Tensor) -> CountingPinned:
-        if self.pins == self.most:
-            raise HostMemoryError("the driver refuses")
-        self.pins += 1
-        self.pinned += 1
+        with self.lock:
+            if self.pins == self.most:
+                raise HostMemoryError("the driver refuses")
+            self.pins += 1
+            self.pinned += 1
         return CountingPinned(self)
 
 
@@ -118,6 +120,25 @@ def test_every_segment_is_pinned_once_and_let_go(
     assert device.pins == device.pinned == len(registered.segments) == 5
     store.unregister("a")
     assert device.pinned == 0
+
+
+class PatientDevice(CountingDevice):
+    """A driver that pins nothing before it has been asked for two things."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.together = threading.Barrier(2, timeout=10)
+
+    def pin(self, buffer: torch.Tensor) -> CountingPinned:
+        self.together.wait()
+        return super().pin(buffer)
+
+
+def test_segments_are_pinned_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(filling, "SEGMENT_TARGET", 4096)
+    store = CheckpointStore(PatientDevice())
+    assert len(store.register("a", named_tensors=tensors(1, count=4)).segments) == 4
+    store.close()
 
 
 @pytest.mark.parametrize("empty", [{}, {"x": torch.empty(0, 4)}])
@@ -227,6 +248,13 @@ def test_a_pool_serves_other_shapes_without_new_memory(
     assert {segment.address for segment in store.get("b").segments} <= addresses
     assert device.pins == 3
     assert_holds(store, "b", tensors(5, count=20, size=300))
+    # What is left over is still there for a third one, be it one large tensor or many small ones.
+    store.unregister("b")
+    third = tensors(9, count=2, size=2000) | {f"tiny{i}": torch.full((3,), float(i)) for i in range(10)}
+    store.register("c", named_tensors=third, pool=True)
+    assert {segment.address for segment in store.get("c").segments} <= addresses
+    assert device.pins == device.pinned == 3
+    assert_holds(store, "c", third)
 
 
 def test_a_pool_grows_where_it_does_not_suffice(store: CheckpointStore, device: CountingDevice) -> None:

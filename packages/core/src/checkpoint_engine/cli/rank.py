@@ -14,6 +14,7 @@ from checkpoint_engine.cli.job import Rank
 from checkpoint_engine.cli.messages import Abort, Done, Failed, FromParent, FromRank, Job, Logged, Progressed
 from checkpoint_engine.deadline import Deadline
 from checkpoint_engine.errors import CheckpointEngineError, RankError, UpdateError
+from checkpoint_engine.host.numa import near
 from checkpoint_engine.processes import ParentPipe
 from checkpoint_engine.server import ParameterServer
 
@@ -108,7 +109,7 @@ def main() -> None:
     except CheckpointEngineError as error:
         _send(pipe, Failed(0, type(error).__name__, str(error)))
         return
-    with server:
+    with server, near(server.device):
         _RankProcess(pipe, server).serve()
     os._exit(0)  # everything of value is closed; a thread that still waits for an engine must not hold us up
 

@@ -93,6 +93,10 @@ class Device(Protocol):
         """Within it, this is the calling thread's current device."""
         ...
 
+    def pci_address(self) -> str | None:
+        """Where it sits, such as `0000:1b:00.0`; None if it is no PCI device."""
+        ...
+
     def memory(self) -> tuple[int, int]:
         """Free and total bytes."""
         ...

@@ -29,6 +29,9 @@ class CpuDevice:
         """There is only one CPU."""
         return contextlib.nullcontext()
 
+    def pci_address(self) -> None:
+        """The CPU is no PCI device."""
+
     def memory(self) -> tuple[int, int]:
         """Free and total bytes of host memory."""
         page = os.sysconf("SC_PAGE_SIZE")

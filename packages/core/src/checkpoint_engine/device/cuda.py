@@ -25,6 +25,7 @@ from checkpoint_engine.errors import (
 )
 from checkpoint_engine.link.messages import CudaMemory, HostMemory
 
+_PCI_TEXT_BYTES = 32
 _HANDLE_BYTES = 64  # sizeof(cudaIpcMemHandle_t), which the bindings keep opaque
 
 
@@ -46,6 +47,12 @@ class CudaDevice:
     def active(self) -> AbstractContextManager[object]:
         """Makes it the calling thread's current device."""
         return torch.cuda.device(self.torch_device)
+
+    def pci_address(self) -> str | None:
+        """Where it sits, as the driver writes it."""
+        error, text = self._runtime.cudaDeviceGetPCIBusId(_PCI_TEXT_BYTES, self.torch_device.index)
+        failed = error != self._runtime.cudaError_t.cudaSuccess
+        return None if failed else text.rstrip(b"\0").decode()
 
     def memory(self) -> tuple[int, int]:
         """Free and total bytes; what torch caches in this process but does not use is given back first."""

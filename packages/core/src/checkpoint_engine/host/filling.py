@@ -20,8 +20,11 @@ from checkpoint_engine.host.safetensors_file import SafetensorsFile
 from checkpoint_engine.host.segment import LARGEST_SEGMENT, Segment
 from checkpoint_engine.planning.buckets import align_up
 
-SEGMENT_TARGET = 8 << 30
-"""Bytes. Small enough that one segment is pinned while the next is read, large enough to be few."""
+SEGMENT_TARGET = 2 << 30
+"""Bytes. Small enough that segments are pinned side by side while the next one is read, large enough to be few.
+
+No bucket spans two segments, so no copy ever straddles two registrations, which drivers refuse.
+"""
 
 _CHUNK = 32 << 20
 """Bytes that one thread brings in one go."""

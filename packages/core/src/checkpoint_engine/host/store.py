@@ -17,9 +17,12 @@ from checkpoint_engine.device.base import Device, Pinned
 from checkpoint_engine.errors import CheckpointStateError, DuplicateTensorError, HostMemoryError
 from checkpoint_engine.host.filling import Filled, NewSegments, SegmentSource
 from checkpoint_engine.host.loader import Files, Selection, iterate_files, iterate_tensors, select
+from checkpoint_engine.host.numa import near
 from checkpoint_engine.host.segment import Segment
 
 _log = logging.getLogger(__name__)
+
+_PINNING_THREADS = 4
 
 
 @dataclass(frozen=True)
@@ -231,7 +234,7 @@ class CheckpointStore:
             yield from iterate_files(selections, in_place=in_place, source=source)
             yield from iterate_tensors(named_tensors, source=source)
 
-        with contextlib.closing(fill()) as filling:
+        with near(self._device), contextlib.closing(fill()) as filling:
             filled = self._pin_as_filled(filling)
         registered = Registered(name, [f.segment for f in filled], [f.entry for f in filled], pooled)
         seconds = time.monotonic() - started
@@ -245,11 +248,11 @@ class CheckpointStore:
         return registered
 
     def _pin_as_filled(self, filling: Iterator[Filled]) -> list[Filled]:
-        """Pins each segment while the next one is being filled."""
+        """Pins segments, several at once, while the next ones are being filled."""
         filled: list[Filled] = []
         pinning: list[Future[None]] = []
         try:
-            with ThreadPoolExecutor(1, "checkpoint-engine-pin") as pinner:
+            with ThreadPoolExecutor(_PINNING_THREADS, "checkpoint-engine-pin") as pinner:
                 for done in filling:
                     filled.append(done)
                     for earlier in pinning:
