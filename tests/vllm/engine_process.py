@@ -111,9 +111,7 @@ class Engine:
                 faults.enter_context(broken_loader(compat.target_model(self.worker), fail_after))
             try:
                 self.adapter.begin(Update("id", "test", Path(checkpoint).name, specs, reload))
-                for index, bucket in enumerate(buckets(tensors, bucket_bytes)):
-                    if index == break_after:
-                        raise RuntimeError("the sender is gone")
+                for bucket in cut_off(buckets(tensors, bucket_bytes), break_after):
                     self.adapter.load(placed(bucket))
                     SCRATCH.fill_(0x41)
                 details = dict(self.adapter.finish())
@@ -204,6 +202,12 @@ def buckets(tensors: dict[str, torch.Tensor], size: int) -> list[list[tuple[str,
         result[-1].append(pair)
         filled += pair[1].nbytes
     return result
+
+
+def cut_off(sent: list[Any], after: int | None) -> Iterator[Any]:
+    yield from sent[:after]
+    if after is not None:
+        raise RuntimeError("the sender is gone")
 
 
 def placed(bucket: list[tuple[str, torch.Tensor]]) -> list[tuple[str, torch.Tensor]]:
