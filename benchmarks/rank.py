@@ -1,6 +1,6 @@
 """One rank and its engine worker, for `update.py`. It runs on whichever `checkpoint_engine` is on the path.
 
-Takes commands on standard input (`update`, `verify`, `end`) and answers each with one line of JSON.
+Takes commands on standard input (`update`, `verify`, `bucket-size BYTES`, `end`); answers each with a line of JSON.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import queue
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -69,6 +70,11 @@ def main() -> None:
             orders.put("verify")
             print(json.dumps({"wrong_bytes": replies.get(timeout=300)}), file=answer)
             continue
+        if command.startswith("bucket-size"):
+            # Another size for the same registered checkpoint; users set it once, by PS_MAX_BUCKET_SIZE_GB.
+            server._settings = replace(server._settings, bucket_size=int(command.split()[1]))  # noqa: SLF001
+            print(json.dumps({}), file=answer)
+            continue
         server.store_based_barrier()
         begin = time.perf_counter()
         server.update("bench", lambda handles: orders.put(handles[rank][1]))
@@ -77,6 +83,7 @@ def main() -> None:
         result = {"seconds": seconds, **replies.get(timeout=300)}
         if report is not None:
             result["stages"] = {stage: round(value, 4) for stage, value in report.seconds.items()}
+            result |= {"buckets": report.buckets, "staging": report.staging, "staging_kept": report.staging_kept}
         print(json.dumps(result), file=answer)
     worker.join(30)
 

@@ -34,7 +34,7 @@ class System:
     updates: list[dict[str, float]] = field(default_factory=list)
 
     @classmethod
-    def start(cls, name: str, arguments: argparse.Namespace, port: int, site: Path | None) -> System:
+    def start(cls, name: str, arguments: argparse.Namespace, port: int, site: Path | None = None) -> System:
         """Starts one process a rank and waits until all have registered their share."""
         ranks = []
         for rank in range(arguments.ranks):
@@ -45,6 +45,7 @@ class System:
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
                 "LOGURU_LEVEL": "WARNING",
+                "PS_STAGING": arguments.staging,
             }
             if site is not None:
                 environment["PYTHONPATH"] = f"{site}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
@@ -125,6 +126,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
+    parser.add_argument("--staging", choices=["release", "persistent"], default="release", help="between our updates")
     parser.add_argument("--upstream", type=Path, help="folder with upstream's wheel")
     parser.add_argument("--output", type=Path, default=HERE / "results")
     arguments = parser.parse_args()
@@ -133,7 +135,7 @@ def main() -> None:
     rate = host_to_device_rate(arguments.ranks) if arguments.device == "cuda" else float("nan")
     limit = nbytes / arguments.ranks / rate
     torch.cuda.empty_cache()
-    systems = [System.start("ours", arguments, 29711, None)]
+    systems = [System.start("ours", arguments, 29711)]
     if arguments.upstream:
         systems.append(System.start("upstream", arguments, 29731, arguments.upstream))
     for _ in range(arguments.repeat):
@@ -155,6 +157,7 @@ def report(arguments: argparse.Namespace, systems: list[System], nbytes: int, ra
             "system": system.setup[0]["system"],
             "device": torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu",
             "ranks": arguments.ranks,
+            "staging": arguments.staging if system.name == "ours" else "",
             "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
             "bytes": nbytes,
             "seconds": system.row(),
