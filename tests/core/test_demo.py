@@ -6,8 +6,11 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+
+from checkpoint_engine.cli.timeline_data import load_timeline
 
 
 def run_demo(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -15,9 +18,9 @@ def run_demo(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
 
 
-def test_demo_updates_twice_and_verifies_everything() -> None:
+def test_demo_updates_twice_and_verifies_everything(tmp_path: Path) -> None:
     start = time.monotonic()
-    finished = run_demo("--json")
+    finished = run_demo("--json", "--trace", str(tmp_path / "trace.json"))
     assert finished.returncode == 0, finished.stderr
     assert time.monotonic() - start < 60  # 30 s where nothing else runs
     report = json.loads(finished.stdout)
@@ -27,6 +30,14 @@ def test_demo_updates_twice_and_verifies_everything() -> None:
     assert report["bytes"] == sum(update["bytes"] for update in report["updates"]) > 50e6
     assert report["verified_tensors"] == 2 * 2 * 46  # updates, workers, parameters of a worker
     assert report["seconds"] > 0
+    traced = load_timeline(tmp_path / "trace.json")
+    assert traced.about["version"] == "step-2"
+    assert (
+        traced.about["bytes"]
+        == report["updates"][1]["bytes"]
+        <= sum(lane.nbytes for lane in traced.lanes if lane.stage == "copy")
+    )
+    assert {(lane.rank, lane.stage) for lane in traced.lanes} >= {(r, s) for r in (0, 1) for s in ("copy", "load")}
 
 
 def test_demo_feeds_two_engines_and_prints_a_table() -> None:

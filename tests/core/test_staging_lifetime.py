@@ -82,6 +82,7 @@ def test_rank_and_worker_keep_the_same_memory_over_updates(server: ParameterServ
         report = server.last_report
         assert report is not None
         assert report.staging_kept == 2 * SMALL
+        assert "0.1 MB kept" in report.staging
     assert seen[0] == seen[1] == seen[2]
     server.release_staging()
     assert not stagings_of(os.getpid())

@@ -40,7 +40,8 @@ class Board:
         while not self._store.check([f"{key}/all"]):
             cancel.check()
             time.sleep(pause)
-            pause = min(2 * pause, _LONGEST_PAUSE)
+            # However many ranks wait, the store is asked no more than so often.
+            pause = min(2 * pause, _SHORTEST_PAUSE * self.world_size, _LONGEST_PAUSE)
             if deadline.expired:
                 absent = [str(r) for r in range(self.world_size) if not self._store.check([f"{key}/{r}"])]
                 deadline.check(f"{waiting_for} (rank {', '.join(absent)} did not come)")

@@ -181,6 +181,7 @@ class UpdateRun:
         self._clock.lap("finish", finishing)
         where = "host" if staging_device is not self._device else staging_device.torch_device.type
         rings = "one ring" if layout.shared else "two rings"
+        rings += f", {self._stagings.kept / 1e6:.1f} MB kept" if self._stagings.kept else ""
         return self._report(plan, f"{layout.nbytes / 1e6:.1f} MB on {where}, {rings}", finished.details)
 
     def _stand_by(self) -> UpdateReport:
