@@ -16,6 +16,7 @@ from checkpoint_engine.device import open_device
 from checkpoint_engine.engine.adapter import Update
 from checkpoint_engine.engine.receiver import Received, receive_update
 from checkpoint_engine.server import ParameterServer
+from checkpoint_engine.transfer.direct import Method
 
 T = TypeVar("T")
 TIMEOUT = 20.0
@@ -88,10 +89,12 @@ class Cluster:
             server.register_checkpoint(name, named_tensors=share)
         check(self.on_all(lambda server: server.gather_metas(name)))
 
-    def update(self, name: str, timeout: float = TIMEOUT) -> list[BaseException | None]:
+    def update(self, name: str, timeout: float = TIMEOUT, method: Method = "broadcast") -> list[BaseException | None]:
         """Updates all workers."""
         return self.on_all(
-            lambda server: server.update(name, self.asker(server.rank), timeout=timedelta(seconds=timeout))
+            lambda server: server.update(
+                name, self.asker(server.rank), timeout=timedelta(seconds=timeout), method=method
+            )
         )
 
     def asker(self, rank: int) -> Callable[[list[tuple[str, str]]], None]:

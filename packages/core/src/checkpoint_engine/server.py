@@ -29,6 +29,7 @@ from checkpoint_engine.planning.buckets import Bucket
 from checkpoint_engine.planning.peers import check_same
 from checkpoint_engine.settings import Settings, rank_from_environment
 from checkpoint_engine.sharing import Sharing
+from checkpoint_engine.transfer.direct import Method
 from checkpoint_engine.transfer.feeds import Feed, HostFeed, PeerFeed
 from checkpoint_engine.transfer.report import Progress, UpdateReport
 from checkpoint_engine.transfer.staging import StagingKeeper
@@ -219,8 +220,8 @@ class ParameterServer:
         running.cancel.set(CheckpointEngineError(f"aborted: {reason}"))
         return True
 
-    def release_staging(self) -> None:
-        """Frees the staging memory that was kept for the next update, and makes the engine's worker unmap it.
+    def release_staging(self) -> int:
+        """Frees what was kept for the next update, and makes the engine's worker unmap it; returns bytes freed.
 
         Raises:
             CheckpointStateError: an update is using it.
@@ -229,7 +230,9 @@ class ParameterServer:
             raise CheckpointStateError("an update is using the staging memory; wait for it, or abort it")
         try:
             with self._device.active():
+                freed = self._stagings.kept
                 self._stagings.release()
+                return freed
         finally:
             self._busy.release()
 
@@ -322,6 +325,7 @@ class ParameterServer:
         trace: bool = False,
         reload: ReloadMode = "auto",
         keep: bool = False,
+        method: Method = "broadcast",
     ) -> None:
         """Brings a checkpoint to the engine workers of all ranks, or of some, and returns once they have it.
 
@@ -340,6 +344,8 @@ class ParameterServer:
                 else (`plan`), or by their own loaders (`loader`).
             keep: Whether what is read from other parameter servers stays in host memory, registered under `name`, so
                 that these ranks can serve it in turn.
+            method: How bytes get from these ranks to the workers: by `broadcast`; `direct`, where each worker copies
+                its own slices out of the host memory of all ranks of its host; or `auto`, direct where possible.
 
         Raises:
             CheckpointStateError: not gathered, or another update is running.
@@ -349,6 +355,8 @@ class ParameterServer:
         receivers = self._receivers(ranks)
         if keep and not known.elsewhere:
             raise SettingError("keep=True keeps what is read from other parameter servers; these ranks hold it already")
+        if method == "direct" and (known.elsewhere or len(receivers) < self._world_size):
+            raise SettingError("a direct update goes to all ranks, out of their own memory; leave ranks and metas out")
         if keep and name in self._store.names():
             raise CheckpointStateError(f"{name!r} is registered on this rank; unregister it, or leave keep out")
         if not self._busy.acquire(blocking=False):
@@ -356,7 +364,7 @@ class ParameterServer:
         try:
             call = self._connected().next_call()
             order = UpdateOrder(
-                call, known.replicas[0], known.digest, version or name, req_func, timeout, trace, reload
+                call, known.replicas[0], known.digest, version or name, req_func, timeout, trace, reload, method
             )
             self._run(name, order, known, receivers, keep=keep)
         finally:
@@ -386,6 +394,7 @@ class ParameterServer:
                 stagings=self._stagings,
                 feed=feed,
                 progress=self.progress,
+                segments=() if held is None else held.segments,
             )
             try:
                 self.last_report = self._running.run()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from checkpoint_engine.device.base import Device, Event, Mapped, Pinned, Staging, Stream
+from checkpoint_engine.device.base import Device, Event, Lendable, Mapped, Pinned, Staging, Stream
 from checkpoint_engine.device.cpu import CpuDevice
 from checkpoint_engine.errors import SettingError
 
-__all__ = ["CpuDevice", "Device", "Event", "Mapped", "Pinned", "Staging", "Stream", "open_device"]
+__all__ = ["CpuDevice", "Device", "Event", "Lendable", "Mapped", "Pinned", "Staging", "Stream", "open_device"]
 
 
 def open_device(kind: str = "auto", *, index: int = 0, rank: int = 0) -> Device:

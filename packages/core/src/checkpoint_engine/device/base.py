@@ -7,9 +7,9 @@ from typing import Protocol
 
 import torch
 
-from checkpoint_engine.link.messages import CudaMemory, HostMemory
+from checkpoint_engine.link.messages import CudaMemory, HostMemory, SharedSegments
 
-Memory = HostMemory | CudaMemory
+Memory = HostMemory | CudaMemory | SharedSegments
 
 
 class Event(Protocol):
@@ -44,11 +44,8 @@ class Stream(Protocol):
         ...
 
 
-class Staging(Protocol):
-    """Device memory that an engine worker in another process can map."""
-
-    tensor: torch.Tensor
-    """1-D uint8 over the whole of it."""
+class Lendable(Protocol):
+    """Memory that an engine worker in another process can map."""
 
     memory: Memory
     """How it is described on the link."""
@@ -61,10 +58,20 @@ class Staging(Protocol):
         ...
 
 
+class Staging(Lendable, Protocol):
+    """Memory of the device, through which buckets go."""
+
+    tensor: torch.Tensor
+    """1-D uint8 over the whole of it."""
+
+
 class Mapped(Protocol):
     """Another process's staging memory, mapped here."""
 
-    tensor: torch.Tensor
+    @property
+    def tensor(self) -> torch.Tensor:
+        """1-D uint8 over the whole of it."""
+        ...
 
     def close(self) -> None:
         """Unmaps it; `tensor` and its views must not be used any more."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import mmap
 import os
 import time
 from contextlib import AbstractContextManager
@@ -12,8 +11,10 @@ from contextlib import AbstractContextManager
 import torch
 
 from checkpoint_engine.device.base import Event, Memory
-from checkpoint_engine.errors import DeviceMemoryError, LinkError
-from checkpoint_engine.link.messages import HostMemory
+from checkpoint_engine.device.host_memory import CpuMapped, map_host_memory, view_of
+from checkpoint_engine.device.segments import MappedSegments, map_segments
+from checkpoint_engine.errors import DeviceMemoryError
+from checkpoint_engine.link.messages import HostMemory, SharedSegments
 
 
 class CpuDevice:
@@ -45,12 +46,14 @@ class CpuDevice:
         """
         return CpuStaging(nbytes)
 
-    def map(self, memory: Memory, descriptors: tuple[int, ...]) -> CpuMapped:
-        """Maps shared memory of another process; takes over the descriptor.
+    def map(self, memory: Memory, descriptors: tuple[int, ...]) -> CpuMapped | MappedSegments:
+        """Maps shared memory of another process; takes over the descriptors.
 
         Raises:
-            LinkError: it is not host memory, or its descriptor is missing or too small.
+            LinkError: it is not host memory, or a descriptor is missing or too small.
         """
+        if isinstance(memory, SharedSegments):
+            return map_segments(self, memory, descriptors)
         return map_host_memory(memory, descriptors)
 
     def pin(self, buffer: torch.Tensor) -> CpuPinned:
@@ -75,7 +78,7 @@ class CpuStaging:
             # Reserving the pages now turns a shortage into an error here instead of a SIGBUS during the update.
             os.posix_fallocate(self._descriptor, 0, max(nbytes, 1))
             fcntl.fcntl(self._descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
-            self.tensor = _view(self._descriptor, nbytes)
+            self.tensor = view_of(self._descriptor, nbytes)
         except OSError as error:
             os.close(self._descriptor)
             raise DeviceMemoryError(
@@ -90,17 +93,6 @@ class CpuStaging:
         if self.descriptors:
             os.close(self._descriptor)
             self.descriptors = ()
-
-
-class CpuMapped:
-    """Another process's shared memory. It stays mapped as long as a view of it lives, so no view ever dangles."""
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor = tensor
-
-    def close(self) -> None:
-        """Lets go of the mapping."""
-        self.tensor = torch.empty(0, dtype=torch.uint8)
 
 
 class CpuPinned:
@@ -141,37 +133,3 @@ class CpuStream:
     def record(self) -> CpuEvent:
         """Now."""
         return CpuEvent()
-
-
-def map_host_memory(memory: Memory, descriptors: tuple[int, ...]) -> CpuMapped:
-    """Maps staging that lies in host memory; closes the descriptors.
-
-    Raises:
-        LinkError: it is not host memory, or its descriptor is missing or too small.
-    """
-    try:
-        if not isinstance(memory, HostMemory):
-            raise LinkError("the parameter server stages on a GPU, but this engine worker runs on the CPU")
-        if len(descriptors) != 1:
-            raise LinkError(f"host staging comes with one file descriptor, {len(descriptors)} came")
-        if not _cannot_shrink(descriptors[0]):
-            raise LinkError("the staging memory is not sealed: its owner could pull it from under this engine worker")
-        if not 0 <= memory.nbytes <= os.fstat(descriptors[0]).st_size:
-            raise LinkError(f"the staging memory is smaller than the {memory.nbytes} bytes announced")
-        return CpuMapped(_view(descriptors[0], memory.nbytes))
-    finally:
-        for descriptor in descriptors:
-            os.close(descriptor)
-
-
-def _cannot_shrink(descriptor: int) -> bool:
-    try:
-        return bool(fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK)
-    except OSError:  # a file of another kind, which knows no seals
-        return False
-
-
-def _view(descriptor: int, nbytes: int) -> torch.Tensor:
-    if nbytes == 0:
-        return torch.empty(0, dtype=torch.uint8)
-    return torch.frombuffer(mmap.mmap(descriptor, nbytes), dtype=torch.uint8)

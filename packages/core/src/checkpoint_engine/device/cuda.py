@@ -14,7 +14,8 @@ from typing import Any, cast
 import torch
 
 from checkpoint_engine.device.base import Event, Memory
-from checkpoint_engine.device.cpu import CpuMapped, map_host_memory
+from checkpoint_engine.device.host_memory import CpuMapped, map_host_memory
+from checkpoint_engine.device.segments import MappedSegments, map_segments
 from checkpoint_engine.errors import (
     CheckpointEngineError,
     DeviceMemoryError,
@@ -23,7 +24,7 @@ from checkpoint_engine.errors import (
     MissingDependencyError,
     SettingError,
 )
-from checkpoint_engine.link.messages import CudaMemory, HostMemory
+from checkpoint_engine.link.messages import CudaMemory, HostMemory, SharedSegments
 
 _PCI_TEXT_BYTES = 32
 _HANDLE_BYTES = 64  # sizeof(cudaIpcMemHandle_t), which the bindings keep opaque
@@ -68,12 +69,14 @@ class CudaDevice:
         with torch.cuda.device(self.torch_device):
             return CudaStaging(self._runtime, self.torch_device, nbytes)
 
-    def map(self, memory: Memory, descriptors: tuple[int, ...]) -> CudaMapped | CpuMapped:
-        """Maps staging of another process, on the GPU or in host memory.
+    def map(self, memory: Memory, descriptors: tuple[int, ...]) -> CudaMapped | CpuMapped | MappedSegments:
+        """Maps memory of another process, on the GPU or of the host.
 
         Raises:
             LinkError: it cannot be mapped here.
         """
+        if isinstance(memory, SharedSegments):
+            return map_segments(self, memory, descriptors)
         if isinstance(memory, HostMemory):
             return map_host_memory(memory, descriptors)
         with torch.cuda.device(self.torch_device):

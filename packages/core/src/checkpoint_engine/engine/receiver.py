@@ -12,6 +12,7 @@ import torch
 
 from checkpoint_engine.deadline import Deadline
 from checkpoint_engine.device import Device, Mapped
+from checkpoint_engine.device.segments import MappedSegments
 from checkpoint_engine.dtypes import torch_dtype
 from checkpoint_engine.engine.adapter import Adapter, TensorSpec, Update
 from checkpoint_engine.engine.mappings import mapped_staging
@@ -171,7 +172,8 @@ class _Reception:
             if message.bucket in done:
                 raise LinkError(f"bucket {message.bucket} came twice")
             began = time.perf_counter()
-            seconds = self._load(begin.buckets[message.bucket], staging.tensor, message.offset)
+            memory = _part(staging, message.segment)
+            seconds = self._load(begin.buckets[message.bucket], memory, message.offset)
             self._load_seconds += seconds
             done.add(message.bucket)
             self._send(Loaded(message.bucket, seconds, began))
@@ -223,6 +225,13 @@ class _Reception:
 
 class UpdateAbortedError(WorkerError):
     """The parameter server told this worker to give the update up."""
+
+
+def _part(mapped: Mapped, segment: int) -> torch.Tensor:
+    parts = mapped.tensors if isinstance(mapped, MappedSegments) else (mapped.tensor,)
+    if not 0 <= segment < len(parts):
+        raise LinkError(f"a bucket lies in segment {segment}, and {len(parts)} are mapped")
+    return parts[segment]
 
 
 def view_bucket(staging: torch.Tensor, bucket: Sequence[TensorSlice], offset: int) -> list[tuple[str, torch.Tensor]]:

@@ -34,7 +34,8 @@ _DESCRIPTOR = struct.Struct("i")
 _LARGEST_MESSAGE = 1 << 30
 _LARGEST_HELLO = 1 << 12
 """A stranger may not make us allocate more than this before it has shown its token."""
-_MOST_DESCRIPTORS = 16
+_MOST_DESCRIPTORS = 253
+"""The kernel takes no more in one call; a direct update sends one for each segment."""
 _POLL_MS = 100
 _SCHEME = "ce-link"
 

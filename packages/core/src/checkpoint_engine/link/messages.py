@@ -60,6 +60,21 @@ class CudaMemory(msgspec.Struct, frozen=True, tag=True):
     lease: str = ""
 
 
+class SharedSegments(msgspec.Struct, frozen=True, tag=True):
+    """Host memory of the parameter server's ranks, from which the worker copies; a file descriptor for each.
+
+    `lease` names these very segments if the receiver may keep them mapped after the update; else it is empty.
+    """
+
+    sizes: tuple[int, ...]
+    lease: str = ""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of them."""
+        return sum(self.sizes)
+
+
 class Hello(msgspec.Struct, frozen=True, tag=True):
     """The receiver introduces itself."""
 
@@ -80,16 +95,17 @@ class Begin(msgspec.Struct, frozen=True, tag=True):
     update_id: str
     checkpoint: str
     version: str
-    staging: HostMemory | CudaMemory
+    staging: HostMemory | CudaMemory | SharedSegments
     buckets: tuple[tuple[TensorSlice, ...], ...]
     reload: ReloadMode = "auto"
 
 
 class Load(msgspec.Struct, frozen=True, tag=True):
-    """Bucket `bucket` now lies `offset` bytes into the staging memory."""
+    """Bucket `bucket` now lies `offset` bytes into the staging memory, or into the segment of that number."""
 
     bucket: int
     offset: int
+    segment: int = 0
 
 
 class Finish(msgspec.Struct, frozen=True, tag=True):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import msgspec
 
 from checkpoint_engine.deadline import Deadline
-from checkpoint_engine.device import Device, Staging
+from checkpoint_engine.device import Device, Lendable, Staging
 from checkpoint_engine.link.channel import SenderChannel
 from checkpoint_engine.link.lease import Lease
 
@@ -38,7 +38,13 @@ class StagingKeeper:
     def __init__(self, *, keep: bool) -> None:
         self._keep = keep
         self._allocated: _Allocated | None = None
+        self._lent: Lendable | None = None
         self._lease: Lease | None = None
+
+    @property
+    def keeps(self) -> bool:
+        """Whether memory and mappings outlive an update."""
+        return self._keep
 
     @property
     def kept(self) -> int:
@@ -61,13 +67,21 @@ class StagingKeeper:
             if not (done and self._keep):
                 self.release()
 
+    def lend(self, memory: Lendable) -> None:
+        """Uses memory that is not staging in its place; the worker keeps its mapping if that is of the same memory."""
+        if self._lent is not None and self._lent.memory == memory.memory:
+            self._lent.close()
+        else:
+            self.release()
+        self._lent = memory
+
     def take(self, device: Device, nbytes: int) -> Staging:
         """Staging of at least `nbytes`.
 
         Raises:
             DeviceMemoryError: there is not enough.
         """
-        if self._allocated is None or self.held(device) < nbytes:
+        if self._allocated is None or self._lent is not None or self.held(device) < nbytes:
             self.release()  # first, so that old and new need not fit side by side
             self._allocated = self._allocate(device, nbytes)
         return self._allocated.staging
@@ -84,6 +98,9 @@ class StagingKeeper:
         if self._allocated is not None:
             allocated, self._allocated = self._allocated, None
             allocated.staging.close()
+        if self._lent is not None:
+            lent, self._lent = self._lent, None
+            lent.close()
 
     def _allocate(self, device: Device, nbytes: int) -> _Allocated:
         staging = device.allocate(nbytes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,14 +15,16 @@ import torch.distributed as dist
 from checkpoint_engine.catalog import Catalog, Holding
 from checkpoint_engine.collective import Failure, RankGroup
 from checkpoint_engine.deadline import Cancel, Deadline
-from checkpoint_engine.device import CpuDevice, Device
+from checkpoint_engine.device import CpuDevice, Device, Lendable
 from checkpoint_engine.errors import CheckpointEngineError, DeviceMemoryError, RankError, UpdateError
+from checkpoint_engine.host.segment import Segment
 from checkpoint_engine.link.channel import Listener
 from checkpoint_engine.link.messages import ReloadMode
 from checkpoint_engine.planning.buckets import BucketPlan
 from checkpoint_engine.planning.staging import StagingLayout, choose_layout, place_buckets
 from checkpoint_engine.settings import Settings
 from checkpoint_engine.transfer.broadcast import BroadcastPipeline
+from checkpoint_engine.transfer.direct import DirectTransfer, LentSegments, Method, Offer, find_obstacle, make_offer
 from checkpoint_engine.transfer.feeds import Feed
 from checkpoint_engine.transfer.report import Progress, StageClock, UpdateReport
 from checkpoint_engine.transfer.staging import StagingKeeper
@@ -49,6 +51,8 @@ class _Introduction(msgspec.Struct, frozen=True):
     generation: str
     access: Holding | None
     """How this rank's host memory is read; None where nobody needs to."""
+    offer: Offer | None = None
+    """What this rank could lend to the workers of its host; None for a broadcast."""
     refusal: str = ""
     """Why this rank cannot take part. It says so here because the others may not have begun yet."""
 
@@ -65,6 +69,7 @@ class UpdateOrder:
     timeout: timedelta
     trace: bool = False
     reload: ReloadMode = "auto"
+    method: Method = "broadcast"
 
 
 class UpdateRun:
@@ -80,7 +85,9 @@ class UpdateRun:
         stagings: StagingKeeper,
         feed: Feed,
         progress: Progress,
+        segments: Sequence[Segment] = (),
     ) -> None:
+        """Prepares; `segments` are those of this rank that hold the checkpoint."""
         self._order = order
         self._group = group
         self._board = group.board
@@ -89,6 +96,7 @@ class UpdateRun:
         self._stagings = stagings
         self._feed = feed
         self._progress = progress
+        self._segments = segments
         self._deadline = Deadline(order.timeout.total_seconds())
         self._clock = StageClock(Trace() if order.trace else None)
         self._link: WorkerLink | None = None
@@ -120,6 +128,9 @@ class UpdateRun:
             ranks = self._introduce(listener.handle)
         with self._clock.step("plan"):
             plan = self._plan(ranks)
+        offers = self._accept_offers(ranks)
+        if offers:
+            return self._run_direct(stack, listener, ranks, plan, offers)
         receivers = self._feed.receivers
         place = receivers.index(self._board.rank)
         source = self._feed.open(place, self.cancel)
@@ -136,24 +147,9 @@ class UpdateRun:
         if communicator is not None:
             self.cancel.on_set(communicator.abort)
 
-        self._progress.phase = "connect"
-        connecting = time.perf_counter()
-        addresses = [(rank.device, rank.handle) for rank in ranks]
-        request = EngineRequest(lambda: self._order.ask_engine(addresses), self.cancel)
-        with self._clock.step("wait for the worker"):
-            link = stack.enter_context(WorkerLink.accept(listener, self._deadline, self.cancel, self._device.identity))
-        self._link = link
-        listener.close()  # nobody else is expected, and a process that is killed leaves no socket behind
         with self._clock.step("staging"):
             staging = self._stagings.take(staging_device, layout.nbytes)
-        with self._clock.step("worker checks"):
-            link.begin(
-                self._order.key, self._order.catalog.name, self._order.version, plan, staging, self._order.reload
-            )
-        self._agree("connected")
-        self._clock.lap("connect", connecting)
-
-        self._progress.phase = "load"
+        link, request = self._meet_worker(stack, listener, ranks, plan, staging)
         BroadcastPipeline(
             rank=place,
             plan=plan,
@@ -167,8 +163,63 @@ class UpdateRun:
             progress=self._progress,
             clock=self._clock,
         ).run()
-        self._agree("loaded")
+        details = self._complete(link, request)
+        where = "host" if staging_device is not self._device else staging_device.torch_device.type
+        rings = "one ring" if layout.shared else "two rings"
+        return self._report(plan, f"{layout.nbytes / 1e6:.1f} MB on {where}, {rings}", details)
 
+    def _run_direct(
+        self, stack: ExitStack, listener: Listener, ranks: list[_Introduction], plan: BucketPlan, offers: list[Offer]
+    ) -> UpdateReport:
+        with self._clock.step("lend"):
+            lent = LentSegments(offers, keep=self._stagings.keeps)
+            self._stagings.lend(lent)
+        link, request = self._meet_worker(stack, listener, ranks, plan, lent)
+        DirectTransfer(
+            plan=plan, lent=lent, link=link, cancel=self.cancel, progress=self._progress, clock=self._clock
+        ).run()
+        details = self._complete(link, request)
+        return self._report(plan, f"none: workers read {len(lent.descriptors)} segments", details, method="direct")
+
+    def _accept_offers(self, ranks: list[_Introduction]) -> list[Offer]:
+        """What the ranks lend if the update is to be direct, and empty if it is not; alike on all ranks.
+
+        Raises:
+            RankError: it was to be direct and cannot.
+        """
+        offers = [rank.offer for rank in ranks if rank.offer is not None]
+        if len(offers) < len(ranks):
+            return []
+        obstacle = find_obstacle(offers)
+        if obstacle and self._order.method == "direct":
+            raise RankError(f"a direct update is not possible: {obstacle}; --method broadcast does without")
+        if obstacle:
+            logger.info("by broadcast, since a direct update is not possible: %s", obstacle)
+        return [] if obstacle else offers
+
+    def _meet_worker(
+        self, stack: ExitStack, listener: Listener, ranks: list[_Introduction], plan: BucketPlan, memory: Lendable
+    ) -> tuple[WorkerLink, EngineRequest]:
+        """Asks the engine to update, and begins with its worker as soon as that has come."""
+        self._progress.phase = "connect"
+        connecting = time.perf_counter()
+        addresses = [(rank.device, rank.handle) for rank in ranks]
+        request = EngineRequest(lambda: self._order.ask_engine(addresses), self.cancel)
+        with self._clock.step("wait for the worker"):
+            link = stack.enter_context(WorkerLink.accept(listener, self._deadline, self.cancel, self._device.identity))
+        self._link = link
+        listener.close()  # nobody else is expected, and a process that is killed leaves no socket behind
+        order = self._order
+        with self._clock.step("worker checks"):
+            link.begin(order.key, order.catalog.name, order.version, plan, memory, order.reload)
+        self._agree("connected")
+        self._clock.lap("connect", connecting)
+        self._progress.phase = "load"
+        return link, request
+
+    def _complete(self, link: WorkerLink, request: EngineRequest) -> dict[str, str | int | float]:
+        """Has the worker finish once all ranks' workers have loaded everything; returns what it tells of itself."""
+        self._agree("loaded")
         self._progress.phase = "finish"
         finishing = time.perf_counter()
         with self._clock.step("worker finishes"):
@@ -179,10 +230,7 @@ class UpdateRun:
             request.join(self._deadline.remaining)
         self._feed.finished()
         self._clock.lap("finish", finishing)
-        where = "host" if staging_device is not self._device else staging_device.torch_device.type
-        rings = "one ring" if layout.shared else "two rings"
-        rings += f", {self._stagings.kept / 1e6:.1f} MB kept" if self._stagings.kept else ""
-        return self._report(plan, f"{layout.nbytes / 1e6:.1f} MB on {where}, {rings}", finished.details)
+        return finished.details
 
     def _stand_by(self) -> UpdateReport:
         """This rank's engine keeps its weights; its host memory must stay as it is until the others have theirs."""
@@ -214,6 +262,7 @@ class UpdateRun:
             self._order.digest,
             self._group.generation_of(self._feed.receivers),
             access,
+            offer=None if self._order.method == "broadcast" else make_offer(self._segments),
             refusal=f"{type(refusal).__name__}: {refusal}" if refusal else "",
         )
         ranks = [
@@ -291,10 +340,12 @@ class UpdateRun:
         except (dist.DistError, RuntimeError):  # the store went with rank 0
             return mine
 
-    def _report(self, plan: BucketPlan, staging: str, details: dict[str, str | int | float]) -> UpdateReport:
+    def _report(
+        self, plan: BucketPlan, staging: str, details: dict[str, str | int | float], method: str = ""
+    ) -> UpdateReport:
         return UpdateReport(
             version=self._order.version,
-            method=self._feed.method,
+            method=method or self._feed.method,
             nbytes=self._order.catalog.nbytes,
             tensors=sum(len(bucket.tensors) for bucket in plan.buckets),
             buckets=len(plan.buckets),

@@ -12,7 +12,7 @@ import torch
 from typing_extensions import Self
 
 from checkpoint_engine.deadline import Cancel, Deadline
-from checkpoint_engine.device import Staging
+from checkpoint_engine.device import Lendable
 from checkpoint_engine.errors import CheckpointEngineError, LinkClosedError, LinkError, WorkerError
 from checkpoint_engine.link.channel import Listener, SenderChannel
 from checkpoint_engine.link.messages import (
@@ -61,7 +61,7 @@ class WorkerLink:
         return cls(channel, device, deadline)
 
     def begin(
-        self, update_id: str, checkpoint: str, version: str, plan: BucketPlan, staging: Staging, reload: ReloadMode
+        self, update_id: str, checkpoint: str, version: str, plan: BucketPlan, memory: Lendable, reload: ReloadMode
     ) -> None:
         """Announces the update, and waits until the worker is ready for it.
 
@@ -79,16 +79,16 @@ class WorkerLink:
             update_id,
             checkpoint,
             version,
-            staging.memory,
+            memory.memory,
             buckets,
             reload,
         )
-        self._channel.send(message, self._deadline, staging.descriptors)
+        self._channel.send(message, self._deadline, memory.descriptors)
         self._expect(Accepted, "accepting the update")
 
-    def load(self, bucket: int, offset: int) -> None:
+    def load(self, bucket: int, offset: int, segment: int = 0) -> None:
         """Tells the worker that a bucket lies at `offset`; does not wait."""
-        self._channel.send(Load(bucket, offset), self._deadline)
+        self._channel.send(Load(bucket, offset, segment), self._deadline)
         self._loading.append((bucket, time.perf_counter()))
 
     def wait_until_done(self, bucket: int) -> None:

@@ -1,0 +1,184 @@
+"""Direct: each engine worker takes its own slices out of host memory; nothing is staged and nothing broadcast.
+
+The ranks of one host lend their segments to the worker of each of them, as file descriptors. Segments of the other
+ranks are opened through the kernel's view of those processes (`/proc/PID/fd`), so no name has to be agreed upon.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from checkpoint_engine.deadline import Cancel
+from checkpoint_engine.device.base import Memory
+from checkpoint_engine.errors import RankError
+from checkpoint_engine.host.segment import Segment
+from checkpoint_engine.link.messages import SharedSegments
+from checkpoint_engine.planning.buckets import BucketPlan
+from checkpoint_engine.transfer.report import Progress, StageClock
+from checkpoint_engine.transfer.worker_link import WorkerLink
+
+Method = Literal["broadcast", "direct", "auto"]
+"""How bytes get from the ranks to the engines' workers; `auto` is direct where that is possible."""
+
+MOST_SEGMENTS = 200
+"""File descriptors that one message may carry, with room to spare (the kernel's limit is 253)."""
+
+_BUCKETS_AHEAD = 8
+"""Buckets that a worker is told of before it has answered; more would only fill the socket."""
+
+
+class LentSegment(msgspec.Struct, frozen=True):
+    """A segment as its owner knows it."""
+
+    descriptor: int
+    inode: int
+    nbytes: int
+
+
+class Offer(msgspec.Struct, frozen=True):
+    """What a rank can lend to the workers of its host."""
+
+    host: str
+    process: int
+    segments: tuple[LentSegment, ...]
+    obstacle: str = ""
+    """What keeps it from lending them."""
+
+
+def make_offer(segments: Sequence[Segment]) -> Offer:
+    """This rank's offer."""
+    in_place = next((segment.file for segment in segments if segment.file is not None), None)
+    obstacle = (
+        f"{in_place} is used where it lies, and whoever truncates it would kill the engine's workers; register it with "
+        "use_inplace_pin_memory=False"
+        if in_place is not None
+        else ""
+    )
+    lent = tuple(LentSegment(segment.fd, os.fstat(segment.fd).st_ino, segment.nbytes) for segment in segments)
+    return Offer(_this_host(), os.getpid(), lent, obstacle)
+
+
+def find_obstacle(offers: Sequence[Offer]) -> str:
+    """What keeps these ranks from a direct update; empty if nothing does. Alike on all ranks."""
+    for rank, offer in enumerate(offers):
+        if offer.obstacle:
+            return f"rank {rank}: {offer.obstacle}"
+        if offer.host != offers[0].host:
+            return f"ranks 0 and {rank} are on different hosts, or in containers that do not see each other's processes"
+    count = sum(len(offer.segments) for offer in offers)
+    return f"{count} segments are more than the {MOST_SEGMENTS} that can be lent" if count > MOST_SEGMENTS else ""
+
+
+class LentSegments:
+    """All segments of all ranks, ready to go over a link; behaves like staging memory."""
+
+    def __init__(self, offers: Sequence[Offer], *, keep: bool) -> None:
+        """Opens them.
+
+        Args:
+            offers: Of all ranks, in their order.
+            keep: Whether the worker may keep them mapped, and registered, after the update.
+
+        Raises:
+            RankError: another rank's memory cannot be opened.
+        """
+        opened: list[int] = []
+        self.descriptors: tuple[int, ...] = ()
+        self._numbers: dict[tuple[int, int], int] = {}
+        try:
+            for rank, offer in enumerate(offers):
+                for index, segment in enumerate(offer.segments):
+                    self._numbers[rank, index] = len(opened)
+                    opened.append(_open(rank, offer, segment))
+        finally:
+            self.descriptors = tuple(opened)
+            if len(self._numbers) > len(opened):
+                self.close()
+        sizes = tuple(segment.nbytes for offer in offers for segment in offer.segments)
+        self.memory: Memory = SharedSegments(sizes, _lease(offers) if keep else "")
+
+    def number(self, rank: int, segment: int) -> int:
+        """Which of the lent segments a rank's own segment is."""
+        return self._numbers[rank, segment]
+
+    def close(self) -> None:
+        """Closes this process's descriptors of them."""
+        for descriptor in self.descriptors:
+            os.close(descriptor)
+        self.descriptors = ()
+
+
+class DirectTransfer:
+    """One rank's part: tells its worker where every bucket lies, and waits until it has taken them."""
+
+    def __init__(
+        self,
+        *,
+        plan: BucketPlan,
+        lent: LentSegments,
+        link: WorkerLink,
+        cancel: Cancel,
+        progress: Progress,
+        clock: StageClock,
+    ) -> None:
+        self._plan = plan
+        self._lent = lent
+        self._link = link
+        self._cancel = cancel
+        self._progress = progress
+        self._clock = clock
+
+    def run(self) -> None:
+        """Returns once the worker has taken everything.
+
+        Raises:
+            CheckpointEngineError: the worker failed, another rank did, or the deadline is over.
+        """
+        for index, bucket in enumerate(self._plan.buckets):
+            self._cancel.check()
+            self._link.wait_until_done(index - _BUCKETS_AHEAD)
+            self._link.load(index, bucket.start, self._lent.number(bucket.owner, bucket.segment))
+            self._note_progress()
+        self._link.wait_until_done(len(self._plan.buckets) - 1)
+        self._note_progress()
+        self._clock.add("load", sum(seconds for _, seconds in self._link.loads.values()))
+
+    def _note_progress(self) -> None:
+        done = self._link.done + 1
+        self._progress.bytes_done += sum(b.nbytes for b in self._plan.buckets[self._progress.buckets_done : done])
+        self._progress.buckets_done = done
+
+
+def _this_host() -> str:
+    """Equal for processes that can see each other's files under /proc."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    return f"{boot}/{Path('/proc/self/ns/pid').stat().st_ino}"
+
+
+def _open(rank: int, offer: Offer, segment: LentSegment) -> int:
+    path = f"/proc/{offer.process}/fd/{segment.descriptor}"
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise RankError(
+            f"cannot open the host memory of rank {rank} (process {offer.process}): {error.strerror}; ranks of a "
+            "direct update run under one user and in one container. --method broadcast does without"
+        ) from error
+    if os.fstat(descriptor).st_ino != segment.inode:
+        os.close(descriptor)
+        raise RankError(f"rank {rank} (process {offer.process}) has given up its host memory meanwhile; gather again")
+    return descriptor
+
+
+def _lease(offers: Sequence[Offer]) -> str:
+    """Names these very segments: an inode number is not given out again while somebody holds the inode."""
+    digest = hashlib.sha256()
+    for offer in offers:
+        digest.update(repr((offer.host, [(segment.inode, segment.nbytes) for segment in offer.segments])).encode())
+    return digest.hexdigest()[:32]

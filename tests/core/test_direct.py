@@ -1,0 +1,218 @@
+"""Direct updates: workers read the ranks' host memory by themselves."""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from cluster import Cluster, assert_no_threads_left, check
+from safetensors.torch import save_file
+
+from checkpoint_engine.device import CpuDevice
+from checkpoint_engine.errors import LinkError, RankError, SettingError, UpdateError
+from checkpoint_engine.host.segment import Segment
+from checkpoint_engine.link.messages import SharedSegments
+from checkpoint_engine.transfer.direct import LentSegments, find_obstacle, make_offer
+
+
+@pytest.fixture(autouse=True)
+def small_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PS_MAX_BUCKET_SIZE_GB", str(16 / (1 << 20)))  # 16 KiB
+
+
+@pytest.fixture(params=[1, 3])
+def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    cluster = Cluster(request.param)
+    yield cluster
+    cluster.close()
+    assert_no_threads_left()
+
+
+@pytest.fixture
+def pair() -> Iterator[Cluster]:
+    cluster = Cluster(2)
+    yield cluster
+    cluster.close()
+    assert_no_threads_left()
+
+
+def noise(seed: int, count: int = 30) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {f"layer.{i}.weight": torch.randn((17 + i, 31), generator=generator).bfloat16() for i in range(count)}
+    odd = {"scalar": torch.tensor(3.5 + seed), "empty": torch.empty(0, 3), "odd": torch.ones(7, dtype=torch.int8)}
+    return tensors | odd
+
+
+def holds(cluster: Cluster, expected: dict[str, torch.Tensor]) -> bool:
+    return all(
+        recorder.loaded.keys() == expected.keys()
+        and all(torch.equal(recorder.loaded[name], tensor) for name, tensor in expected.items())
+        for recorder in cluster.recorders
+    )
+
+
+def mapped_segments() -> int:
+    """Mappings of segments in this process, those of the ranks themselves included."""
+    gc.collect()
+    return sum("checkpoint-engine-segment" in line for line in Path("/proc/self/maps").read_text().splitlines())
+
+
+def open_descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def test_every_worker_takes_every_tensor(cluster: Cluster) -> None:
+    for seed in (1, 2):
+        tensors = noise(seed)
+        cluster.register(f"v{seed}", tensors)
+        check(cluster.update(f"v{seed}", method="direct"))
+        assert holds(cluster, tensors)
+    for server in cluster.servers:
+        report = server.last_report
+        assert report is not None
+        assert report.method == "direct"
+        assert report.staging.startswith("none")
+        assert report.buckets > 1
+        assert "broadcast" not in report.seconds
+
+
+def test_nothing_stays_mapped_and_no_descriptor_open(pair: Cluster) -> None:
+    pair.register("v1", noise(1))
+    check(pair.update("v1", method="direct"))
+    mappings, descriptors = mapped_segments(), open_descriptors()
+    for _ in range(3):
+        check(pair.update("v1", method="direct"))
+    assert mapped_segments() == mappings
+    assert open_descriptors() == descriptors
+
+
+def test_auto_is_direct_where_that_is_possible_and_says_so(pair: Cluster) -> None:
+    pair.register("v1", noise(1))
+    check(pair.update("v1", method="auto"))
+    assert [server.last_report and server.last_report.method for server in pair.servers] == ["direct", "direct"]
+    assert holds(pair, noise(1))
+
+
+def test_a_file_in_place_is_refused_by_name_and_auto_takes_broadcast(pair: Cluster) -> None:
+    directory = Path("/dev/shm") / f"checkpoint-engine-test-{os.getpid()}"
+    directory.mkdir()
+    try:
+        save_file(noise(1), directory / "model.safetensors")
+        pair.servers[0].register_checkpoint("v1", files=[directory / "model.safetensors"])
+        pair.servers[1].register_checkpoint("v1", named_tensors={"other": torch.ones(3)})
+        check(pair.on_all(lambda server: server.gather_metas("v1")))
+        errors = pair.update("v1", method="direct")
+        assert all(isinstance(error, UpdateError) for error in errors)
+        assert "model.safetensors is used where it lies" in str(errors[1])
+        assert "--method broadcast" in str(errors[1])
+        check(pair.update("v1", method="auto"))
+        assert holds(pair, noise(1) | {"other": torch.ones(3)})
+        assert pair.servers[0].last_report is not None
+        assert pair.servers[0].last_report.method == "broadcast"
+    finally:
+        for file in directory.iterdir():
+            file.unlink()
+        directory.rmdir()
+
+
+def test_a_worker_that_fails_ends_the_update_everywhere(pair: Cluster) -> None:
+    pair.register("v1", noise(1))
+    pair.recorders[1].fail_in = "load"
+    errors = pair.update("v1", method="direct")
+    assert all(isinstance(error, UpdateError) for error in errors)
+    assert all("told to fail in load" in str(error) for error in errors)
+    assert pair.recorders[0].finishes == 0
+    pair.recorders[1].fail_in = ""
+    check(pair.update("v1", method="direct"))
+    assert holds(pair, noise(1))
+
+
+def test_methods_take_turns(pair: Cluster) -> None:
+    pair.register("v1", noise(1))
+    for method in ("direct", "broadcast", "direct"):
+        check(pair.update("v1", method=method))  # type: ignore[arg-type]
+        assert holds(pair, noise(1))
+        assert pair.servers[0].last_report is not None
+        assert pair.servers[0].last_report.method == method
+
+
+def test_a_part_of_the_ranks_is_not_updated_directly(pair: Cluster) -> None:
+    pair.register("v1", noise(1))
+    with pytest.raises(SettingError, match="goes to all ranks"):
+        pair.servers[0].update("v1", lambda _: None, ranks=[0], method="direct")
+
+
+def test_mappings_are_kept_where_staging_is_and_go_with_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PS_STAGING", "persistent")
+    cluster = Cluster(2)
+    try:
+        cluster.register("v1", noise(1))
+        before = mapped_segments()
+        check(cluster.update("v1", method="direct"))
+        kept = mapped_segments()
+        assert kept == before + 2 * before, "each worker maps the segments of both ranks"
+        check(cluster.update("v1", method="direct"))
+        assert mapped_segments() == kept
+        assert holds(cluster, noise(1))
+    finally:
+        cluster.close()
+    for _ in range(100):
+        if not mapped_segments():
+            break
+        time.sleep(0.05)
+    assert mapped_segments() == 0
+    assert_no_threads_left()
+
+
+# -- what is lent ---------------------------------------------------------------------------------------------------
+
+
+def test_ranks_on_other_hosts_stand_in_the_way() -> None:
+    here = make_offer([])
+    assert find_obstacle([here, here]) == ""
+    assert "different hosts" in find_obstacle([here, replace_host(here)])
+
+
+def replace_host(offer: object) -> object:
+    return type(offer)("elsewhere", offer.process, offer.segments)  # type: ignore[attr-defined]
+
+
+def test_memory_that_was_given_up_is_not_lent() -> None:
+    segment = Segment.create(4096)
+    offer = make_offer([segment])
+    segment.close()
+    with pytest.raises(RankError, match=r"cannot open the host memory of rank 0|has given up"):
+        LentSegments([offer], keep=False)
+
+
+def test_a_lease_names_the_very_segments() -> None:
+    one, other = Segment.create(4096), Segment.create(4096)
+    lent = [LentSegments([make_offer(segments)], keep=True) for segments in ([one], [other], [one], [one, other])]
+    leases = [each.memory.lease for each in lent]
+    assert leases[0] == leases[2]
+    assert len(set(leases)) == 3
+    for each in lent:
+        each.close()
+    one.close()
+    other.close()
+
+
+def test_what_could_shrink_is_not_mapped(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(bytes(4096))
+    descriptors = (os.open(file, os.O_RDWR), os.memfd_create("x", os.MFD_CLOEXEC))
+    with pytest.raises(LinkError, match="not sealed"):
+        CpuDevice(0).map(SharedSegments((4096, 4096)), descriptors)
+    for descriptor in descriptors:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(descriptor)
+
+
+def test_a_descriptor_too_few() -> None:
+    with pytest.raises(LinkError, match="2 segments were announced, 0 file descriptors"):
+        CpuDevice(0).map(SharedSegments((4096, 4096)), ())
