@@ -115,6 +115,12 @@ def test_a_checkpoint_reaches_an_engine_over_http(
     assert current["running"] is None
     assert current["last"]["version"] == "v-a"
     assert current["last_error"] is None
+    assert current["last"]["trace"] is None
+    for rank, answer in enumerate(update(ranks, "b", rpc(engine), inference_group_ranks=[0, 1], trace=True)):
+        trace = answer.json()["trace"]
+        assert trace["rank"] == rank
+        assert {"copy", "broadcast", "load", "phases"} <= {span["lane"] for span in trace["spans"]}
+    assert [client.delete("/v1/staging").json() for client in ranks.clients.values()] == [{"nbytes": 0}] * 2
 
     listed = ranks.clients[0].get("/v1/checkpoints").json()["checkpoints"]
     tensors = {k: v for f in (checkpoints / "a").glob("*.safetensors") for k, v in load_file(f).items()}
@@ -398,6 +404,7 @@ def test_openapi_teaches(ranks: HttpRanks) -> None:
         ("POST", "/v1/checkpoints/{name}/gather-metas"),
         ("POST", "/v1/checkpoints/{name}/update"),
         ("GET", "/v1/updates/current"),
+        ("DELETE", "/v1/staging"),
         ("POST", "/v1/updates/current/abort"),
         ("GET", "/v1/metas"),
         ("GET", "/v1/metas/catalog"),

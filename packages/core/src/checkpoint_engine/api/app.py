@@ -162,6 +162,11 @@ def _update_routes(service: Service) -> APIRouter:
         """How far the running update of this rank is, and how the last one ended. Answers at any time."""
         return service.updates()
 
+    @router.delete("/staging", summary="Free staging memory", responses=_failures({409: "An update is using it."}))
+    def release_staging() -> bodies.Freed:  # pyright: ignore[reportUnusedFunction]
+        """Frees what this rank and its engine's worker keep of the device between updates (`PS_STAGING=persistent`)."""
+        return service.release_staging()
+
     @router.post(
         "/updates/current/abort",
         summary="Abort",

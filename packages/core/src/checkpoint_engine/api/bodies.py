@@ -119,6 +119,12 @@ class Checkpoints(BaseModel):
     checkpoints: list[Checkpoint]
 
 
+class Freed(BaseModel):
+    """What was given back to the device."""
+
+    nbytes: int
+
+
 class RunningUpdate(BaseModel):
     """How far the update is."""
 

@@ -125,6 +125,10 @@ class Service:
             raise CheckpointStateError("no update is running on this rank")
         return bodies.Named(name=running.name)
 
+    def release_staging(self) -> bodies.Freed:
+        """Frees staging memory that was kept."""
+        return bodies.Freed(nbytes=self._server.release_staging())
+
     def checkpoints(self) -> bodies.Checkpoints:
         """All that this rank holds."""
         names = self._server.checkpoints
