@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from p2p_help import needs_mooncake
 
 from checkpoint_engine.cli.timeline_data import load_timeline
 
@@ -55,3 +56,14 @@ def test_demo_refuses_ranks_that_do_not_match(arguments: tuple[str, ...]) -> Non
     assert "SettingError" in finished.stderr
     assert "multiple" in finished.stderr
     assert "Traceback" not in finished.stderr
+
+
+@needs_mooncake
+def test_demo_lets_an_engine_of_another_size_join() -> None:
+    finished = run_demo("--json", "--method", "p2p", "--updates", "2")
+    assert finished.returncode == 0, finished.stderr
+    report = json.loads(finished.stdout)
+    steps = [(update["version"], update["method"]) for update in report["updates"]]
+    assert steps == [("step-1", "broadcast"), ("step-1", "p2p"), ("step-2", "broadcast"), ("step-2", "p2p")]
+    assert [update["verified_tensors"] for update in report["updates"]] == [92, 46, 92, 46]
+    assert report["updates"][1]["stages"]["fetch"] > 0

@@ -49,6 +49,7 @@ class Method(str, Enum):
     """How the bytes travel."""
 
     BROADCAST = "broadcast"
+    P2P = "p2p"
 
 
 class Pause(str, Enum):

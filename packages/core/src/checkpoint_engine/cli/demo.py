@@ -58,6 +58,9 @@ def demo(
     that starts anew from the files.
 
     With more ranks than workers, several engine instances are updated at once: --ranks 4 -tp 2 feeds two.
+
+    With --method p2p, an engine of another size joins after each update, and takes the version out of the ranks' host
+    memory by way of Mooncake.
     """
     del verbose_
     if ranks % tensor_parallel_size:
@@ -69,7 +72,8 @@ def demo(
         check_can_write(trace)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="checkpoint-engine-demo-") as directory:
-        outcomes = _Demo(Path(directory), ranks, tensor_parallel_size).run(updates, trace)
+        joiner = _other_size(tensor_parallel_size) if method is Method.P2P else 0
+        outcomes = _Demo(Path(directory), ranks, tensor_parallel_size, joiner).run(updates, trace)
     seconds = time.perf_counter() - start
     if json:
         print_json(_as_json(outcomes, method, seconds))
@@ -77,45 +81,78 @@ def demo(
         _show(outcomes, ranks, tensor_parallel_size, seconds)
 
 
+def _other_size(workers: int) -> int:
+    """Tensor-parallel size of the engine that joins, which need not be that of the seeds."""
+    return workers // 2 if workers > 1 and workers % 2 == 0 else 2 * workers
+
+
 class _Demo:
-    def __init__(self, directory: Path, ranks: int, workers: int) -> None:
+    def __init__(self, directory: Path, ranks: int, workers: int, joiner: int) -> None:
         self._directory = directory
         self._ranks, self._workers = ranks, workers
+        self._joiner = joiner
+        """Workers of an engine that takes every version from the ranks' memory; 0 for none."""
 
     def run(self, updates: int, trace: Path | None) -> list[_Outcome]:
         """Starts everything and updates so many times."""
         with ExitStack() as stack:
             log = None if verbose() else stack.enter_context(tempfile.TemporaryFile())
             spec = msgspec.json.encode(self._spec()).decode()
+            sizes = [self._workers] * (self._ranks // self._workers) + [self._joiner] * (self._joiner > 0)
             engines = [
                 stack.enter_context(
-                    ReferenceProcess(spec, self._workers, uds=str(self._directory / f"engine-{index}.sock"), log=log)
+                    ReferenceProcess(spec, size, uds=str(self._directory / f"engine-{index}.sock"), log=log)
                 )
-                for index in range(self._ranks // self._workers)
+                for index, size in enumerate(sizes)
             ]
-            ranks = stack.enter_context(
-                Ranks(
-                    self._ranks,
-                    device="cpu",
-                    verbose=verbose(),
-                    environment={"PS_MAX_BUCKET_SIZE_GB": _BUCKET_GB},
-                )
-            )
-            view = stack.enter_context(UpdateView(notes))
-            directories = self._make_checkpoints(spec, min(updates, 2))
             endpoints = tuple(engine.endpoint for engine in engines)
+            view = stack.enter_context(UpdateView(notes))
+            ranks = stack.enter_context(self._start_ranks(self._ranks))
+            joining = stack.enter_context(self._start_ranks(self._joiner)) if self._joiner else None
+            seeded = endpoints[:-1] if joining else endpoints
+            directories = self._make_checkpoints(spec, min(updates, 2))
             outcomes: list[_Outcome] = []
             for number in range(updates):
                 source = directories[number % len(directories)]
-                job = self._job(source, f"step-{number + 1}", endpoints, trace if number + 1 == updates else None)
-                reports = ranks.run(job, view)
-                outcomes.append(_Outcome(job.version, reports, _verify(endpoints, source)))
+                traced = trace if number + 1 == updates else None
+                job = self._job(source, f"step-{number + 1}", seeded, None if joining else traced)
+                outcomes.append(_Outcome(job.version, ranks.run(job, view), _verify(seeded, source)))
+                if joining is not None:
+                    job = self._joining(job, endpoints[-1], traced)
+                    outcomes.append(_Outcome(job.version, joining.run(job, view), _verify(endpoints[-1:], source)))
             return outcomes
 
+    def _start_ranks(self, count: int) -> Ranks:
+        environment = {"PS_MAX_BUCKET_SIZE_GB": _BUCKET_GB}
+        if self._joiner:
+            environment |= {
+                "CHECKPOINT_ENGINE_P2P": "1",
+                "CHECKPOINT_ENGINE_P2P_HOST": "127.0.0.1",
+                "CHECKPOINT_ENGINE_P2P_TRANSPORT": "tcp",
+            }
+        return Ranks(count, device="cpu", verbose=verbose(), environment=environment)
+
+    def _joining(self, job: Job, endpoint: str, trace: Path | None) -> Job:
+        """What the ranks of the engine that joins do: they have the metas and nothing else."""
+        return msgspec.structs.replace(
+            job,
+            directory="",
+            endpoints=(endpoint,),
+            workers=self._joiner,
+            metas=(str(self._metas),),
+            save_metas=None,
+            trace=str(trace) if trace else None,
+        )
+
+    @property
+    def _metas(self) -> Path:
+        return self._directory / "metas.json"
+
     def _spec(self) -> dict[str, Any]:
-        heads = max(8, self._workers)
+        workers = max(self._workers, self._joiner)
+        heads = max(8, workers)
         sizes = {"hidden": 512, "layers": 4, "heads": heads, "kv_heads": heads, "head_dim": 64}
-        return {**sizes, "intermediate": 128 * self._workers, "vocab": 8003, "experts": 8}
+        return {**sizes, "intermediate": 128 * workers, "vocab": 8003, "experts": 8}
 
     def _make_checkpoints(self, spec: str, count: int) -> list[Path]:
         # Torch is imported here while the ranks and the engine import theirs.
@@ -136,6 +173,7 @@ class _Demo:
             workers=self._workers,
             timeout=_SECONDS,
             wait=_SECONDS,
+            save_metas=str(self._metas) if self._joiner else None,
             trace=str(trace) if trace else None,
         )
 
@@ -158,6 +196,7 @@ def _as_json(outcomes: Sequence[_Outcome], method: Method, seconds: float) -> di
     updates: list[dict[str, Any]] = [
         {
             "version": outcome.version,
+            "method": outcome.reports[0].update.method,
             "bytes": outcome.reports[0].update.nbytes,
             "seconds": slowest(outcome.reports)["total"],
             "verified_tensors": outcome.verified,
@@ -181,15 +220,23 @@ def _show(outcomes: Sequence[_Outcome], ranks: int, workers: int, seconds: float
     engines = "one engine" if instances == 1 else f"{instances} engines"
     rank_words, worker_words = _count(ranks, "rank"), _count(workers, "worker")
     output.print(f"\n[bold]{rank_words} updated {engines} of {worker_words} in place[/], all processes on this CPU\n")
+    joined = next((o for o in outcomes if o.reports[0].update.method == Method.P2P.value), None)
+    if joined:
+        output.print(
+            f"[bold]An engine of {_count(len(joined.reports), 'worker')} joined[/], out of the ranks' host memory: "
+            "neither they nor the first engine take part\n",
+            soft_wrap=True,
+        )
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for column in ("version", "bytes", "time", "GB/s"):
-        table.add_column(column, justify="left" if column == "version" else "right")
+    for column in ("version", "by", "bytes", "time", "GB/s"):
+        table.add_column(column, justify="left" if column in ("version", "by") else "right")
     table.add_column("compared byte by byte with a cold start")
     for outcome in outcomes:
         nbytes, total = outcome.reports[0].update.nbytes, slowest(outcome.reports)["total"]
         rate = f"{nbytes / total / 1e9:.2f}"
         verdict = f"[green]✓[/] {_count(outcome.verified, 'parameter')} equal"
-        table.add_row(outcome.version, size(nbytes), f"{total:.3f} s", rate, verdict)
+        by = outcome.reports[0].update.method
+        table.add_row(outcome.version, by, size(nbytes), f"{total:.3f} s", rate, verdict)
     output.print(table)
     output.print("[bold]The last update, stage by stage[/] (stages overlap)\n")
     print_stages(output, outcomes[-1].reports)

@@ -12,6 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import cast
 
+from checkpoint_engine.catalog import Catalog
 from checkpoint_engine.cli.messages import Done, Job, Progressed
 from checkpoint_engine.deadline import Deadline
 from checkpoint_engine.engine.client import EngineClient, PauseMode, load_client
@@ -108,15 +109,12 @@ class Rank:
         rank, ranks = self._server.rank, self._server.world_size
         check_ranks(ranks, job)
         self._lead = EngineLead(job, rank // job.workers) if rank % job.workers == 0 else None
-        name = Path(job.directory).resolve().name
         ready = _in_background(self._lead.wait_ready) if self._lead else None
         self._wait_for(ready, _QUICK_ANSWER_SECONDS)
-        self._read(name, Path(job.directory))
+        name = self._load_metas(job) if job.metas else self._read(Path(job.directory))
         self._wait_for(ready, None)
-        with self._timed("gather"):
-            self._server.gather_metas(name, timeout=timedelta(seconds=job.wait))
-        if job.save_metas and rank == 0:
-            _save(self._server, name, Path(job.save_metas))
+        if not job.metas:
+            self._gather(job, name)
         self.updating = True
         with self._watched():
             ask = self._lead.ask if self._lead else _ask_nobody
@@ -127,19 +125,40 @@ class Rank:
                 version=job.version,
                 trace=job.trace is not None,
                 reload=job.reload,
+                keep=job.keep,
             )
-        return self._done(job)
+        done = self._done(job)
+        if job.keep:
+            self._gather(job, name)
+        return done
 
     def engine_outcome(self) -> str:
         """After a failed update: what became of the engine that this rank leads, if it leads one."""
         return self._lead.outcome() if self._lead else ""
 
-    def _read(self, name: str, directory: Path) -> None:
+    def _load_metas(self, job: Job) -> str:
+        self._drop_old()
+        catalogs = [Catalog.load(Path(file)) for file in job.metas]
+        self._server.load_catalogs(catalogs)
+        return catalogs[0].name
+
+    def _gather(self, job: Job, name: str) -> None:
+        with self._timed("gather"):
+            self._server.gather_metas(name, timeout=timedelta(seconds=job.wait))
+        if job.save_metas and self._server.rank == 0:
+            _save(self._server, name, Path(job.save_metas))
+
+    def _drop_old(self) -> None:
         for old in self._server.checkpoints:
             self._server.unregister_checkpoint(old)
+
+    def _read(self, directory: Path) -> str:
+        name = directory.resolve().name
+        self._drop_old()
         with self._timed("read"):
             files = split_among_ranks(find_files(directory), self._server.world_size)[self._server.rank]
             self._server.register_checkpoint(name, files=files, use_shared_memory_pool=True)
+        return name
 
     def _wait_for(self, ready: Future[None] | None, seconds: float | None) -> None:
         if ready is None:

@@ -11,6 +11,7 @@ from checkpoint_engine.cli.common import Verbose, print_error
 from checkpoint_engine.cli.demo import demo
 from checkpoint_engine.cli.doctor import doctor
 from checkpoint_engine.cli.inspect import inspect_checkpoint
+from checkpoint_engine.cli.join import join
 from checkpoint_engine.cli.serve import serve
 from checkpoint_engine.cli.timeline import timeline
 from checkpoint_engine.cli.update import update
@@ -35,6 +36,7 @@ def help_of(command: Callable[..., object]) -> str:
 for name, command in {
     "demo": demo,
     "update": update,
+    "join": join,
     "serve": serve,
     "doctor": doctor,
     "inspect": inspect_checkpoint,

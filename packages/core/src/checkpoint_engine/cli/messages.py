@@ -27,6 +27,11 @@ class Job(msgspec.Struct, frozen=True, tag=True):
     reload: ReloadMode = "auto"
     trace: str | None = None
     """File to which the first rank writes what all ranks did when."""
+    metas: tuple[str, ...] = ()
+    """Files with the catalogs of other parameter servers, from whose memory the checkpoint is read; then there is no
+    directory."""
+    keep: bool = False
+    """Whether what is read from there stays in host memory, for others to join."""
     number: int = 0
     """Counts the jobs; reports carry it, so that one of an earlier job is not taken for one of this."""
 

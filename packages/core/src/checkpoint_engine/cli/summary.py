@@ -39,6 +39,7 @@ _STAGES = {
     "read": ("files to host memory", True),
     "gather": ("exchange catalogs", False),
     "connect": ("connect to the engine", False),
+    "fetch": ("other hosts' memory to this one's", True),
     "copy": ("host memory to device", True),
     "broadcast": ("broadcast", True),
     "load": ("load into parameters", True),

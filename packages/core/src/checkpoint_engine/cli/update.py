@@ -1,7 +1,5 @@
 """`checkpoint-engine update`: a checkpoint on disk reaches serving engines."""
 
-import os
-import time
 from pathlib import Path
 from typing import Annotated
 
@@ -15,16 +13,11 @@ from checkpoint_engine.cli.common import (
     Reload,
     Verbose,
     check_can_write,
-    notes,
-    output,
-    print_json,
-    verbose,
 )
-from checkpoint_engine.cli.messages import Done, Job, Logged, Progressed
-from checkpoint_engine.cli.ranks import Ranks
-from checkpoint_engine.cli.summary import UpdateView, print_stages, size, slowest
+from checkpoint_engine.cli.messages import Job
+from checkpoint_engine.cli.running import run_job
 from checkpoint_engine.engine.client import load_client
-from checkpoint_engine.errors import CheckpointFormatError, SettingError, UpdateError
+from checkpoint_engine.errors import CheckpointFormatError, SettingError
 
 _WORK = "What to update"
 _HOW = "How"
@@ -114,6 +107,15 @@ def update(
         float,
         typer.Option(min=0, help="Keep the ranks and their host memory for so many seconds.", rich_help_panel=_AFTER),
     ] = 0.0,
+    share: Annotated[
+        bool,
+        typer.Option(
+            "--share",
+            help="Let replicas that join later read the checkpoint from the ranks' host memory (see join). The ranks "
+            "listen on the network, and whoever reaches them can read it and write to it: trusted networks only.",
+            rich_help_panel=_AFTER,
+        ),
+    ] = False,
     json: Json = False,
     verbose_: Verbose = False,
 ) -> None:
@@ -140,7 +142,9 @@ def update(
         --rdzv-endpoint HOST:29500 --no-python checkpoint-engine \\
         update ./step-100 --engine vllm -tp 16 --endpoint http://HOST:8000
     """
-    del verbose_, method
+    del verbose_
+    if method is Method.P2P:
+        raise SettingError("P2P brings a checkpoint that other ranks hold: use the command join; update reads files")
     needed = tensor_parallel_size * len(endpoint)
     if ranks is not None and ranks != needed:
         raise SettingError(
@@ -168,72 +172,4 @@ def update(
         reload=reload.value,
         trace=str(trace) if trace else None,
     )
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        _run_as_rank(job, device.value, keep_serving, as_json=json)
-    else:
-        _run_with_own_ranks(job, device.value, keep_serving, as_json=json)
-
-
-def _run_with_own_ranks(job: Job, device: str, keep_serving: float, *, as_json: bool) -> None:
-    with Ranks(job.workers * len(job.endpoints), device=device, verbose=verbose()) as ranks:
-        with UpdateView(notes) as view:
-            reports = ranks.run(job, view)
-        _show(job, reports, as_json=as_json)
-        if keep_serving:
-            _say_serving(keep_serving)
-            ranks.wait(keep_serving)
-
-
-def _run_as_rank(job: Job, device: str, keep_serving: float, *, as_json: bool) -> None:
-    from checkpoint_engine.cli.job import Rank  # noqa: PLC0415 - brings torch, which --help does not need
-    from checkpoint_engine.server import ParameterServer  # noqa: PLC0415
-
-    with ParameterServer(device=device) as server:
-        first = server.rank == 0
-        with UpdateView(notes) as view:
-            rank = Rank(server, view if first else _ignore)
-            try:
-                report = rank.run(job)
-            except UpdateError as error:
-                message = "\n".join(filter(None, [str(error), rank.engine_outcome()]))
-                raise UpdateError(message, rank=error.rank, phase=error.phase) from error
-        if first:
-            _show(job, [report], as_json=as_json)
-        if keep_serving:
-            if first:
-                _say_serving(keep_serving)
-            time.sleep(keep_serving)
-
-
-def _show(job: Job, reports: list[Done], *, as_json: bool) -> None:
-    first = reports[0].update
-    seconds = slowest(reports)
-    if as_json:
-        print_json(
-            {
-                "ok": True,
-                "version": job.version,
-                "method": first.method,
-                "bytes": first.nbytes,
-                "tensors": first.tensors,
-                "buckets": first.buckets,
-                "endpoints": list(job.endpoints),
-                "seconds": seconds["total"],
-                "stages": seconds,
-                "engine": [report.update.engine for report in reports],
-            }
-        )
-        return
-    instances = "1 engine serves" if len(job.endpoints) == 1 else f"{len(job.endpoints)} engines serve"
-    output.print(
-        f"[bold green]✓[/] {instances} version [bold]{job.version}[/]: {size(first.nbytes)} in {seconds['total']:.2f} s"
-    )
-    print_stages(output, reports)
-
-
-def _say_serving(seconds: float) -> None:
-    notes.print(f"the ranks keep the checkpoint in host memory for {seconds:g} s; Ctrl-C ends them", style="dim")
-
-
-def _ignore(event: Progressed | Logged) -> None:
-    """Ranks other than the first show nothing."""
+    run_job(job, device.value, keep_serving, share=share, as_json=json)

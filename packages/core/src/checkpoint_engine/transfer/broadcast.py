@@ -20,7 +20,7 @@ from checkpoint_engine.planning.buckets import BucketPlan
 from checkpoint_engine.planning.staging import Place
 from checkpoint_engine.transfer.report import Progress, StageClock
 from checkpoint_engine.transfer.sources import BucketSource
-from checkpoint_engine.transfer.trace import DeviceClock, Span
+from checkpoint_engine.transfer.trace import DeviceClock, Span, covered
 from checkpoint_engine.transfer.worker_link import WorkerLink
 
 
@@ -174,7 +174,7 @@ class BroadcastPipeline:
         self._clock.add("copy", sum(span.seconds() for span in self._copied.values()))
         fetched = self._source.spans()
         if fetched:
-            self._clock.add("fetch", max(span.end for span in fetched) - min(span.begin for span in fetched))
+            self._clock.add("fetch", covered(fetched))
         self._clock.add("broadcast", sum(span.seconds() for span in self._sent.values()))
         self._clock.add("load", sum(seconds for _, seconds in self._link.loads.values()))
         if self._clock.trace is not None and self._device_clock is not None:

@@ -228,18 +228,18 @@ class PeerSource:
     def _fetch(self, index: int, berth: _Berth) -> _Berth:
         """Reads a bucket from the first holder that can give it."""
         bucket = self._plan.plan.buckets[index]
-        failures: dict[str, PeerError] = {}
+        failures: dict[Route, PeerError] = {}
         for _ in range(_ROUNDS):
             for route in self._plan.routes[index]:
                 known = self._known_failure(route)
                 if known is not None:
-                    failures[str(known)] = known
+                    failures.setdefault(route, known)
                     continue
                 begin = time.perf_counter()
                 try:
                     self._read(route, berth)
                 except PeerError as error:
-                    failures[str(error)] = error
+                    failures[route] = error
                     berth = self._replace(berth)
                     self._judge(route)
                     continue
@@ -286,5 +286,5 @@ def _unreadable(bucket: Bucket, failures: Sequence[PeerError]) -> PeerError:
     first, last = bucket.tensors[0].name, bucket.tensors[-1].name
     named = f"tensor {first!r}" if first == last else f"tensors {first!r} to {last!r}"
     kind = PeerMovedError if any(isinstance(error, PeerMovedError) for error in failures) else PeerError
-    nobody = "its only holder" if len(failures) == 1 else f"any of its holders ({len(failures)} failures)"
+    nobody = "its only holder" if len(failures) == 1 else f"any of its {len(failures)} holders"
     return kind(f"{named} ({bucket.nbytes} bytes) cannot be read from {nobody}: {'; '.join(map(str, failures))}")

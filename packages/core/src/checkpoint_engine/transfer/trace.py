@@ -40,6 +40,15 @@ class Span:
     nbytes: int = 0
 
 
+def covered(spans: Sequence[Span]) -> float:
+    """Seconds during which at least one of the spans lasted."""
+    seconds, until = 0.0, float("-inf")
+    for span in sorted(spans, key=lambda span: span.begin):
+        seconds += max(0.0, span.end - max(span.begin, until))
+        until = max(until, span.end)
+    return seconds
+
+
 @dataclass(frozen=True)
 class RankTrace:
     """One rank's part of an update.

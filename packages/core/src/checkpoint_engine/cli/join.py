@@ -1,0 +1,167 @@
+"""`checkpoint-engine join`: new engines take their weights from ranks that hold them already."""
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+
+from checkpoint_engine.cli.common import DeviceKind, Json, Pause, Reload, Verbose
+from checkpoint_engine.cli.messages import Job
+from checkpoint_engine.cli.running import run_job
+from checkpoint_engine.engine.client import load_client
+from checkpoint_engine.errors import AccessRefusedError, SettingError
+from checkpoint_engine.metas import read_metas
+from checkpoint_engine.planning.peers import check_same
+
+_TOKEN_VARIABLE = "CHECKPOINT_ENGINE_TOKEN"  # noqa: S105 - its name, not its value
+_WORK = "What to update"
+_HOW = "How"
+_AFTER = "Afterwards"
+
+
+def join(
+    metas: Annotated[
+        list[str],
+        typer.Option(
+            metavar="FILE|URL",
+            help="Who holds the checkpoint: a file that --save-metas wrote, or http://HOST:PORT of a running parameter "
+            "server. Repeat it for several that hold the same version: they are read side by side, and one takes over "
+            "where another fails.",
+            rich_help_panel=_WORK,
+            show_default=False,
+        ),
+    ],
+    engine: Annotated[
+        str, typer.Option(help="vllm, or any other engine with a plugin.", rich_help_panel=_WORK, show_default=False)
+    ],
+    endpoint: Annotated[
+        list[str],
+        typer.Option(
+            help="http://HOST:PORT or unix:/path/to.sock. Repeat it for several instances that join at once.",
+            rich_help_panel=_WORK,
+            show_default=False,
+        ),
+    ],
+    tensor_parallel_size: Annotated[
+        int,
+        typer.Option(
+            "--tensor-parallel-size",
+            "-tp",
+            min=1,
+            help="Workers of each engine; the seeds' may have had others.",
+            rich_help_panel=_WORK,
+        ),
+    ] = 1,
+    version: Annotated[
+        str | None,
+        typer.Option(
+            help="What the engines shall call the weights; the checkpoint's name if left out.", rich_help_panel=_WORK
+        ),
+    ] = None,
+    token_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="Holds the token of the parameter servers. Without it, CHECKPOINT_ENGINE_TOKEN counts.",
+            rich_help_panel=_HOW,
+            show_default=False,
+        ),
+    ] = None,
+    pause: Annotated[
+        Pause, typer.Option(help="What becomes of requests that run in the engine; see update.", rich_help_panel=_HOW)
+    ] = Pause.KEEP,
+    reset_caches: Annotated[
+        bool,
+        typer.Option(
+            "--reset-caches/--keep-caches",
+            help="Drop what the engine has cached from other weights.",
+            rich_help_panel=_HOW,
+        ),
+    ] = True,
+    device: Annotated[
+        DeviceKind, typer.Option(help="Where the engines' workers run.", rich_help_panel=_HOW)
+    ] = DeviceKind.AUTO,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds for the update.", rich_help_panel=_HOW)] = 600.0,
+    reload: Annotated[
+        Reload, typer.Option(help="How tensors get into the engine; see update.", rich_help_panel=_HOW)
+    ] = Reload.AUTO,
+    wait: Annotated[
+        float, typer.Option(min=1, help="Seconds for an engine that is still starting.", rich_help_panel=_HOW)
+    ] = 600.0,
+    keep_serving: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="Keep what was read in host memory for so many seconds, so that others can join from here.",
+            rich_help_panel=_AFTER,
+        ),
+    ] = 0.0,
+    save_metas: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --keep-serving: write who holds what here to this JSON file.",
+            rich_help_panel=_AFTER,
+            show_default=False,
+        ),
+    ] = None,
+    json: Json = False,
+    verbose_: Verbose = False,
+) -> None:
+    """Bring new engines to the version that others serve, out of the host memory of those that hold it.
+
+    Nothing is read from disk, and neither the GPUs nor the engines of the seeds notice: their host memory is read over
+    RDMA, EFA or TCP. Seeds are ranks that were started with --share (commands update, serve) or CHECKPOINT_ENGINE_P2P=1
+    and still hold the checkpoint. A seed that has moved on to another version is refused.
+
+    \b
+    [dim]# a seed, which keeps its host memory for a day[/]
+    checkpoint-engine update ./step-100 --engine vllm --endpoint http://localhost:8000 \\
+        --share --save-metas /shared/metas.json --keep-serving 86400
+
+    \b
+    [dim]# on another host: a vLLM started with --load-format dummy[/]
+    checkpoint-engine join --metas /shared/metas.json --engine vllm --endpoint http://localhost:8000
+    """
+    del verbose_
+    if save_metas is not None and not keep_serving:
+        raise SettingError("--save-metas tells others where to read: it needs --keep-serving SECONDS")
+    client = load_client(engine)
+    for address in endpoint:
+        client(address)  # a wrong address is told here, before any process starts
+    catalogs = [read_metas(source, token=_token(token_file), timeout=wait) for source in metas]
+    check_same(catalogs)
+    name = version or catalogs[0].name or "joined"
+    catalogs = [msgspec.structs.replace(catalog, name=catalogs[0].name or name) for catalog in catalogs]
+    with tempfile.TemporaryDirectory(prefix="checkpoint-engine-join-") as directory:
+        files = [Path(directory, f"metas-{index}.json") for index in range(len(catalogs))]
+        for file, catalog in zip(files, catalogs, strict=True):
+            catalog.save(file)
+        job = Job(
+            directory="",
+            version=name,
+            engine=engine,
+            endpoints=tuple(endpoint),
+            workers=tensor_parallel_size,
+            pause=pause.value,
+            reset_caches=reset_caches,
+            timeout=timeout,
+            wait=wait,
+            save_metas=str(save_metas) if save_metas else None,
+            reload=reload.value,
+            metas=tuple(map(str, files)),
+            keep=keep_serving > 0,
+        )
+        run_job(job, device.value, keep_serving, share=keep_serving > 0, as_json=json)
+
+
+def _token(file: Path | None) -> str | None:
+    if file is None:
+        return os.environ.get(_TOKEN_VARIABLE)
+    try:
+        if file.stat().st_mode & 0o077:
+            raise AccessRefusedError(f"others can read the token in {file}; run: chmod 600 {file}")
+        return file.read_text().strip()
+    except OSError as error:
+        raise SettingError(f"cannot read the token file {file}: {error.strerror}") from error

@@ -1,0 +1,98 @@
+"""Runs a job and shows its report: what `update` and `join` have in common."""
+
+from __future__ import annotations
+
+import os
+import time
+
+from checkpoint_engine.cli.common import notes, output, print_json, verbose
+from checkpoint_engine.cli.messages import Done, Job, Logged, Progressed
+from checkpoint_engine.cli.ranks import Ranks
+from checkpoint_engine.cli.summary import UpdateView, print_stages, size, slowest
+from checkpoint_engine.errors import UpdateError
+
+
+def run_job(job: Job, device: str, keep_serving: float, *, share: bool, as_json: bool) -> None:
+    """Runs a job on ranks of its own, or as the one rank that torchrun has started.
+
+    Args:
+        job: What to do.
+        device: Where the engines' workers run.
+        keep_serving: Seconds for which the ranks keep their memory afterwards.
+        share: Whether others can read that memory.
+        as_json: Whether the report is printed as JSON.
+
+    Raises:
+        CheckpointEngineError: it could not be done.
+    """
+    if share:
+        os.environ["CHECKPOINT_ENGINE_P2P"] = "1"  # ranks are children of this process, or this process itself
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        _run_as_rank(job, device, keep_serving, as_json=as_json)
+    else:
+        _run_with_own_ranks(job, device, keep_serving, as_json=as_json)
+
+
+def _run_with_own_ranks(job: Job, device: str, keep_serving: float, *, as_json: bool) -> None:
+    with Ranks(job.workers * len(job.endpoints), device=device, verbose=verbose()) as ranks:
+        with UpdateView(notes) as view:
+            reports = ranks.run(job, view)
+        _show(job, reports, as_json=as_json)
+        if keep_serving:
+            _say_serving(keep_serving)
+            ranks.wait(keep_serving)
+
+
+def _run_as_rank(job: Job, device: str, keep_serving: float, *, as_json: bool) -> None:
+    from checkpoint_engine.cli.job import Rank  # noqa: PLC0415 - brings torch, which --help does not need
+    from checkpoint_engine.server import ParameterServer  # noqa: PLC0415
+
+    with ParameterServer(device=device) as server:
+        first = server.rank == 0
+        with UpdateView(notes) as view:
+            rank = Rank(server, view if first else _ignore)
+            try:
+                report = rank.run(job)
+            except UpdateError as error:
+                message = "\n".join(filter(None, [str(error), rank.engine_outcome()]))
+                raise UpdateError(message, rank=error.rank, phase=error.phase) from error
+        if first:
+            _show(job, [report], as_json=as_json)
+        if keep_serving:
+            if first:
+                _say_serving(keep_serving)
+            time.sleep(keep_serving)
+
+
+def _show(job: Job, reports: list[Done], *, as_json: bool) -> None:
+    first = reports[0].update
+    seconds = slowest(reports)
+    if as_json:
+        print_json(
+            {
+                "ok": True,
+                "version": job.version,
+                "method": first.method,
+                "bytes": first.nbytes,
+                "tensors": first.tensors,
+                "buckets": first.buckets,
+                "endpoints": list(job.endpoints),
+                "seconds": seconds["total"],
+                "stages": seconds,
+                "engine": [report.update.engine for report in reports],
+            }
+        )
+        return
+    instances = "1 engine serves" if len(job.endpoints) == 1 else f"{len(job.endpoints)} engines serve"
+    output.print(
+        f"[bold green]✓[/] {instances} version [bold]{job.version}[/]: {size(first.nbytes)} in {seconds['total']:.2f} s"
+    )
+    print_stages(output, reports)
+
+
+def _say_serving(seconds: float) -> None:
+    notes.print(f"the ranks keep the checkpoint in host memory for {seconds:g} s; Ctrl-C ends them", style="dim")
+
+
+def _ignore(event: Progressed | Logged) -> None:
+    """Ranks other than the first show nothing."""
