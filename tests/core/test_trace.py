@@ -84,6 +84,19 @@ def test_nothing_is_traced_unless_asked_for(pair: Cluster) -> None:
     assert pair.on_all(lambda server: server.gather_traces()) == [[], []]
 
 
+def test_a_direct_update_has_nothing_but_loads(pair: Cluster, tmp_path: Path) -> None:
+    traced_update(pair)
+    check(pair.on_all(lambda server: server.update("a", pair.asker(server.rank), trace=True, method="direct")))
+    reports = [server.last_report for server in pair.servers]
+    traces = [report.trace for report in reports if report is not None and report.trace is not None]
+    assert len(traces) == 2
+    for trace in traces:
+        assert {span.lane for span in trace.spans} == {"phases", "load"}
+        assert len([span for span in trace.spans if span.lane == "load"]) == reports[0].buckets  # pyright: ignore[reportOptionalMemberAccess]
+    save_trace(tmp_path / "trace.json", traces)
+    assert load_timeline(tmp_path / "trace.json").limit(None) is None
+
+
 def test_a_worker_with_another_clock_is_placed_by_ours(pair: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     from checkpoint_engine.engine import receiver
 

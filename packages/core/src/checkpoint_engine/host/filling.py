@@ -20,8 +20,12 @@ from checkpoint_engine.host.safetensors_file import SafetensorsFile
 from checkpoint_engine.host.segment import LARGEST_SEGMENT, Segment
 from checkpoint_engine.planning.buckets import align_up
 
-SEGMENT_TARGET = 2 << 30
-"""Bytes. Small enough that segments are pinned side by side while the next one is read, large enough to be few.
+SEGMENT_TARGET = 8 << 30
+"""Bytes of a segment, at most: few enough for a large checkpoint that engines' workers can map them all."""
+
+_SMALLEST_TARGET = 1 << 30
+_SEGMENTS = 8
+"""As many as this for a smaller checkpoint: they are pinned side by side while the next ones are filled.
 
 No bucket spans two segments, so no copy ever straddles two registrations, which drivers refuse.
 """
@@ -97,6 +101,7 @@ def place(tensors: Sequence[TensorEntry], source: SegmentSource) -> Iterator[Pla
     """
     needed = sum(align_up(tensor.nbytes) for tensor in tensors)
     require_host_memory(max(0, needed - source.spare), f"a checkpoint of {len(tensors)} tensors")
+    target = min(SEGMENT_TARGET, max(_SMALLEST_TARGET, needed // _SEGMENTS))
     first = 0
     while first < len(tensors):
         smallest = tensors[first].nbytes
@@ -104,7 +109,7 @@ def place(tensors: Sequence[TensorEntry], source: SegmentSource) -> Iterator[Pla
             raise HostMemoryError(
                 f"tensor {tensors[first].name!r} has {smallest} bytes, the largest segment {LARGEST_SEGMENT}; split it"
             )
-        wanted = _end(_lay_out(tensors, first, max(SEGMENT_TARGET, smallest)))
+        wanted = _end(_lay_out(tensors, first, max(target, smallest)))
         segment = source.take(smallest, wanted)
         placed = _lay_out(tensors, first, segment.nbytes)
         yield Placement(segment, first, placed)

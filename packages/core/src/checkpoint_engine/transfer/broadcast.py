@@ -189,5 +189,4 @@ class BroadcastPipeline:
         for index, sent in self._sent.items():
             if self._communicator is not None:
                 yield span("broadcast", index, clock.at(sent.begin), clock.at(sent.end))
-        for index, (began, seconds) in self._link.loads.items():
-            yield span("load", index, began, began + seconds)
+        yield from self._link.spans(self._plan)

@@ -148,6 +148,8 @@ class DirectTransfer:
         self._link.wait_until_done(len(self._plan.buckets) - 1)
         self._note_progress()
         self._clock.add("load", sum(seconds for _, seconds in self._link.loads.values()))
+        if self._clock.trace is not None:
+            self._clock.trace.spans += self._link.spans(self._plan)
 
     def _note_progress(self) -> None:
         done = self._link.done + 1

@@ -31,6 +31,7 @@ from checkpoint_engine.link.messages import (
     TensorSlice,
 )
 from checkpoint_engine.planning.buckets import BucketPlan
+from checkpoint_engine.transfer.trace import Span
 from checkpoint_engine.version import __version__
 
 _GOODBYE_SECONDS = 10.0
@@ -105,6 +106,13 @@ class WorkerLink:
         """Takes in answers that are there already."""
         while self._loading and self._channel.ready():
             self._take_loaded()
+
+    def spans(self, plan: BucketPlan) -> list[Span]:
+        """When the worker loaded each bucket."""
+        return [
+            Span("load", f"bucket {index}", began, began + seconds, index, plan.buckets[index].nbytes)
+            for index, (began, seconds) in self.loads.items()
+        ]
 
     def finish(self) -> Finished:
         """Completes the update in the worker.
