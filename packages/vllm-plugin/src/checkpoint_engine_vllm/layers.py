@@ -61,6 +61,8 @@ class Layers:
         Layers in `lent` are filled with another model.
         """
         self.plan = plan
+        self.device = next(model.parameters()).device
+        """Where the model lies."""
         self.layers: dict[str, Layer] = {}
         modules = compat.modules_by_name(model)
         for target in plan.reload.targets:

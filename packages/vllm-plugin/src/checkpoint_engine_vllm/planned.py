@@ -51,7 +51,7 @@ class PlannedReload:
         self._replay = replay
         self._lent = lent
         self._layerwise = compat.layerwise()
-        self._proof = Proof(layers.plan.reload) if checked else None
+        self._proof = Proof(layers.plan.reload, layers.device) if checked else None
         self._planned = {target for layer in layers if layer.way is not Way.LOADER for target in layer.targets}
         self._rebuilt = layers.tensors_of(Way.REBUILT)
         self._direct = layers.tensors_of(Way.DIRECT)

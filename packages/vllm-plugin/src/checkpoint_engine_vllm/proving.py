@@ -23,7 +23,7 @@ class ProvingReload:
     def __init__(self, reload: Reload, layers: Layers) -> None:
         self._reload = reload
         self._layers = layers
-        self._proof = Proof(layers.plan.reload)
+        self._proof = Proof(layers.plan.reload, layers.device)
         self._checksums = Checksums()
         self._planned = {id(layer.module): layer for layer in layers if layer.way is not Way.LOADER}
         self._targets = {target for layer in self._planned.values() for target in layer.targets}

@@ -112,7 +112,7 @@ class CudaStaging:
                 f"cannot allocate {nbytes} bytes of staging on {device}: {free} of {total} bytes are free "
                 f"({_describe(runtime, error)})"
             )
-        handle = _check(runtime, runtime.cudaIpcGetMemHandle(self._pointer), "making the GPU memory shareable")
+        handle = check(runtime, runtime.cudaIpcGetMemHandle(self._pointer), "making the GPU memory shareable")
         self.memory: Memory = CudaMemory(nbytes, ctypes.string_at(handle.getPtr(), _HANDLE_BYTES))
         self.descriptors: tuple[int, ...] = ()
         self.tensor = _as_tensor(self._pointer, nbytes, device)
@@ -122,7 +122,7 @@ class CudaStaging:
         if self._pointer:
             pointer, self._pointer = self._pointer, 0
             self.tensor = torch.empty(0, dtype=torch.uint8)
-            _check(self._runtime, self._runtime.cudaFree(pointer), "freeing the staging memory")
+            check(self._runtime, self._runtime.cudaFree(pointer), "freeing the staging memory")
 
 
 class CudaMapped:
@@ -147,7 +147,7 @@ class CudaMapped:
         if self._pointer:
             pointer, self._pointer = self._pointer, 0
             self.tensor = torch.empty(0, dtype=torch.uint8)
-            _check(self._runtime, self._runtime.cudaIpcCloseMemHandle(pointer), "unmapping the staging memory")
+            check(self._runtime, self._runtime.cudaIpcCloseMemHandle(pointer), "unmapping the staging memory")
 
 
 class CudaPinned:
@@ -171,7 +171,7 @@ class CudaPinned:
         """Unregisters it."""
         if self._pointer:
             pointer, self._pointer = self._pointer, 0
-            _check(self._runtime, self._runtime.cudaHostUnregister(pointer), "unpinning host memory")
+            check(self._runtime, self._runtime.cudaHostUnregister(pointer), "unpinning host memory")
 
 
 class CudaEvent:
@@ -203,7 +203,7 @@ class CudaStream:
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Queues one plain memory copy; torch's own `copy_` would check and record far more than is needed."""
-        _check(
+        check(
             self._runtime,
             self._runtime.cudaMemcpyAsync(
                 target.data_ptr(),
@@ -256,7 +256,12 @@ def _as_tensor(pointer: int, nbytes: int, device: torch.device) -> torch.Tensor:
     return torch.as_tensor(_DeviceArray(int(pointer), nbytes), device=device)
 
 
-def _check(runtime: Any, result: tuple[Any, ...], doing: str) -> Any:
+def check(runtime: Any, result: tuple[Any, ...], doing: str) -> Any:
+    """What a call of the runtime returned besides its error.
+
+    Raises:
+        DeviceError: it failed while `doing` something.
+    """
     error = result[0]
     if error != runtime.cudaError_t.cudaSuccess:
         raise CheckpointEngineError(f"CUDA failed while {doing}: {_describe(runtime, error)}")

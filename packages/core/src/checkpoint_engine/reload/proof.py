@@ -51,7 +51,9 @@ class Checksums:
 class Proof:
     """What pieces should hold, taken from the tensors as they come, against what the targets do hold."""
 
-    def __init__(self, plan: ReloadPlan) -> None:
+    def __init__(self, plan: ReloadPlan, device: torch.device) -> None:
+        """Makes an empty one; `device` is where the targets lie, and where the sums are taken."""
+        self._device = device
         self._plan = plan
         self._checksums = Checksums()
         self._pieces: dict[str, list[Piece]] = {}
@@ -65,10 +67,12 @@ class Proof:
         """Takes the checksums of what these tensors bring to `targets`."""
         wanted = set(targets)
         for name, tensor in tensors:
-            for piece in self._plan.pieces.get(name, ()):
-                if piece.target in wanted:
-                    part = view_of(tensor, piece.region, piece.source_dtype).to(piece.target_dtype)
-                    self._expected[piece] = self._checksums.of(part)
+            pieces = [piece for piece in self._plan.pieces.get(name, ()) if piece.target in wanted]
+            if pieces and tensor.device != self._device:
+                tensor = tensor.to(self._device)  # noqa: PLW2901 - the same tensor elsewhere
+            for piece in pieces:
+                part = view_of(tensor, piece.region, piece.source_dtype).to(piece.target_dtype)
+                self._expected[piece] = self._checksums.of(part)
 
     def find(self, target: str, memory: torch.Tensor) -> None:
         """Takes the checksums of what a target holds; the last call counts."""

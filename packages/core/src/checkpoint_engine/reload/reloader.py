@@ -78,7 +78,7 @@ class Reloader:
                 f"reload by plan was asked for and does not reach {name!r} ({reason}); use --reload auto"
             )
         self._by_plan = self._trust > Trust.RECORDED
-        self._proof = Proof(plan) if self._trust < Trust.CHECKED else None
+        self._proof = Proof(plan, next(iter(self._parameters.values())).device) if self._trust < Trust.CHECKED else None
 
     def load(self, tensors: Tensors) -> None:
         """Loads a bucket."""

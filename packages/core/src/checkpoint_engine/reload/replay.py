@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 
+from checkpoint_engine.device.host_copies import copy_from_host
 from checkpoint_engine.reload.plan import Fill, Piece, ReloadPlan
 from checkpoint_engine.reload.regions import Region, contiguous
 
@@ -73,7 +74,7 @@ class Replay:
                     targets.append(target)
                     sources.append(source)
                 else:
-                    target.copy_(source)
+                    _copy(target, source)
         for targets, sources in batches.values():
             _copy_all(targets, sources)
 
@@ -96,7 +97,22 @@ def view_of(memory: torch.Tensor, region: Region, dtype: torch.dtype) -> torch.T
 
 def _copy_all(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
     """Many copies in one launch; torch has no public name for it, and its optimisers rely on this one."""
+    if _comes_from_host(targets[0], sources[0]):
+        for target, source in zip(targets, sources, strict=True):
+            target.copy_(source, non_blocking=True)
+        return
     cast("Any", torch)._foreach_copy_(targets, sources)
+
+
+def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
+    if _comes_from_host(target, source):
+        copy_from_host(target, source)
+    else:
+        target.copy_(source)
+
+
+def _comes_from_host(target: torch.Tensor, source: torch.Tensor) -> bool:
+    return source.device.type == "cpu" and target.device.type != "cpu"
 
 
 def _make_step(piece: Piece, target: torch.Tensor | None) -> _Step:
