@@ -163,6 +163,27 @@ def test_a_killed_rank_leaves_nothing_mapped(worker: Worker) -> None:
         rank.close()
 
 
+@pytest.mark.parametrize("pool", [True, False])
+def test_lent_memory_goes_with_its_checkpoint_unless_that_is_pooled(
+    server: ParameterServer, worker: Worker, pool: bool
+) -> None:
+    seen: list[set[str]] = []
+    for name in ("a", "b"):
+        content = tensors()
+        server.register_checkpoint(name, named_tensors=content, use_shared_memory_pool=pool)
+        server.gather_metas(name)
+        loaded: list[dict[str, str]] = []
+        server.update(name, lambda handles, to=loaded: to.append(worker(handles[0][1])), method="direct")
+        assert loaded == [digests(content)]
+        seen.append(worker.segments())
+        assert len(seen[-1]) == 1
+        server.unregister_checkpoint(name)
+        assert worker.segments() == (seen[-1] if pool else set())
+    assert (seen[0] == seen[1]) == pool
+    assert server.release_staging() == 0
+    assert not worker.segments()
+
+
 # -- two ranks, as threads: what depends on sizes and failures ------------------------------------------------------
 
 

@@ -47,6 +47,10 @@ class _Process:
         """Staging memory that it has mapped, as inode numbers."""
         return stagings_of(self.pid)
 
+    def segments(self) -> set[str]:
+        """Host memory of checkpoints that it has mapped, likewise."""
+        return mapped_by(self.pid, "checkpoint-engine-segment")
+
     def is_stopped(self) -> bool:
         """Whether all its threads have followed a SIGSTOP."""
         states = [
@@ -102,8 +106,13 @@ class Rank(_Process):
 
 def stagings_of(pid: int) -> set[str]:
     """Staging memory that a process has mapped, as inode numbers, which the kernel does not soon use twice."""
+    return mapped_by(pid, "checkpoint-engine-staging")
+
+
+def mapped_by(pid: int, name: str) -> set[str]:
+    """Anonymous files of that name that a process has mapped, as inode numbers."""
     lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
-    return {line.split()[4] for line in lines if "memfd:checkpoint-engine-staging" in line}
+    return {line.split()[4] for line in lines if f"memfd:{name}" in line}
 
 
 def _work(pipe: Connection, rank: int) -> None:

@@ -175,8 +175,15 @@ class ParameterServer:
         Raises:
             CheckpointStateError: no such checkpoint, or an update is using it.
         """
+        stays = self._store.get(name).pooled and not force
         self._store.unregister(name, force=force, farewell=lambda: self._sharing.withdraw(name))
         self._gathered.pop(name, None)
+        if not stays and self._busy.acquire(blocking=False):  # else the update that runs now has lent what it needs
+            try:
+                with self._device.active():
+                    self._stagings.take_back()
+            finally:
+                self._busy.release()
 
     def get_metas(self) -> dict[int, MemoryBufferMetaList]:
         """What all ranks hold of the checkpoint gathered last, by rank, in the form that existing callers know."""

@@ -86,6 +86,11 @@ class StagingKeeper:
             self._allocated = self._allocate(device, nbytes)
         return self._allocated.staging
 
+    def take_back(self) -> None:
+        """Makes the worker unmap lent memory, which would otherwise outlive the checkpoint that lay in it."""
+        if self._lent is not None:
+            self.release()
+
     def leave_with_worker(self, channel: SenderChannel) -> None:
         """After an update: the worker keeps its mapping until this side of the channel ends."""
         if self._keep:
