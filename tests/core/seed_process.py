@@ -56,7 +56,7 @@ def main() -> None:
     segment.touch(0, segment.nbytes)
     lease = store.share("a", [segment])
     peer = Peer("rank 0 of seed", store.address, store.transport, lease.control_address, lease.generation)
-    print(msgspec.json.encode(Told(peer, segment.address)).decode(), flush=True)
+    print(msgspec.json.encode(Told(peer, lease.segments[0])).decode(), flush=True)
     sys.stdin.read()
 
 

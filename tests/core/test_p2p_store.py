@@ -77,8 +77,14 @@ def peer_of(store: P2PStore, name: str, segment: Segment) -> Peer:
     return Peer("rank 0 there", store.address, store.transport, lease.control_address, lease.generation)
 
 
+def address_of(source: Segment) -> int:
+    """Where others read it."""
+    assert source.shared is not None
+    return source.shared.address  # type: ignore[attr-defined]
+
+
 def whole(source: Segment, target: Segment) -> list[ByteRange]:
-    return [ByteRange(source.address, target.address, NBYTES)]
+    return [ByteRange(address_of(source), target.address, NBYTES)]
 
 
 def no_check() -> None:
@@ -96,7 +102,7 @@ def test_bytes_come_over_whatever_their_ranges(
     target.tensor.zero_()
     step = NBYTES // (3 * MOST_RANGES)
     odd = range(1, NBYTES - step, 2 * step)
-    here.read(peer, [ByteRange(source.address + o, target.address + o, step) for o in odd], no_check)
+    here.read(peer, [ByteRange(address_of(source) + o, target.address + o, step) for o in odd], no_check)
     for start in odd:
         assert torch.equal(source.tensor[start : start + step], target.tensor[start : start + step])
     assert target.tensor[0] == 0
@@ -137,12 +143,24 @@ def test_memory_that_is_not_shared_cannot_be_read(
 ) -> None:
     peer = peer_of(there, "a", source)
     here.register(target)
-    beyond = ByteRange(source.address + NBYTES - 4096, target.address, 8192)
+    beyond = ByteRange(address_of(source) + NBYTES - 4096, target.address, 8192)
     with pytest.raises(PeerError, match=r"8192 bytes.*does not hand these bytes over"):
         here.read(peer, [beyond], no_check)
     source.close()
     with pytest.raises(PeerError, match="does not hand"):
         here.read(peer, [ByteRange(beyond.source, target.address, 4096)], no_check)
+
+
+@needs_mooncake
+def test_nobody_can_write_to_what_is_shared(here: P2PStore, there: P2PStore, source: Segment, target: Segment) -> None:
+    """Mooncake itself would let anybody who reaches the port."""
+    peer = peer_of(there, "a", source)
+    before = source.tensor.clone()
+    here.register(target)
+    for victim in (address_of(source), peer.control_address):
+        assert here._engine._engine.batch_transfer_sync_write(peer.address, [target.address], [victim], [8]) != 0
+    here.read(peer, whole(source, target), no_check)
+    assert torch.equal(source.tensor, before)
 
 
 @needs_mooncake
@@ -192,6 +210,7 @@ def test_a_segment_that_closes_is_registered_no_longer(here: P2PStore, there: P2
         segment = Segment.create(1 << 20)
         peer = peer_of(there, "a", segment)
         shared = segment.shared
+        there.share("a", [segment])
         there.register(segment)
         assert segment.shared is shared
         there.withdraw("a")

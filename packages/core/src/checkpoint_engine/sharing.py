@@ -5,6 +5,8 @@ from __future__ import annotations
 import socket
 import threading
 
+import msgspec
+
 from checkpoint_engine.catalog import Holding
 from checkpoint_engine.device import Device
 from checkpoint_engine.device_utils import get_ip
@@ -65,11 +67,15 @@ class Sharing:
             return Holding(self._rank, socket.gethostname(), self._device.identity, entries)
         store = self.store()
         lease = store.share(registered.name, registered.segments) if registered else None
+        published = tuple(
+            msgspec.structs.replace(entry, address=address)
+            for entry, address in zip(entries, lease.segments if lease else (), strict=True)
+        )
         return Holding(
             self._rank,
             socket.gethostname(),
             self._device.identity,
-            entries,
+            published,
             p2p_address=store.address,
             rdma_device=store.nic,
             transport=store.transport,

@@ -95,6 +95,16 @@ def serve(
             show_default="anywhere with --uds, nowhere with --port",
         ),
     ] = None,
+    share: Annotated[
+        bool,
+        typer.Option(
+            "--share",
+            help="Let replicas that join later read gathered checkpoints from the ranks' host memory (see join). The "
+            "ranks listen on further ports, and whoever reaches those can read and write the memory: trusted networks "
+            "only.",
+            rich_help_panel=_ALLOWED,
+        ),
+    ] = False,
     device: Annotated[DeviceKind, typer.Option(help="Where the engines' workers run.")] = DeviceKind.AUTO,
     verbose_: Verbose = False,
 ) -> None:
@@ -117,6 +127,8 @@ def serve(
     _check_extra()
     if uds is not None and port is not None:
         raise SettingError("--uds and --port exclude each other")
+    if share:
+        os.environ["CHECKPOINT_ENGINE_P2P"] = "1"  # for this process, if it is the rank, and for children
     missing = [str(root) for root in allow_root if not root.is_dir()]
     if missing:
         raise SettingError(f"--allow-root {missing[0]} is not a directory")

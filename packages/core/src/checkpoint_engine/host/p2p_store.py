@@ -13,13 +13,13 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 
 from checkpoint_engine.errors import CheckpointStateError, HostMemoryError, PeerError, PeerMovedError
 from checkpoint_engine.host.mooncake import MooncakeEngine
-from checkpoint_engine.host.segment import Segment
+from checkpoint_engine.host.segment import ReadOnlyView, Segment
 
 MOST_BYTES = 64 << 20
 MOST_RANGES = 128
@@ -55,10 +55,11 @@ class ByteRange(msgspec.Struct, frozen=True):
 
 
 class Lease(msgspec.Struct, frozen=True):
-    """Where a shared checkpoint's generation stands in memory."""
+    """Where a shared checkpoint's generation stands in memory, and at which addresses its segments are read."""
 
     control_address: int
     generation: int
+    segments: tuple[int, ...]
 
 
 class P2PStore:
@@ -77,8 +78,10 @@ class P2PStore:
         self.nic = ",".join(devices)
         self._lock = threading.Lock()
         self._leases: dict[str, tuple[int, Lease]] = {}
-        self._control = self._own_page()
-        self._scratch = self._own_page()
+        self._control = _page()
+        self._control_address = self._publish(self._control)
+        self._scratch = _page()
+        self.register(self._scratch)
         _kept.append(self._scratch)
         self._free_leases = list(range(_SLOTS))
         self._free_scratch: queue.SimpleQueue[int] = queue.SimpleQueue()
@@ -97,26 +100,16 @@ class P2PStore:
 
     # -- what others read -------------------------------------------------------------------------------------------
 
-    def register(self, segment: Segment) -> None:
-        """Makes a segment known to the network card, once; it is unknown again when it closes.
-
-        Raises:
-            HostMemoryError: the card cannot register it.
-        """
-        with self._lock:
-            if segment.shared is None and segment.nbytes:
-                self._engine.register(segment.address, segment.nbytes)
-                segment.shared = _Registration(self._engine, segment.address)
-
-    def share(self, name: str, segments: Iterable[Segment]) -> Lease:
+    def share(self, name: str, segments: Sequence[Segment]) -> Lease:
         """Lets others read a checkpoint until `withdraw`; a second call changes nothing.
+
+        Over TCP nobody can write: a mapping that the kernel keeps from being written is all that the engine knows.
 
         Raises:
             HostMemoryError: the network card cannot register it.
             CheckpointStateError: too many checkpoints are shared.
         """
-        for segment in segments:
-            self.register(segment)
+        addresses = tuple(self._publish(segment) for segment in segments)
         with self._lock:
             if name not in self._leases:
                 if not self._free_leases:
@@ -124,7 +117,8 @@ class P2PStore:
                 slot = self._free_leases.pop()
                 generation = secrets.randbits(63) | 1
                 _SLOT.pack_into(self._control.buffer(0, self._control.nbytes), slot * _SLOT.size, generation)
-                self._leases[name] = slot, Lease(self._control.address + slot * _SLOT.size, generation)
+                control_address = self._control_address + slot * _SLOT.size
+                self._leases[name] = slot, Lease(control_address, generation, addresses)
             return self._leases[name][1]
 
     def withdraw(self, name: str) -> None:
@@ -136,6 +130,17 @@ class P2PStore:
                 self._free_leases.append(slot)
 
     # -- what we read -----------------------------------------------------------------------------------------------
+
+    def register(self, segment: Segment) -> None:
+        """Lets reads land in a segment; it is forgotten when it closes.
+
+        Raises:
+            HostMemoryError: the card cannot register it.
+        """
+        with self._lock:
+            if segment.shared is None and segment.nbytes:
+                self._engine.register(segment.address, segment.nbytes)
+                segment.shared = _Registration(self._engine, segment.address)
 
     def read(self, peer: Peer, ranges: Sequence[ByteRange], check: Callable[[], None]) -> None:
         """Reads ranges of a peer's memory; returns once all have come and the peer still holds what it held.
@@ -232,15 +237,29 @@ class P2PStore:
             f"{self._patience:g} s"
         )
 
-    def _own_page(self) -> Segment:
-        page = Segment.create(_SLOTS * _SLOT.size)
-        page.touch(0, page.nbytes)
-        try:
-            self.register(page)
-        except HostMemoryError:
-            page.close()
-            raise
-        return page
+    def _publish(self, segment: Segment) -> int:
+        """Lets others read a segment; returns the address at which they do."""
+        with self._lock:
+            shared = segment.shared
+            if not segment.nbytes:
+                return 0
+            if self.transport != "tcp" or isinstance(shared, _Publication):
+                address = shared.address if isinstance(shared, _Publication) else segment.address
+                if shared is None:
+                    self._engine.register(address, segment.nbytes)
+                    segment.shared = _Registration(self._engine, address)
+                return address
+            if shared is not None:
+                shared.close()
+            segment.shared = None
+            view = ReadOnlyView(segment)
+            try:
+                self._engine.register(view.address, segment.nbytes)
+            except HostMemoryError:
+                view.close()
+                raise
+            segment.shared = _Publication(self._engine, view)
+            return view.address
 
 
 class _Registration:
@@ -248,11 +267,29 @@ class _Registration:
 
     def __init__(self, engine: MooncakeEngine, address: int) -> None:
         self._engine = engine
-        self._address = address
+        self.address = address
 
     def close(self) -> None:
         with contextlib.suppress(RuntimeError):  # an engine that goes away forgets it by itself
-            self._engine.unregister(self._address)
+            self._engine.unregister(self.address)
+
+
+class _Publication(_Registration):
+    """The registration of a mapping that cannot be written through."""
+
+    def __init__(self, engine: MooncakeEngine, view: ReadOnlyView) -> None:
+        super().__init__(engine, view.address)
+        self._view = view
+
+    def close(self) -> None:
+        super().close()
+        self._view.close()
+
+
+def _page() -> Segment:
+    page = Segment.create(_SLOTS * _SLOT.size)
+    page.touch(0, page.nbytes)
+    return page
 
 
 def _batches(ranges: Sequence[ByteRange]) -> Iterator[list[ByteRange]]:

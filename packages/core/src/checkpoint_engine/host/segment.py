@@ -25,6 +25,10 @@ _PAGE = mmap.PAGESIZE
 _libc = ctypes.CDLL(None, use_errno=True)  # unlike mmap.madvise, a foreign call lets other threads run
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _libc.madvise.restype = ctypes.c_int
+_libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_MAP_FAILED = ctypes.c_void_p(-1).value
 
 
 class Segment:
@@ -48,7 +52,7 @@ class Segment:
         self.address = self.tensor.data_ptr() if nbytes else 0
         self.pinned: Pinned | None = None
         self.shared: Pinned | None = None
-        """Its registration with a transport by which others read it."""
+        """Its registration with a transport that reads other hosts' memory into it, or by which they read it."""
         self._touched = file is not None
 
     @classmethod
@@ -167,6 +171,28 @@ class Segment:
     def _prefer_huge_pages(self) -> None:
         # Touching and pinning are several times faster where the administrator allows it for shared memory.
         _libc.madvise(self.address, self.nbytes, mmap.MADV_HUGEPAGE)
+
+
+class ReadOnlyView:
+    """A second mapping of a segment that nobody can write through, at an address of its own."""
+
+    def __init__(self, segment: Segment) -> None:
+        """Maps it.
+
+        Raises:
+            HostMemoryError: the kernel refuses.
+        """
+        self._nbytes = segment.nbytes
+        address = _libc.mmap(None, segment.nbytes, mmap.PROT_READ, mmap.MAP_SHARED, segment.fd, segment.file_start)
+        if address in (None, _MAP_FAILED):
+            raise HostMemoryError(f"cannot map {segment.nbytes} bytes once more: {os.strerror(ctypes.get_errno())}")
+        self.address: int = address
+
+    def close(self) -> None:
+        """Unmaps it."""
+        if self.address:
+            _libc.munmap(self.address, self._nbytes)
+            self.address = 0
 
 
 def _pages(path: Path, size: int, start: int, end: int) -> tuple[int, int]:
