@@ -1,0 +1,205 @@
+"""`checkpoint-engine join` as people run it, and the metas that it reads."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from http_ranks import HttpRanks
+from p2p_help import needs_mooncake
+
+from checkpoint_engine.catalog import Catalog, Holding, SegmentEntry, TensorEntry
+from checkpoint_engine.cli.main import main
+from checkpoint_engine.deadline import Deadline
+from checkpoint_engine.engine.client import ReferenceClient
+from checkpoint_engine.engine.reference import ModelSpec, make_checkpoint
+from checkpoint_engine.engine.reference_process import ReferenceProcess
+from checkpoint_engine.errors import AccessRefusedError, CheckpointFormatError, PeerError, SettingError
+from checkpoint_engine.metas import read_metas
+
+SPEC = ModelSpec(experts=2)
+TOKEN = "a-token-of-sixteen-or-more"
+ENVIRONMENT = {
+    "PS_MAX_BUCKET_SIZE_GB": str(64 / (1 << 20)),
+    "CHECKPOINT_ENGINE_P2P_HOST": "127.0.0.1",
+    "CHECKPOINT_ENGINE_P2P_TRANSPORT": "tcp",
+    "CHECKPOINT_ENGINE_TOKEN": TOKEN,
+}
+HOLDING = Holding(0, "h", "cpu:0", (SegmentEntry(4096, (TensorEntry("a", "int8", (9,), 0),), 1 << 40),))
+CATALOG = Catalog("step-1", (HOLDING,))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoints") / "step-1", SPEC, 1, shards=2)
+
+
+@pytest.fixture
+def joining() -> Iterator[ReferenceProcess]:
+    with ReferenceProcess(SPEC.to_json(), 1) as process:
+        yield process
+
+
+def run_join(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "checkpoint_engine", "join", "--engine", "reference", "--device", "cpu", "--json"]
+    return subprocess.run(
+        [*command, *arguments], capture_output=True, text=True, timeout=100, check=False, env=os.environ | ENVIRONMENT
+    )
+
+
+def assert_holds(engine: ReferenceProcess, directory: Path) -> None:
+    for result in ReferenceClient(engine.endpoint).collective_rpc("verify", Deadline(20), [str(directory)]):
+        assert result["ok"], result
+
+
+@contextlib.contextmanager
+def running(*arguments: str) -> Iterator[dict[str, Any]]:
+    """A command that keeps its ranks; gives its report."""
+    command = [sys.executable, "-m", "checkpoint_engine", *arguments, "--engine", "reference", "--device", "cpu"]
+    process = subprocess.Popen(
+        [*command, "--json", "--keep-serving", "300"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=os.environ | ENVIRONMENT,
+    )
+    try:
+        assert process.stdout is not None
+        yield json.loads(process.stdout.readline())
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=20)
+
+
+@needs_mooncake
+def test_a_joiner_is_the_seed_of_the_next(joining: ReferenceProcess, checkpoint: Path, tmp_path: Path) -> None:
+    """Files reach the first engine; the second takes them from its ranks; the third from those of the second."""
+    with ReferenceProcess(SPEC.to_json(), 2) as first, ReferenceProcess(SPEC.to_json(), 2) as second:
+        one, two = tmp_path / "1.json", tmp_path / "2.json"
+        with contextlib.ExitStack() as seeds:
+            sharing = ["-tp", "2", "--endpoint", first.endpoint, "--share", "--save-metas", str(one)]
+            report = seeds.enter_context(running("update", str(checkpoint), *sharing))
+            assert report["method"] == "broadcast"
+            joined = ["-tp", "2", "--endpoint", second.endpoint, "--save-metas", str(two)]
+            with running("join", "--metas", str(one), *joined) as report:
+                assert report["method"] == "p2p"
+                assert report["version"] == "step-1"
+                seeds.close()
+                assert_holds(second, checkpoint)
+                lost = run_join("--metas", str(one), "--endpoint", joining.endpoint)
+                assert lost.returncode == 1
+                assert "nobody listens there" in lost.stderr
+                finished = run_join("--metas", str(one), "--metas", str(two), "--endpoint", joining.endpoint)
+                assert finished.returncode == 0, finished.stderr
+                assert_holds(joining, checkpoint)
+
+
+@needs_mooncake
+def test_joins_over_http_and_is_refused_once_the_seed_has_moved_on(
+    joining: ReferenceProcess, checkpoint: Path, tmp_path: Path
+) -> None:
+    arguments = ["--allow-root", str(checkpoint), "--port", "0", "--share"]
+    with HttpRanks(arguments, 1, ENVIRONMENT) as seed:
+        client = seed.clients[0]
+        client.headers["Authorization"] = f"Bearer {TOKEN}"
+        files = [str(file) for file in sorted(checkpoint.glob("*.safetensors"))]
+        assert client.get("/v1/metas/catalog").status_code == 409
+        assert client.post("/v1/checkpoints/step-1/files", json={"files": files}).status_code == 200
+        assert client.post("/v1/checkpoints/step-1/gather-metas").status_code == 200
+        with pytest.raises(AccessRefusedError, match="token"):
+            read_metas(seed.addresses[0], token="not-the-token-of-it")
+        finished = run_join("--metas", seed.addresses[0], "--endpoint", joining.endpoint)
+        assert finished.returncode == 0, finished.stderr
+        assert_holds(joining, checkpoint)
+        (tmp_path / "old.json").write_bytes(client.get("/v1/metas").content)
+        assert client.delete("/v1/checkpoints/step-1").status_code == 200
+        refused = run_join("--metas", str(tmp_path / "old.json"), "--endpoint", joining.endpoint)
+        assert refused.returncode == 1
+        assert "no longer holds what its metas say" in refused.stderr
+        assert "Traceback" not in refused.stderr
+
+
+def test_metas_are_read_from_files_and_urls(tmp_path: Path) -> None:
+    CATALOG.save(tmp_path / "metas.json")
+    assert read_metas(str(tmp_path / "metas.json")) == CATALOG
+    asked: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(200 if "metas" in self.path else 409)
+            self.end_headers()
+            self.wfile.write(CATALOG.to_json())
+
+        def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    try:
+        assert read_metas(address) == CATALOG
+        assert read_metas(f"{address}/my/metas.json") == CATALOG
+        with pytest.raises(PeerError, match="answered 409"):
+            read_metas(f"{address}/other")
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+    assert asked == ["/v1/metas/catalog", "/my/metas.json", "/other"]
+    with pytest.raises(PeerError, match="cannot be reached"):
+        read_metas(address)
+    with pytest.raises(SettingError, match="ftp://"):
+        read_metas("ftp://x/y")
+    with pytest.raises(CheckpointFormatError, match=r"nothing\.json"):
+        read_metas(str(tmp_path / "nothing.json"))
+
+
+def test_metas_that_were_tampered_with_are_refused(tmp_path: Path) -> None:
+    saved = json.loads(CATALOG.to_json())
+    assert saved["fingerprint"] == CATALOG.fingerprint()
+    saved["holdings"][0]["segments"][0]["tensors"][0][2] = [8]
+    (tmp_path / "metas.json").write_text(json.dumps(saved))
+    with pytest.raises(CheckpointFormatError, match="fingerprint"):
+        read_metas(str(tmp_path / "metas.json"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--metas", "{}/none.json"], "cannot read the metas"),
+        (["--metas", "{}/metas.json", "--save-metas", "x.json"], "--keep-serving"),
+        (["--metas", "{}/metas.json", "--metas", "{}/other.json"], "other tensors"),
+        (["--metas", "{}/empty.json"], "nobody holds anything"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_starts(
+    arguments: list[str],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    CATALOG.save(tmp_path / "metas.json")
+    other = msgspec.structs.replace(HOLDING, segments=(SegmentEntry(8, (TensorEntry("b", "int8", (8,), 0),)),))
+    Catalog("step-1", (other,)).save(tmp_path / "other.json")
+    Catalog("step-1", ()).save(tmp_path / "empty.json")
+    given = [argument.replace("{}", str(tmp_path)) for argument in arguments]
+    command = ["join", "--engine", "reference", "--endpoint", "http://127.0.0.1:9", *given]
+    monkeypatch.setattr(sys, "argv", ["checkpoint-engine", *command])
+    with pytest.raises(SystemExit) as exited:
+        main()
+    assert exited.value.code == 1
+    assert words in capsys.readouterr().err
