@@ -1,6 +1,7 @@
 """One rank and its engine worker, for `update.py`. It runs on whichever `checkpoint_engine` is on the path.
 
-Takes commands on standard input (`update`, `verify`, `bucket-size BYTES`, `end`); answers each with a line of JSON.
+Takes commands on standard input (`update`, `trace FILE`, `verify`, `bucket-size BYTES`, `end`) and answers each with
+one line of JSON.
 """
 
 from __future__ import annotations
@@ -13,10 +14,15 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
 
 import torch
 from torch import multiprocessing
 from workloads import WORKLOADS, Tensor
+
+if TYPE_CHECKING:
+    from checkpoint_engine.server import ParameterServer
 
 PERIOD = 251
 
@@ -61,6 +67,12 @@ def main() -> None:
         ),
         file=answer,
     )
+    follow(server, rank, orders, replies, answer)
+    worker.join(30)
+
+
+def follow(server: ParameterServer, rank: int, orders: queue.Queue, replies: queue.Queue, answer: TextIO) -> None:
+    """Does what standard input says, until it says `end`."""
     for line in sys.stdin:
         command = line.strip()
         if command == "end":
@@ -76,16 +88,18 @@ def main() -> None:
             print(json.dumps({}), file=answer)
             continue
         server.store_based_barrier()
+        traced = {"trace": True} if command.startswith("trace") else {}
         begin = time.perf_counter()
-        server.update("bench", lambda handles: orders.put(handles[rank][1]))
+        server.update("bench", lambda handles: orders.put(handles[rank][1]), **traced)
         seconds = time.perf_counter() - begin
+        if traced:
+            save_traces(server, Path(command.partition(" ")[2]))
         report = getattr(server, "last_report", None)
         result = {"seconds": seconds, **replies.get(timeout=300)}
         if report is not None:
             result["stages"] = {stage: round(value, 4) for stage, value in report.seconds.items()}
             result |= {"buckets": report.buckets, "staging": report.staging, "staging_kept": report.staging_kept}
         print(json.dumps(result), file=answer)
-    worker.join(30)
 
 
 def named_tensors(tensors: list[Tensor], rank: int, world: int) -> dict[str, torch.Tensor]:
@@ -139,6 +153,15 @@ def engine_worker(rank: int, world: int, workload: str, device: str, orders: que
         update_weights_from_ipc(zmq_context, order, device_id=index, run=load, post_hook=None)
         used = torch.cuda.mem_get_info() if device == "cuda" else (0, 0)
         replies.put({"engine_seconds": seconds, "device_bytes_used": used[1] - used[0]})
+
+
+def save_traces(server: ParameterServer, path: Path) -> None:
+    """Writes what all ranks did when."""
+    from checkpoint_engine.transfer.trace import save_trace  # noqa: PLC0415 - ours only
+
+    traces, report = server.gather_traces(), server.last_report
+    if server.rank == 0:
+        save_trace(path, traces, version=report.version, method=report.method, bytes=report.nbytes)
 
 
 def share_one_gpu(world: int, device: str) -> None:

@@ -73,9 +73,9 @@ class System:
             raise SystemExit(f"{self.name}: a rank ended; see its output above")
         return [json.loads(line) for line in lines]
 
-    def update(self) -> None:
+    def update(self, command: str = "update") -> None:
         """One verified update; its time is that of the slowest rank."""
-        results = self.ask("update")
+        results = self.ask(command)
         wrong = sum(answer["wrong_bytes"] for answer in self.ask("verify"))
         if wrong:
             raise SystemExit(f"{self.name}: {wrong} bytes are wrong")
@@ -128,6 +128,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--staging", choices=["release", "persistent"], default="release", help="between our updates")
     parser.add_argument("--upstream", type=Path, help="folder with upstream's wheel")
+    parser.add_argument("--trace", type=Path, help="trace one more update of ours into this file")
     parser.add_argument("--output", type=Path, default=HERE / "results")
     arguments = parser.parse_args()
 
@@ -141,6 +142,10 @@ def main() -> None:
     for _ in range(arguments.repeat):
         for system in systems:
             system.update()
+    if arguments.trace:
+        measured = list(systems[0].updates)
+        systems[0].update(f"trace {arguments.trace.resolve()}")
+        systems[0].updates = measured  # a traced update is shown, not counted
     for system in systems:
         system.end()
 

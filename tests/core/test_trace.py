@@ -61,7 +61,8 @@ def test_every_bucket_passes_every_stage_in_order_and_on_one_clock(pair: Cluster
             assert lanes["broadcast"][bucket].end <= lanes["load"][bucket].begin
             assert lanes["load"][bucket].end - lanes["load"][bucket].begin >= LOAD_SECONDS
         phases = {span.name for span in trace.spans if span.lane == "phases"}
-        assert {"introduce", "connect", "staging", "worker checks", "finish"} <= phases
+        assert {"introduce", "connect", "staging", "worker checks", "finish", "free"} <= phases
+        assert max(span.end for span in trace.spans) - began >= 0.99 * report.seconds["total"]
     assert sorted(copied) == list(buckets)
     for trace in traces:
         for span in trace.spans:

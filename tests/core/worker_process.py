@@ -26,7 +26,7 @@ _context.set_forkserver_preload(["checkpoint_engine.server", "checkpoint_engine.
 def digests(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
     """What tells contents apart; cheap to send."""
     return {
-        name: hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+        name: hashlib.sha256(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
         for name, tensor in tensors.items()
     }
 
@@ -81,8 +81,8 @@ class _Process:
 class Worker(_Process):
     """An engine worker. Call it with a handle: it takes the update and returns digests of what came."""
 
-    def __init__(self, rank: int = 0) -> None:
-        super().__init__(_work, rank)
+    def __init__(self, rank: int = 0, device: str = "cpu") -> None:
+        super().__init__(_work, rank, device)
 
     def __call__(self, handle: str) -> dict[str, str]:
         self._pipe.send(handle)
@@ -115,8 +115,9 @@ def mapped_by(pid: int, name: str) -> set[str]:
     return {line.split()[4] for line in lines if f"memfd:{name}" in line}
 
 
-def _work(pipe: Connection, rank: int) -> None:
+def _work(pipe: Connection, rank: int, kind: str) -> None:
     torch.set_num_threads(1)
+    device = open_device(kind, rank=rank)
     recorder = Recorder()
     while True:
         try:
@@ -124,7 +125,7 @@ def _work(pipe: Connection, rank: int) -> None:
         except EOFError:
             return
         try:
-            receive_update(handle, recorder, open_device("cpu", rank=rank), timeout=TIMEOUT)
+            receive_update(handle, recorder, device, timeout=TIMEOUT)
             pipe.send(digests(recorder.loaded))
         except Exception as error:  # noqa: BLE001 - the test gets it
             pipe.send(error)

@@ -61,9 +61,13 @@ class StageClock:
         """Adds the time since `since` (of `time.perf_counter`) to a stage; returns now."""
         now = time.perf_counter()
         self.seconds[stage] += now - since
-        if self.trace is not None:
-            self.trace.spans.append(Span(PHASES, stage, since, now))
+        self.note(stage, since)
         return now
+
+    def note(self, name: str, since: float) -> None:
+        """The time since `since` shows in the trace only."""
+        if self.trace is not None:
+            self.trace.spans.append(Span(PHASES, name, since, time.perf_counter()))
 
     def step(self, name: str) -> AbstractContextManager[None]:
         """A part of a phase; it shows in the trace only."""

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import msgspec
@@ -115,9 +115,13 @@ class UpdateRun:
             ExitStack() as stack,
         ):
             try:
-                return self._run(stack)
+                report = self._run(stack)
             except Exception as error:
                 raise self._explain(error, watch) from error
+            freeing = time.perf_counter()
+        self._clock.note("free", freeing)
+        trace = self._clock.trace and self._clock.trace.finish(self._board.rank, self._device.identity)
+        return replace(report, seconds=self._clock.total(), trace=trace)
 
     def _run(self, stack: ExitStack) -> UpdateReport:
         if self._board.rank not in self._feed.receivers:
@@ -354,5 +358,4 @@ class UpdateRun:
             staging_kept=self._stagings.kept,
             seconds=self._clock.total(),
             engine=details,
-            trace=self._clock.trace and self._clock.trace.finish(self._board.rank, self._device.identity),
         )
