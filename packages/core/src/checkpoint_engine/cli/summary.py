@@ -139,7 +139,8 @@ def print_stages(console: Console, reports: Sequence[Done]) -> None:
     console.print(table)
     console.print(
         f"{size(first.nbytes)} in {first.tensors} tensors and {first.buckets} buckets of at most "
-        f"{size(first.bucket_size)}; staging {first.staging}\n",
+        f"{size(first.bucket_size)}; staging {first.staging}"
+        f"{f', {size(first.staging_kept)} kept for the next update' if first.staging_kept else ''}\n",
         style="dim",
         soft_wrap=True,
     )
