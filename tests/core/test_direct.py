@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ import torch
 from cluster import Cluster, assert_no_threads_left, check
 from safetensors.torch import save_file
 
+from checkpoint_engine.deadline import Deadline
 from checkpoint_engine.device import CpuDevice
 from checkpoint_engine.errors import LinkError, RankError, SettingError, UpdateError
 from checkpoint_engine.host.segment import Segment
@@ -62,6 +63,13 @@ def mapped_segments() -> int:
     return sum("checkpoint-engine-segment" in line for line in Path("/proc/self/maps").read_text().splitlines())
 
 
+def within(seconds: float, condition: Callable[[], bool]) -> bool:
+    deadline = Deadline(seconds)
+    while not (done := condition()) and not deadline.expired:
+        time.sleep(0.02)
+    return done
+
+
 def open_descriptors() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
@@ -81,14 +89,37 @@ def test_every_worker_takes_every_tensor(cluster: Cluster) -> None:
         assert "broadcast" not in report.seconds
 
 
-def test_nothing_stays_mapped_and_no_descriptor_open(pair: Cluster) -> None:
+def test_workers_keep_their_mappings_until_the_memory_goes(pair: Cluster) -> None:
     pair.register("v1", noise(1))
+    own, descriptors = mapped_segments(), open_descriptors()
     check(pair.update("v1", method="direct"))
-    mappings, descriptors = mapped_segments(), open_descriptors()
+    kept, kept_descriptors = mapped_segments(), open_descriptors()
+    assert kept == own + 4, "each of two workers maps the segments of both ranks"
     for _ in range(3):
         check(pair.update("v1", method="direct"))
-    assert mapped_segments() == mappings
-    assert open_descriptors() == descriptors
+    assert (mapped_segments(), open_descriptors()) == (kept, kept_descriptors)
+    assert holds(pair, noise(1))
+    for server in pair.servers:
+        server.unregister_checkpoint("v1")
+    assert within(5, lambda: mapped_segments() == 0)
+    assert within(5, lambda: open_descriptors() <= descriptors)
+
+
+def test_they_go_with_a_broadcast_with_a_failure_and_with_the_server(pair: Cluster) -> None:
+    pair.register("v1", noise(1))
+    own = mapped_segments()
+    check(pair.update("v1", method="direct"))
+    check(pair.update("v1"))
+    assert within(5, lambda: mapped_segments() == own)
+    check(pair.update("v1", method="direct"))
+    pair.recorders[0].fail_in = "finish"
+    assert all(isinstance(error, UpdateError) for error in pair.update("v1", method="direct"))
+    pair.received.clear()  # the errors' tracebacks refer to tensors in the memory
+    assert within(5, lambda: mapped_segments() == own)
+    pair.recorders[0].fail_in = ""
+    check(pair.update("v1", method="direct"))
+    pair.close()
+    assert within(5, lambda: mapped_segments() == 0)
 
 
 def test_auto_is_direct_where_that_is_possible_and_says_so(pair: Cluster) -> None:
@@ -147,28 +178,6 @@ def test_a_part_of_the_ranks_is_not_updated_directly(pair: Cluster) -> None:
         pair.servers[0].update("v1", lambda _: None, ranks=[0], method="direct")
 
 
-def test_mappings_are_kept_where_staging_is_and_go_with_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PS_STAGING", "persistent")
-    cluster = Cluster(2)
-    try:
-        cluster.register("v1", noise(1))
-        before = mapped_segments()
-        check(cluster.update("v1", method="direct"))
-        kept = mapped_segments()
-        assert kept == before + 2 * before, "each worker maps the segments of both ranks"
-        check(cluster.update("v1", method="direct"))
-        assert mapped_segments() == kept
-        assert holds(cluster, noise(1))
-    finally:
-        cluster.close()
-    for _ in range(100):
-        if not mapped_segments():
-            break
-        time.sleep(0.05)
-    assert mapped_segments() == 0
-    assert_no_threads_left()
-
-
 # -- what is lent ---------------------------------------------------------------------------------------------------
 
 
@@ -187,12 +196,12 @@ def test_memory_that_was_given_up_is_not_lent() -> None:
     offer = make_offer([segment])
     segment.close()
     with pytest.raises(RankError, match=r"cannot open the host memory of rank 0|has given up"):
-        LentSegments([offer], keep=False)
+        LentSegments([offer])
 
 
 def test_a_lease_names_the_very_segments() -> None:
     one, other = Segment.create(4096), Segment.create(4096)
-    lent = [LentSegments([make_offer(segments)], keep=True) for segments in ([one], [other], [one], [one, other])]
+    lent = [LentSegments([make_offer(segments)]) for segments in ([one], [other], [one], [one, other])]
     leases = [each.memory.lease for each in lent]
     assert leases[0] == leases[2]
     assert len(set(leases)) == 3

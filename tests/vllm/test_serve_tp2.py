@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -27,10 +28,12 @@ def test_two_workers_from_a_to_b_and_back(serve: Serve, update: Update, checkpoi
     status = first.rpc("checkpoint_engine_status")
     assert [worker["version"] for worker in status] == [a, a]
     assert [worker["last_update"]["reload"] for worker in status] == ["plan", "plan"]
-    assert update(checkpoints / b, first, *two_workers).returncode == 0
-    assert first.tokens() == after_update
-    assert update(checkpoints / a, first, *two_workers).returncode == 0
-    assert first.tokens() == tokens[a]
+    for name, expected in ((b, after_update), (a, tokens[a])):
+        done = update(checkpoints / name, first, *two_workers, "--method", "direct", "--json")
+        assert done.returncode == 0
+        said = json.loads(done.stdout)
+        assert (said["method"], [worker["reload"] for worker in said["engine"]]) == ("direct", ["plan", "plan"])
+        assert first.tokens() == expected
     refused = update(checkpoints / b, first, "--tensor-parallel-size", "1")
     assert refused.returncode != 0
     assert "--tensor-parallel-size 2" in refused.stderr

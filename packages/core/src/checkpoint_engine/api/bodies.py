@@ -5,6 +5,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 from checkpoint_engine.link.messages import ReloadMode
+from checkpoint_engine.transfer.direct import Method
 from checkpoint_engine.transfer.report import UpdateReport
 
 _Strict = ConfigDict(extra="forbid")
@@ -66,6 +67,10 @@ class UpdateBody(BaseModel):
         ReloadMode,
         Field(description="How the engine takes the tensors over: its recorded plan and loader, only one of them."),
     ] = "auto"
+    method: Annotated[
+        Method,
+        Field(description="How the bytes travel: broadcast, direct (each worker reads this host), auto (if possible)."),
+    ] = "broadcast"
     trace: Annotated[
         bool, Field(description="Whether the report shall say when this rank copied, broadcast and loaded each bucket.")
     ] = False

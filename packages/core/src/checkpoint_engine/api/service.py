@@ -99,6 +99,7 @@ class Service:
                     version=body.version,
                     trace=body.trace,
                     reload=body.reload,
+                    method=body.method,
                 )
                 self._last_error = None
             except CheckpointEngineError as error:

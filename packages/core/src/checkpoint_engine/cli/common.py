@@ -49,6 +49,8 @@ class Method(str, Enum):
     """How the bytes travel."""
 
     BROADCAST = "broadcast"
+    DIRECT = "direct"
+    AUTO = "auto"
     P2P = "p2p"
 
 

@@ -21,6 +21,7 @@ from checkpoint_engine.deadline import Deadline
 from checkpoint_engine.engine.client import ReferenceClient
 from checkpoint_engine.engine.reference_process import ReferenceProcess
 from checkpoint_engine.errors import SettingError, WorkerError
+from checkpoint_engine.transfer import direct
 
 _SECONDS = 60.0
 _BUCKET_GB = str(4 / 1024)
@@ -59,6 +60,9 @@ def demo(
 
     With more ranks than workers, several engine instances are updated at once: --ranks 4 -tp 2 feeds two.
 
+    With --method direct, the engine's workers copy their own slices out of the ranks' host memory; nothing is staged
+    and nothing broadcast.
+
     With --method p2p, an engine of another size joins after each update, and takes the version out of the ranks' host
     memory by way of Mooncake.
     """
@@ -73,7 +77,7 @@ def demo(
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="checkpoint-engine-demo-") as directory:
         joiner = _other_size(tensor_parallel_size) if method is Method.P2P else 0
-        outcomes = _Demo(Path(directory), ranks, tensor_parallel_size, joiner).run(updates, trace)
+        outcomes = _Demo(Path(directory), ranks, tensor_parallel_size, joiner, method).run(updates, trace)
     seconds = time.perf_counter() - start
     if json:
         print_json(_as_json(outcomes, method, seconds))
@@ -87,8 +91,9 @@ def _other_size(workers: int) -> int:
 
 
 class _Demo:
-    def __init__(self, directory: Path, ranks: int, workers: int, joiner: int) -> None:
+    def __init__(self, directory: Path, ranks: int, workers: int, joiner: int, method: Method) -> None:
         self._directory = directory
+        self._method: direct.Method = "broadcast" if method is Method.P2P else method.value
         self._ranks, self._workers = ranks, workers
         self._joiner = joiner
         """Workers of an engine that takes every version from the ranks' memory; 0 for none."""
@@ -173,6 +178,7 @@ class _Demo:
             workers=self._workers,
             timeout=_SECONDS,
             wait=_SECONDS,
+            method=self._method,
             save_metas=str(self._metas) if self._joiner else None,
             trace=str(trace) if trace else None,
         )

@@ -111,7 +111,7 @@ class Rank:
         self._lead = EngineLead(job, rank // job.workers) if rank % job.workers == 0 else None
         ready = _in_background(self._lead.wait_ready) if self._lead else None
         self._wait_for(ready, _QUICK_ANSWER_SECONDS)
-        name = self._load_metas(job) if job.metas else self._read(Path(job.directory))
+        name = self._load_metas(job) if job.metas else self._read(job)
         self._wait_for(ready, None)
         if not job.metas:
             self._gather(job, name)
@@ -125,6 +125,7 @@ class Rank:
                 version=job.version,
                 trace=job.trace is not None,
                 reload=job.reload,
+                method=job.method,
                 keep=job.keep,
             )
         done = self._done(job)
@@ -152,12 +153,16 @@ class Rank:
         for old in self._server.checkpoints:
             self._server.unregister_checkpoint(old)
 
-    def _read(self, directory: Path) -> str:
+    def _read(self, job: Job) -> str:
+        directory = Path(job.directory)
         name = directory.resolve().name
         self._drop_old()
         with self._timed("read"):
             files = split_among_ranks(find_files(directory), self._server.world_size)[self._server.rank]
-            self._server.register_checkpoint(name, files=files, use_shared_memory_pool=True)
+            # What workers read by themselves must not be a file, which anybody could truncate.
+            self._server.register_checkpoint(
+                name, files=files, use_shared_memory_pool=True, use_inplace_pin_memory=job.method != "direct"
+            )
         return name
 
     def _wait_for(self, ready: Future[None] | None, seconds: float | None) -> None:

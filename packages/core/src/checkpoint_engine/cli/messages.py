@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from checkpoint_engine.link.messages import ReloadMode
+from checkpoint_engine.transfer.direct import Method
 from checkpoint_engine.transfer.report import UpdateReport
 
 
@@ -25,6 +26,7 @@ class Job(msgspec.Struct, frozen=True, tag=True):
     """Seconds for an engine that is still starting."""
     save_metas: str | None = None
     reload: ReloadMode = "auto"
+    method: Method = "broadcast"
     trace: str | None = None
     """File to which the first rank writes what all ranks did when."""
     metas: tuple[str, ...] = ()

@@ -53,7 +53,14 @@ def update(
             help="What the engines shall call the weights; the directory's name if left out.", rich_help_panel=_WORK
         ),
     ] = None,
-    method: Annotated[Method, typer.Option(help="How the bytes travel.", rich_help_panel=_HOW)] = Method.BROADCAST,
+    method: Annotated[
+        Method,
+        typer.Option(
+            help="How the bytes travel: every rank sends its share to all GPUs (broadcast), each worker copies its own "
+            "slices out of the ranks' host memory (direct, on one host), or direct where possible (auto).",
+            rich_help_panel=_HOW,
+        ),
+    ] = Method.BROADCAST,
     ranks: Annotated[
         int | None,
         typer.Option(min=1, help="Ranks that hold and send the checkpoint: one for each worker.", rich_help_panel=_HOW),
@@ -170,6 +177,7 @@ def update(
         wait=wait,
         save_metas=str(save_metas) if save_metas else None,
         reload=reload.value,
+        method=method.value,
         trace=str(trace) if trace else None,
     )
     run_job(job, device.value, keep_serving, share=share, as_json=json)

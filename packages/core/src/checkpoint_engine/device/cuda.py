@@ -260,7 +260,7 @@ def check(runtime: Any, result: tuple[Any, ...], doing: str) -> Any:
     """What a call of the runtime returned besides its error.
 
     Raises:
-        DeviceError: it failed while `doing` something.
+        CheckpointEngineError: it failed while `doing` something.
     """
     error = result[0]
     if error != runtime.cudaError_t.cudaSuccess:

@@ -120,6 +120,11 @@ class _Recorder(TorchDispatchMode):
         # A storage's address must not be used again while we tell storages apart by it.
         self._keep_alive: list[torch.Tensor] = [*targets.values(), *sources.values()]
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """False: nothing is compiled here, and torch would import its compiler, for seconds, to make sure of that."""
+        return False
+
     @property
     def current(self) -> str:
         """The tensor that the loader has taken last."""

@@ -78,12 +78,8 @@ def find_obstacle(offers: Sequence[Offer]) -> str:
 class LentSegments:
     """All segments of all ranks, ready to go over a link; behaves like staging memory."""
 
-    def __init__(self, offers: Sequence[Offer], *, keep: bool) -> None:
-        """Opens them.
-
-        Args:
-            offers: Of all ranks, in their order.
-            keep: Whether the worker may keep them mapped, and registered, after the update.
+    def __init__(self, offers: Sequence[Offer]) -> None:
+        """Opens them; `offers` are those of all ranks, in their order.
 
         Raises:
             RankError: another rank's memory cannot be opened.
@@ -101,7 +97,7 @@ class LentSegments:
             if len(self._numbers) > len(opened):
                 self.close()
         sizes = tuple(segment.nbytes for offer in offers for segment in offer.segments)
-        self.memory: Memory = SharedSegments(sizes, _lease(offers) if keep else "")
+        self.memory: Memory = SharedSegments(sizes, _lease(offers))
 
     def number(self, rank: int, segment: int) -> int:
         """Which of the lent segments a rank's own segment is."""

@@ -42,11 +42,6 @@ class StagingKeeper:
         self._lease: Lease | None = None
 
     @property
-    def keeps(self) -> bool:
-        """Whether memory and mappings outlive an update."""
-        return self._keep
-
-    @property
     def kept(self) -> int:
         """Bytes that outlive the update that uses them."""
         return self._allocated.nbytes if self._keep and self._allocated is not None else 0
@@ -58,13 +53,17 @@ class StagingKeeper:
 
     @contextmanager
     def for_one_update(self) -> Generator[None]:
-        """Within it, staging can be taken. Nothing is kept after a failure: who knows what the worker has mapped."""
+        """Within it, staging can be taken, or memory lent.
+
+        Nothing is kept after a failure: who knows what the worker has mapped. What was lent stays with the worker in
+        any case: it costs the device nothing, and registering it anew would cost the next update seconds.
+        """
         done = False
         try:
             yield
             done = True
         finally:
-            if not (done and self._keep):
+            if not done or not (self._keep or self._lent is not None):
                 self.release()
 
     def lend(self, memory: Lendable) -> None:
@@ -93,7 +92,7 @@ class StagingKeeper:
 
     def leave_with_worker(self, channel: SenderChannel) -> None:
         """After an update: the worker keeps its mapping until this side of the channel ends."""
-        if self._keep:
+        if self._keep or self._lent is not None:
             self._end_lease()  # of another worker, perhaps; this one has none from before any more
             self._lease = Lease(channel.duplicate())
 

@@ -176,7 +176,7 @@ class UpdateRun:
         self, stack: ExitStack, listener: Listener, ranks: list[_Introduction], plan: BucketPlan, offers: list[Offer]
     ) -> UpdateReport:
         with self._clock.step("lend"):
-            lent = LentSegments(offers, keep=self._stagings.keeps)
+            lent = LentSegments(offers)
             self._stagings.lend(lent)
         link, request = self._meet_worker(stack, listener, ranks, plan, lent)
         DirectTransfer(
