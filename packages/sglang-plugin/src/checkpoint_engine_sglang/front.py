@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import logging
 import sys
+import time
 from collections.abc import AsyncGenerator, Callable
 from typing import Any, cast
 
@@ -16,6 +17,7 @@ from checkpoint_engine.errors import EngineRequestError
 from checkpoint_engine_sglang import __version__, compat, routes
 from checkpoint_engine_sglang.gate import Gate, GateMiddleware
 from checkpoint_engine_sglang.messages import (
+    BUSY,
     DEFAULT_SECONDS,
     Answer,
     Order,
@@ -32,6 +34,8 @@ _FRONT = "_checkpoint_engine_front"
 _HTTP_SERVER = "sglang.srt.entrypoints.http_server"
 _STATUS_SECONDS = 10.0
 _UPDATE_FAILED = 500
+_IDLE_SECONDS = 3.0
+"""For workers to notice that their last request has ended."""
 
 lost_hooks: dict[str, str] = {}
 """Of this process."""
@@ -111,11 +115,21 @@ class Front:
         async with manager.is_pause_cond:
             # Held meanwhile, so that nobody lets the engine run again during the update.
             if manager.is_pause:
-                return _decode(await manager.update_weights_from_ipc_communicator(request))
+                return await self._ask_until_idle(request)
         if not wait_for_requests:
-            return _decode(await manager.update_weights_from_ipc_communicator(request))
+            return await self._ask_until_idle(request)
         async with manager.model_update_lock.writer_lock:
-            return _decode(await manager.update_weights_from_ipc_communicator(request))
+            return await self._ask_until_idle(request)
+
+    async def _ask_until_idle(self, request: Any) -> list[Answer]:  # noqa: ANN401
+        """Asks again while workers only say that a request has not quite ended."""
+        end = time.monotonic() + _IDLE_SECONDS
+        while True:
+            answers = _decode(await self._manager.update_weights_from_ipc_communicator(request))
+            busy = all(any(report.phase == BUSY for report in answer.reports) for answer in answers)
+            if not busy or time.monotonic() > end:
+                return answers
+            await asyncio.sleep(0.05)
 
     async def _settle(self, reports: list[Report], problem: str) -> None:
         """Opens or closes the gate, after an update."""

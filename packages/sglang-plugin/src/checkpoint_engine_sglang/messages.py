@@ -17,6 +17,9 @@ ORDER = "checkpoint_engine:order"
 
 DEFAULT_SECONDS = 600.0
 
+BUSY = "wait for requests"
+"""Phase of a report that refuses because requests still hold the cache: nothing has begun, ask again."""
+
 
 class Order(msgspec.Struct, frozen=True):
     """What the workers are to do."""

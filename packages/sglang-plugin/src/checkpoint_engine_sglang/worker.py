@@ -15,7 +15,7 @@ from checkpoint_engine_sglang import compat
 from checkpoint_engine_sglang.adapter import SGLangAdapter, Verdict
 from checkpoint_engine_sglang.agreement import Workers
 from checkpoint_engine_sglang.compat import Position, Runner
-from checkpoint_engine_sglang.messages import Order, Report, describe_failures
+from checkpoint_engine_sglang.messages import BUSY, Order, Report, describe_failures
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +27,8 @@ class Readiness(msgspec.Struct, frozen=True):
     """Whether a worker could begin an update, before it connects to anybody."""
 
     error: str = ""
+    busy: bool = False
+    """Whether it only has to be asked again."""
 
 
 class Worker:
@@ -95,28 +97,30 @@ class Worker:
 
     def _refused(self, handles: Mapping[str, str], order: Order, *, flush: bool) -> list[Report]:
         """The reports of all workers if one of them cannot begin; nothing has changed then."""
-        readiness = Readiness(self._why_not(handles, flush=flush))
+        readiness = self._readiness(handles, flush=flush)
         everybody = self._workers.exchange(readiness, order.timeout + _GRACE_SECONDS)
         if not any(one.error for one in everybody):
             return []
-        mine = self._report(ok=not readiness.error, phase="prepare", error=readiness.error)
+        phase = BUSY if readiness.busy else "prepare"
+        mine = self._report(ok=not readiness.error, phase=phase, error=readiness.error)
         return self._workers.exchange(mine, _GRACE_SECONDS)
 
-    def _why_not(self, handles: Mapping[str, str], *, flush: bool) -> str:
+    def _readiness(self, handles: Mapping[str, str], *, flush: bool) -> Readiness:
         try:
             pick_handle(handles, self._device, self.position.overall, self.position.world_size * self.position.replicas)
         except WorkerError as error:
-            return str(error)
+            return Readiness(str(error))
         for runner in self._runners:
             reason = compat.cannot_update(self._manager, runner.model)
             if reason:
-                return reason
+                return Readiness(reason)
         if flush and compat.cannot_flush(self._manager):
-            return (
+            return Readiness(
                 "requests still hold the cache, so it could not be flushed: pause the engine for the update "
-                '(POST /pause_generation {"mode": "retract"}), wait for them, or keep the cache (flush_cache: false)'
+                '(POST /pause_generation {"mode": "retract"}), wait for them, or keep the cache (flush_cache: false)',
+                busy=True,
             )
-        return ""
+        return Readiness()
 
     def _receive(self, handles: Mapping[str, str], order: Order) -> Report:
         agreed: list[bool] = []

@@ -1,0 +1,128 @@
+"""Real SGLang for tests, from the environment that scripts/make_sglang_env.sh makes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from sglang_push import free_port
+from sglang_server import SHARED_MEMORY, Server
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+CHECKPOINTS = ("qwen3", "qwen3-b", "moe", "moe-b")
+PLUGINS = ("faults", "cpu_identity", "second_model")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if HERE in item.path.parents and "unit" not in item.path.name:
+            item.add_marker(pytest.mark.sglang)
+            if item.get_closest_marker("timeout") is None:
+                item.add_marker(pytest.mark.timeout(600))
+
+
+@pytest.fixture(scope="session")
+def sglang_python() -> Path:
+    """Python of SGLang's environment; CHECKPOINT_ENGINE_SGLANG_ENV names another one."""
+    found = Path(os.environ.get("CHECKPOINT_ENGINE_SGLANG_ENV", ROOT / ".venvs" / "sglang")) / "bin" / "python"
+    if not found.exists():
+        pytest.skip(f"no SGLang in {found.parent.parent}: run scripts/make_sglang_env.sh")
+    return found
+
+
+@pytest.fixture(scope="session")
+def checkpoints(sglang_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory of tiny checkpoints: `qwen3`, `qwen3-b` (another seed) and so on."""
+    directory = tmp_path_factory.mktemp("checkpoints")
+    maker = ROOT / "tests" / "vllm" / "models.py"
+    subprocess.run([sglang_python, maker, directory, *CHECKPOINTS], check=True, timeout=120)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def plugins(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory that announces the plugins of sglang_test_plugins.py, as an installed distribution does."""
+    directory = tmp_path_factory.mktemp("plugins")
+    info = directory / "sglang_test_plugins-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: sglang-test-plugins\nVersion: 1\n")
+    lines = [f"{name} = sglang_test_plugins:{name}" for name in PLUGINS]
+    (info / "entry_points.txt").write_text("\n".join(["[sglang.srt.plugins]", *lines, ""]))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def serve(
+    sglang_python: Path, checkpoints: Path, plugins: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., Server]]:
+    """Starts SGLang with one of the tiny checkpoints; it ends with the module."""
+    servers: list[Server] = []
+
+    def start(
+        model: str,
+        *options: str,
+        ours: bool = True,
+        extra_plugins: str = "",
+        workers: int = 1,
+        until: str = "/health",
+        **environment: str,
+    ) -> Server:
+        directory = tmp_path_factory.mktemp("serve")
+        port = free_port()
+        loaded = ["faults", "checkpoint_engine" if ours else "cpu_identity", *filter(None, extra_plugins.split(","))]
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("SGLANG_", "PS_"))}
+        env = {
+            **kept,
+            "SGLANG_USE_CPU_ENGINE": "1",
+            "SGLANG_CPU_OMP_THREADS_BIND": "|".join(str(index % 2) for index in range(workers)),
+            "HF_HUB_OFFLINE": "1",
+            "TRANSFORMERS_OFFLINE": "1",
+            "SGLANG_PLUGINS": ",".join(loaded),
+            "CHECKPOINT_ENGINE_TEST_FAULT_FILE": str(directory / "fault.json"),
+            "PYTHONPATH": os.pathsep.join((str(HERE), str(plugins))),
+            **environment,
+        }
+        command = [
+            *(sglang_python, "-W", "ignore", "-m", "sglang.launch_server", "--model-path", checkpoints / model),
+            *("--host", "127.0.0.1", "--port", str(port), "--device", "cpu", "--grammar-backend", "none"),
+            *("--attention-backend", "torch_native", "--sampling-backend", "pytorch", "--disable-overlap-schedule"),
+            *("--mem-fraction-static", "0.1", "--max-total-tokens", "8192", "--sleep-on-idle", *options),
+        ]
+        log = directory / "log"
+        before = set(SHARED_MEMORY.glob("*sglang*"))
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                list(map(str, command)), stdout=output, stderr=output, env=env, start_new_session=True
+            )
+        server = Server(f"http://127.0.0.1:{port}", process, log, directory / "fault.json", workers, before)
+        servers.append(server)
+        if until:
+            server.wait(until)
+        return server
+
+    yield start
+    for server in servers:
+        server.close()
+
+
+@pytest.fixture(scope="session")
+def update_command() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs `checkpoint-engine update` as a person would, in the parameter server's own environment."""
+
+    def run(directory: Path, server: Server, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        command = [
+            *(Path(sys.executable).parent / "checkpoint-engine", "update", directory),
+            *("--endpoint", server.endpoint, "--device", "cpu", "--timeout", "120", "--wait", "60"),
+            *("--tensor-parallel-size", str(server.workers), *options),
+        ]
+        env = {**os.environ, "COLUMNS": "200", **environment}
+        return subprocess.run(
+            list(map(str, command)), capture_output=True, text=True, timeout=240, check=False, env=env
+        )
+
+    return run

@@ -1,0 +1,80 @@
+"""Plugins that tests hang into SGLang beside ours, or in place of it: faults on demand, and what CPU workers lack.
+
+Which of them a server loads is said by SGLANG_PLUGINS; see conftest.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FAULT_FILE = "CHECKPOINT_ENGINE_TEST_FAULT_FILE"
+
+
+def faults() -> None:
+    """What a file says goes wrong: a tensor at which the loader fails, processing that fails, a slow model."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    model = "sglang.srt.models.qwen3.Qwen3ForCausalLM"
+    linear = "sglang.srt.layers.quantization.unquant.UnquantizedLinearMethod"
+    HookRegistry.register(f"{model}.load_weights", _load_weights, HookType.AROUND)
+    HookRegistry.register(f"{model}.forward", _forward, HookType.AROUND)
+    HookRegistry.register(f"{linear}.process_weights_after_loading", _process, HookType.AROUND)
+
+
+def cpu_identity() -> None:
+    """Gives SGLang's own worker the identity that a parameter server on the CPU knows it by."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    worker = "sglang.srt.checkpoint_engine.checkpoint_engine_worker.SGLangCheckpointEngineWorkerExtensionImpl"
+    HookRegistry.register(
+        f"{worker}.get_device_uuid", lambda _: f"cpu:{torch.distributed.get_rank()}", HookType.REPLACE
+    )
+
+
+def second_model() -> None:
+    """Has every worker report a draft model beside the served one; a real one does not run on the CPU."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    updater = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+    HookRegistry.register(
+        f"{updater}._select_runners",
+        lambda runners, *_, **__: [*runners, ("draft", runners[0][1])],
+        HookType.AFTER,
+    )
+
+
+def _fault() -> dict[str, Any]:
+    file = Path(os.environ[FAULT_FILE])
+    fault = json.loads(file.read_text()) if file.exists() else {}
+    ranks = fault.get("ranks")
+    return fault if ranks is None or torch.distributed.get_rank() in ranks else {}
+
+
+def _load_weights(original: Callable[..., Any], model: Any, weights: Any, *args: Any, **kwargs: Any) -> Any:
+    fault = _fault()
+
+    def watched() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in weights:
+            if name == fault.get("tensor") and not tensor.is_meta:
+                raise RuntimeError("a fault made by the test")
+            yield name, tensor
+
+    return original(model, watched(), *args, **kwargs)
+
+
+def _process(original: Callable[..., Any], method: Any, layer: Any) -> Any:
+    if _fault().get("process"):
+        raise RuntimeError("a fault made by the test")
+    return original(method, layer)
+
+
+def _forward(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    time.sleep(_fault().get("slow", 0))
+    return original(*args, **kwargs)
