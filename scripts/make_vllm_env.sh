@@ -26,8 +26,10 @@ package_inputs=$(cat packages/core/pyproject.toml packages/vllm-plugin/pyproject
 pip() { "$python" -m pip --disable-pip-version-check "$@"; }
 
 install_packages() {
-    say "this repository's packages, and gguf for examples/smollm2.py"
+    say "this repository's packages, gguf for examples/smollm2.py, and Mooncake"
     pip install --quiet "torch==$torch_version" gguf accelerate --editable packages/core --editable packages/vllm-plugin
+    # Its own dependencies are those of a key-value store, which is not used here.
+    pip install --quiet --no-deps mooncake-transfer-engine-non-cuda
     printf '%s\n%s\n' "$engine_inputs" "$package_inputs" >"$stamp"
 }
 

@@ -14,7 +14,8 @@ from p2p_help import needs_mooncake
 from p2p_processes import ENVIRONMENT, Joiner, Seed, tensors_of
 
 from checkpoint_engine.catalog import Catalog
-from checkpoint_engine.errors import UpdateError
+from checkpoint_engine.errors import DeadlineError, UpdateError
+from checkpoint_engine.pulling import pull_tensors
 
 pytestmark = needs_mooncake
 
@@ -108,3 +109,17 @@ def test_two_join_at_once_and_one_of_them_is_killed(here: Cluster, tmp_path: Pat
         join(here, [seed.catalog])
         assert_holds(here, 1)
         assert seed.alive
+
+
+def test_a_process_pulls_tensors_without_ranks_or_engine() -> None:
+    with Seed(2) as one, Seed() as two:
+        pulled: dict[str, torch.Tensor] = {}
+        for name, tensor in pull_tensors([one.catalog, two.catalog], timeout=TIMEOUT):
+            if len(pulled) == 10:
+                one.signal("SIGKILL")
+            pulled[name] = tensor
+        expected = tensors_of(1)
+        assert pulled.keys() == expected.keys()
+        assert all(torch.equal(pulled[name], tensor) for name, tensor in expected.items())
+        with pytest.raises(DeadlineError, match=r"within 0\.001 s"):
+            dict(pull_tensors([two.catalog], timeout=0.001))

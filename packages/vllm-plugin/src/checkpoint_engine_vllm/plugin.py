@@ -5,11 +5,14 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+import os
 from typing import Any
 
 logger = logging.getLogger(__name__)
 
 WORKER_EXTENSION = "checkpoint_engine_vllm.WorkerExtension"
+METAS_VARIABLE = "CHECKPOINT_ENGINE_METAS"
+"""Set where a replica starts from running ones; processes that vLLM starts inherit it."""
 _MARK = "_checkpoint_engine_default"
 
 
@@ -25,6 +28,8 @@ def register() -> None:
     except (ImportError, AttributeError) as error:
         logger.warning("this vLLM is unknown (%r): start it with --worker-extension-cls %s", error, WORKER_EXTENSION)
         return
+    if os.environ.get(METAS_VARIABLE):
+        importlib.import_module("checkpoint_engine_vllm.loader").register()
     if getattr(create, _MARK, False):
         return
 
@@ -32,10 +37,18 @@ def register() -> None:
     def create_engine_config(*args: object, **kwargs: object) -> object:
         config = create(*args, **kwargs)
         _use_our_extension(config)
+        _use_our_loader(config)
         return config
 
     setattr(create_engine_config, _MARK, True)
     arguments.create_engine_config = create_engine_config
+
+
+def _use_our_loader(config: object) -> None:
+    """Imports what loads from running replicas only where that is asked for: it costs seconds."""
+    load: Any = getattr(config, "load_config", None)
+    if getattr(load, "load_format", None) == "checkpoint_engine":
+        importlib.import_module("checkpoint_engine_vllm.loader").announce(load)
 
 
 def _use_our_extension(config: object) -> None:

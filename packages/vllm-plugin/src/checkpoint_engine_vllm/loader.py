@@ -1,0 +1,125 @@
+"""`vllm serve --load-format checkpoint_engine`: a new replica takes its weights from running ones when it starts.
+
+    vllm serve MODEL --load-format checkpoint_engine --model-loader-extra-config '{"metas": "http://seed:9000"}'
+
+`metas` is a file or URL, or a list of them, as for `checkpoint-engine join`; `CHECKPOINT_ENGINE_METAS` (separated by
+commas) says the same. MODEL needs its configuration and tokenizer only, no weights.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+
+from checkpoint_engine.catalog import Catalog
+from checkpoint_engine.errors import SettingError, WeightsRejectedError
+from checkpoint_engine.metas import read_metas
+from checkpoint_engine.planning.peers import check_same
+from checkpoint_engine.pulling import pull_tensors
+
+LOAD_FORMAT = "checkpoint_engine"
+METAS_VARIABLE = "CHECKPOINT_ENGINE_METAS"
+_TOKEN_VARIABLE = "CHECKPOINT_ENGINE_TOKEN"  # noqa: S105 - its name, not its value
+_TIMEOUT = 600.0
+
+logger = logging.getLogger(__name__)
+
+
+def announce(load_config: object) -> None:
+    """Called where vLLM's configuration is made: lets this process and those that it starts know of the loader.
+
+    Raises:
+        CheckpointEngineError: nobody is there who holds the weights; said now, before any process starts.
+    """
+    if getattr(load_config, "load_format", None) != LOAD_FORMAT:
+        return
+    found = sources(load_config)
+    check_same(_catalogs(found))
+    os.environ[METAS_VARIABLE] = ",".join(found)
+    register()
+
+
+def register() -> None:
+    """Makes the load format known to vLLM."""
+    loaders: Any = importlib.import_module("vllm.model_executor.model_loader")
+    base: Any = importlib.import_module("vllm.model_executor.model_loader.base_loader")
+    known = cast("Mapping[str, object]", getattr(loaders, "_LOAD_FORMAT_TO_MODEL_LOADER", {}))
+    if LOAD_FORMAT not in known:
+        loaders.register_model_loader(LOAD_FORMAT)(type("CheckpointEngineLoader", (_Loading, base.BaseModelLoader), {}))
+
+
+def sources(load_config: object) -> list[str]:
+    """Files and URLs with the metas.
+
+    Raises:
+        SettingError: none is given, or the loader's configuration holds something else.
+    """
+    given: object = getattr(load_config, "model_loader_extra_config", None) or {}
+    extra = cast("dict[str, object]", given) if isinstance(given, dict) else {}
+    unknown = sorted(set(extra) - {"metas"})
+    if unknown:
+        raise SettingError(f"--model-loader-extra-config has {unknown}; --load-format {LOAD_FORMAT} knows 'metas' only")
+    metas = extra.get("metas", os.environ.get(METAS_VARIABLE, ""))
+    listed = metas.split(",") if isinstance(metas, str) else cast("Sequence[object]", metas or ())
+    found = [str(source).strip() for source in listed if str(source).strip()]
+    if not found:
+        raise SettingError(
+            f"--load-format {LOAD_FORMAT} needs to know who holds the weights: --model-loader-extra-config "
+            f'\'{{"metas": "http://HOST:PORT"}}\', or {METAS_VARIABLE}'
+        )
+    return found
+
+
+class _Loading:
+    """What vLLM's `BaseModelLoader` leaves to us."""
+
+    load_config: Any
+
+    def __init__(self, load_config: object) -> None:
+        super().__init__(load_config)  # pyright: ignore[reportCallIssue] - vLLM's class, which stands behind this one
+        self._sources = sources(load_config)
+
+    def download_model(self, model_config: object) -> None:
+        """Nothing comes from disk."""
+
+    def load_weights(self, model: torch.nn.Module, model_config: object) -> None:
+        """Fills the model.
+
+        Raises:
+            PeerError: the weights cannot be read from those that hold them.
+            WeightsRejectedError: they do not fill the model.
+        """
+        started = time.perf_counter()
+        replicas = _catalogs(self._sources)
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        loaded = _load(model, pull_tensors(replicas, rank=local, ranks=torch.cuda.device_count(), timeout=_TIMEOUT))
+        if loaded is not None and getattr(model_config, "quantization", None) is None:
+            missing = sorted({name for name, _ in model.named_parameters()} - loaded)
+            if missing:
+                raise WeightsRejectedError(
+                    f"{replicas[0].name!r} does not fill these parameters: {', '.join(missing[:5])}"
+                    + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")  # noqa: PLR2004
+                )
+        logger.info(
+            "took %.2f GB of %r from %s in %.2f s",
+            replicas[0].nbytes / 1e9,
+            replicas[0].name,
+            ", ".join(self._sources),
+            time.perf_counter() - started,
+        )
+
+
+def _catalogs(found: Sequence[str]) -> list[Catalog]:
+    token = os.environ.get(_TOKEN_VARIABLE)
+    return [read_metas(source, token=token) for source in found]
+
+
+def _load(model: torch.nn.Module, weights: Iterator[tuple[str, torch.Tensor]]) -> set[str] | None:
+    """VLLM's models load themselves; they return the names of the parameters that they filled, if they keep track."""
+    return cast("set[str] | None", cast("Any", model).load_weights(weights))
