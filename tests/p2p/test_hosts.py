@@ -1,0 +1,106 @@
+"""Two hosts with two ranks each hold a checkpoint; an engine on a third host joins, over the network between them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hosts import Network, why_not
+from p2p_help import needs_mooncake
+
+from checkpoint_engine.catalog import Catalog
+from checkpoint_engine.deadline import Deadline
+from checkpoint_engine.engine.client import ReferenceClient
+from checkpoint_engine.engine.reference import ModelSpec, make_checkpoint
+from checkpoint_engine.engine.reference_process import ReferenceProcess
+
+pytestmark = [needs_mooncake, pytest.mark.skipif(bool(why_not()), reason=why_not())]
+
+SPEC = ModelSpec(experts=2)
+ENVIRONMENT = {
+    "PS_MAX_BUCKET_SIZE_GB": str(64 / (1 << 20)),
+    "CHECKPOINT_ENGINE_P2P_TRANSPORT": "tcp",
+    "CHECKPOINT_ENGINE_P2P_PATIENCE": "3",
+    "GLOO_SOCKET_IFNAME": "lo",  # ranks of one host meet there; its name leads out of the namespace
+    "OMP_NUM_THREADS": "1",
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoints") / "step-1", SPEC, 1, shards=4)
+
+
+@contextlib.contextmanager
+def seeds(network: Network, checkpoint: Path, metas: Path) -> Iterator[list[subprocess.Popen[str]]]:
+    """Ranks 0 and 1 on host 0, ranks 2 and 3 on host 1."""
+    script = str(Path(__file__).with_name("seed_rank.py"))
+    processes: list[subprocess.Popen[str]] = []
+    try:
+        for rank in range(4):
+            environment = {
+                "RANK": str(rank),
+                "WORLD_SIZE": "4",
+                "LOCAL_RANK": str(rank % 2),
+                "MASTER_ADDR": network.address(0),
+                "MASTER_PORT": "29400",
+                "CHECKPOINT_ENGINE_P2P": "1",
+            }
+            processes.append(
+                subprocess.Popen(
+                    network.command(rank // 2, [sys.executable, script, str(checkpoint), str(metas)]),
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                    env=os.environ | ENVIRONMENT | environment,
+                )
+            )
+        for process in processes:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "holds\n"
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate(timeout=10)
+
+
+def join(network: Network, host: int, metas: Path, endpoint: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "checkpoint_engine", "join", "--metas", str(metas), "--engine", "reference"]
+    return subprocess.run(
+        network.command(host, [*command, "-tp", "2", "--endpoint", endpoint, "--device", "cpu", "--json"]),
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+        env=os.environ | ENVIRONMENT,
+    )
+
+
+def test_an_engine_on_a_third_host_joins_and_hears_when_a_host_is_gone(checkpoint: Path, tmp_path: Path) -> None:
+    metas = tmp_path / "metas.json"
+    with (
+        Network(3) as network,
+        ReferenceProcess(SPEC.to_json(), 2, uds=str(tmp_path / "engine.sock")) as engine,
+        seeds(network, checkpoint, metas) as processes,
+    ):
+        addresses = [holding.p2p_address or "" for holding in Catalog.load(metas).holdings]
+        assert [address.rpartition(":")[0] for address in addresses] == [network.address(host) for host in (0, 0, 1, 1)]
+        joined = join(network, 2, metas, engine.endpoint)
+        assert joined.returncode == 0, joined.stderr
+        assert json.loads(joined.stdout)["method"] == "p2p"
+        for result in ReferenceClient(engine.endpoint).collective_rpc("verify", Deadline(20), [str(checkpoint)]):
+            assert result["ok"], result
+        for process in processes[2:]:
+            process.send_signal(signal.SIGKILL)
+        refused = join(network, 2, metas, engine.endpoint)
+        assert refused.returncode == 1
+        assert f"at {network.address(1)}:" in refused.stderr
+        assert "nobody listens there" in refused.stderr
