@@ -23,6 +23,7 @@ from workloads import WORKLOADS
 
 MIB = 1 << 20
 DEFAULT = 256
+WAY = "broadcast:auto"
 STAGES = ("connect", "copy", "broadcast", "load", "finish")
 
 
@@ -56,13 +57,13 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     try:
         for size in arguments.sizes:  # the first update with a size connects ranks, or lets staging grow
             system.ask(f"bucket-size {size * MIB}")
-            system.update()
+            system.update(WAY)
         by_size: dict[int, list[dict[str, Any]]] = {size: [] for size in arguments.sizes}
         for _ in range(arguments.repeat):
             for size in arguments.sizes:
                 system.ask(f"bucket-size {size * MIB}")
-                system.update()
-                by_size[size].append(system.updates[-1])
+                system.update(WAY)
+                by_size[size].append(system.updates[WAY][-1])
     finally:
         system.end()
     return [summarise(size, updates) for size, updates in by_size.items()]

@@ -1,7 +1,7 @@
 """One rank and its engine worker, for `update.py`. It runs on whichever `checkpoint_engine` is on the path.
 
-Takes commands on standard input (`update`, `trace FILE`, `verify`, `bucket-size BYTES`, `end`) and answers each with
-one line of JSON.
+Takes commands on standard input (`update [METHOD RELOAD]`, `trace FILE`, `verify`, `bucket-size BYTES`, `end`) and
+answers each with one line of JSON.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 from torch import multiprocessing
 from workloads import WORKLOADS, Tensor
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
     from checkpoint_engine.server import ParameterServer
 
 PERIOD = 251
@@ -88,16 +90,20 @@ def follow(server: ParameterServer, rank: int, orders: queue.Queue, replies: que
             print(json.dumps({}), file=answer)
             continue
         server.store_based_barrier()
-        traced = {"trace": True} if command.startswith("trace") else {}
+        words = command.split()
+        options: dict[str, Any] = {"trace": True} if words[0] == "trace" else {}
+        if words[0] == "update" and len(words) > 1:
+            options = {"method": words[1], "reload": words[2]}
         begin = time.perf_counter()
-        server.update("bench", lambda handles: orders.put(handles[rank][1]), **traced)
+        server.update("bench", lambda handles: orders.put(handles[rank][1]), **options)
         seconds = time.perf_counter() - begin
-        if traced:
+        if words[0] == "trace":
             save_traces(server, Path(command.partition(" ")[2]))
         report = getattr(server, "last_report", None)
         result = {"seconds": seconds, **replies.get(timeout=300)}
         if report is not None:
             result["stages"] = {stage: round(value, 4) for stage, value in report.seconds.items()}
+            result["engine"] = getattr(report, "engine", {})
             result |= {"buckets": report.buckets, "staging": report.staging, "staging_kept": report.staging_kept}
         print(json.dumps(result), file=answer)
 
@@ -119,8 +125,6 @@ def named_tensors(tensors: list[Tensor], rank: int, world: int) -> dict[str, tor
 
 def engine_worker(rank: int, world: int, workload: str, device: str, orders: queue.Queue, replies: queue.Queue) -> None:
     """A stand-in for an engine: keeps its shards, loads tensor by tensor as engines do."""
-    from checkpoint_engine.worker import update_weights_from_ipc  # noqa: PLC0415 - the system under test
-
     index = rank % torch.cuda.device_count() if device == "cuda" else rank
     place = torch.device(device, index) if device == "cuda" else torch.device("cpu")
     if device == "cuda":
@@ -141,7 +145,7 @@ def engine_worker(rank: int, world: int, workload: str, device: str, orders: que
             torch.cuda.synchronize()
         seconds += time.perf_counter() - begin
 
-    zmq_context = make_zmq_context()
+    receive = make_receiver(load, shards, dims, rank, index if device == "cuda" else None)
     replies.put("ready")
     while (order := orders.get()) is not None:
         if order == "verify":
@@ -150,9 +154,72 @@ def engine_worker(rank: int, world: int, workload: str, device: str, orders: que
                 shard.zero_()
             continue
         seconds = 0.0
-        update_weights_from_ipc(zmq_context, order, device_id=index, run=load, post_hook=None)
+        begin = time.perf_counter()
+        receive(order)
+        seconds = seconds or time.perf_counter() - begin
         used = torch.cuda.mem_get_info() if device == "cuda" else (0, 0)
         replies.put({"engine_seconds": seconds, "device_bytes_used": used[1] - used[0]})
+
+
+def make_receiver(
+    load: Callable[[list[tuple[str, torch.Tensor]]], None],
+    shards: dict[str, torch.Tensor],
+    dims: dict[str, int | None],
+    rank: int,
+    gpu: int | None,
+) -> Callable[[str], object]:
+    """What takes an update: ours with a reload plan if it is asked for, upstream's with its only function."""
+    try:
+        from checkpoint_engine.device import open_device  # noqa: PLC0415 - ours only
+        from checkpoint_engine.engine.receiver import receive_update  # noqa: PLC0415
+    except ImportError:
+        from checkpoint_engine.worker import update_weights_from_ipc  # noqa: PLC0415 - the system under test
+
+        context = make_zmq_context()
+        return lambda order: update_weights_from_ipc(context, order, device_id=gpu or 0, run=load, post_hook=None)
+    adapter = StandIn(load, shards, dims, rank)
+    place = open_device("cpu", rank=rank) if gpu is None else open_device("cuda", index=gpu, rank=rank)
+    return lambda order: receive_update(order, adapter, place)
+
+
+class StandIn:
+    """The adapter of the stand-in engine: its loader, or a plan of it."""
+
+    def __init__(
+        self,
+        load: Callable[[list[tuple[str, torch.Tensor]]], None],
+        shards: dict[str, torch.Tensor],
+        dims: dict[str, int | None],
+        rank: int,
+    ) -> None:
+        from checkpoint_engine.reload.reloader import Reloader  # noqa: PLC0415 - ours only
+
+        shadow = {name: torch.empty_like(shard, device="meta") for name, shard in shards.items()}
+
+        def load_shadow(weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+            for name, weight in weights:
+                shard, dim = shadow[name], dims[name]
+                whole = weight if dim is None else weight.narrow(dim, rank * shard.shape[dim], shard.shape[dim])
+                shard.copy_(whole)
+
+        self._reloader = Reloader(load, shards, lambda: (load_shadow, shadow))
+
+    def begin(self, update: Any) -> None:  # noqa: ANN401 - ours only, and this file runs without it
+        """See `Adapter`."""
+        self._reloader.begin(update.tensors, update.reload)
+
+    def load(self, tensors: list[tuple[str, torch.Tensor]]) -> None:
+        """See `Adapter`."""
+        self._reloader.load(tensors)
+
+    def finish(self) -> Mapping[str, str | int | float]:
+        """See `Adapter`."""
+        return self._reloader.finish()
+
+    def abort(self) -> bool:
+        """See `Adapter`."""
+        self._reloader.failed()
+        return False
 
 
 def save_traces(server: ParameterServer, path: Path) -> None:

@@ -1,9 +1,11 @@
 """How long an update takes: ours beside upstream's published wheel, in turn, on the same machine and tensors.
 
     python benchmarks/update.py moe30b --ranks 2 --repeat 5 --upstream SITE
+    python benchmarks/update.py moe30b --ranks 2 --ways broadcast:loader broadcast:auto direct:auto
 
-SITE is a folder with `pip install --target SITE checkpoint-engine==0.4.2` (with its dependencies); without it only
-ours is measured. Every run is verified byte for byte. Prints a table; raw figures go to benchmarks/results/.
+A way is a method and how the engine takes tensors over. SITE is a folder with
+`pip install --target SITE checkpoint-engine==0.4.2` (with its dependencies); without it only ours is measured. Every
+run is verified byte for byte. Prints a table; raw figures go to benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ class System:
     name: str
     ranks: list[subprocess.Popen[str]]
     setup: list[dict[str, float | str]] = field(default_factory=list)
-    updates: list[dict[str, float]] = field(default_factory=list)
+    updates: dict[str, list[dict[str, float]]] = field(default_factory=dict)
+    """By way."""
 
     @classmethod
     def start(cls, name: str, arguments: argparse.Namespace, port: int, site: Path | None = None) -> System:
@@ -73,15 +76,17 @@ class System:
             raise SystemExit(f"{self.name}: a rank ended; see its output above")
         return [json.loads(line) for line in lines]
 
-    def update(self, command: str = "update") -> None:
+    def update(self, way: str = "", command: str = "update") -> None:
         """One verified update; its time is that of the slowest rank."""
-        results = self.ask(command)
+        results = self.ask(" ".join([command, *way.split(":")]).strip())
         wrong = sum(answer["wrong_bytes"] for answer in self.ask("verify"))
+        label = f"{self.name} {way}".strip()
         if wrong:
-            raise SystemExit(f"{self.name}: {wrong} bytes are wrong")
+            raise SystemExit(f"{label}: {wrong} bytes are wrong")
         slowest = max(results, key=lambda result: result["seconds"])
-        self.updates.append(slowest)
-        print(f"  {self.name:10} {slowest['seconds']:.3f} s  {json.dumps(slowest.get('stages', {}))}", flush=True)
+        if command == "update":
+            self.updates.setdefault(way, []).append(slowest)
+        print(f"  {label:24} {slowest['seconds']:.3f} s  {json.dumps(slowest.get('stages', {}))}", flush=True)
 
     def end(self) -> None:
         """Lets the ranks go."""
@@ -91,14 +96,17 @@ class System:
         for rank in self.ranks:
             rank.wait(60)
 
-    def row(self) -> dict[str, float]:
-        """Medians."""
+    def rows(self) -> dict[str, dict[str, float]]:
+        """Medians, by way. The first update of a way proves its plan, and the second checks it: these do not count."""
         return {
-            "update": statistics.median(update["seconds"] for update in self.updates),
-            "first update": self.updates[0]["seconds"],
-            "register": max(float(rank["register"]) for rank in self.setup),
-            "gather metas": max(float(rank["gather_metas"]) for rank in self.setup),
-            "engine loader": statistics.median(update["engine_seconds"] for update in self.updates),
+            f"{self.name} {way}".strip(): {
+                "update": statistics.median(update["seconds"] for update in updates[2:] or updates),
+                "first update": updates[0]["seconds"],
+                "register": max(float(rank["register"]) for rank in self.setup),
+                "gather metas": max(float(rank["gather_metas"]) for rank in self.setup),
+                "engine loader": statistics.median(update["engine_seconds"] for update in updates),
+            }
+            for way, updates in self.updates.items()
         }
 
 
@@ -127,6 +135,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--staging", choices=["release", "persistent"], default="release", help="between our updates")
+    parser.add_argument("--ways", nargs="+", default=["broadcast:loader"], help="of ours, METHOD:RELOAD each")
     parser.add_argument("--upstream", type=Path, help="folder with upstream's wheel")
     parser.add_argument("--trace", type=Path, help="trace one more update of ours into this file")
     parser.add_argument("--output", type=Path, default=HERE / "results")
@@ -139,13 +148,12 @@ def main() -> None:
     systems = [System.start("ours", arguments, 29711)]
     if arguments.upstream:
         systems.append(System.start("upstream", arguments, 29731, arguments.upstream))
-    for _ in range(arguments.repeat):
+    for _ in range(arguments.repeat + 2):
         for system in systems:
-            system.update()
+            for way in arguments.ways if system.name == "ours" else [""]:
+                system.update(way)
     if arguments.trace:
-        measured = list(systems[0].updates)
-        systems[0].update(f"trace {arguments.trace.resolve()}")
-        systems[0].updates = measured  # a traced update is shown, not counted
+        systems[0].update(command=f"trace {arguments.trace.resolve()}")
     for system in systems:
         system.end()
 
@@ -158,30 +166,28 @@ def report(arguments: argparse.Namespace, systems: list[System], nbytes: int, ra
     for system in systems:
         record = {
             "workload": arguments.workload,
-            "method": "broadcast",
             "system": system.setup[0]["system"],
             "device": torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu",
             "ranks": arguments.ranks,
             "staging": arguments.staging if system.name == "ours" else "",
             "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
             "bytes": nbytes,
-            "seconds": system.row(),
+            "seconds": system.rows(),
             "ceilings": {"host_to_device_bytes_per_second": rate, "update_limit_seconds": limit},
             "updates": system.updates,
             "setup": system.setup,
         }
         path = arguments.output / f"{arguments.workload}-{system.name}-{time.strftime('%Y%m%d-%H%M%S')}.json"
         path.write_text(json.dumps(record, indent=1) + "\n")
-    rows = [system.row() for system in systems]
+    rows = {name: row for system in systems for name, row in system.rows().items()}
+    first = next(iter(rows))
     print(
         f"\n{arguments.workload}: {nbytes / 1e9:.1f} GB, {arguments.ranks} ranks, host to device {rate / 1e9:.1f} GB/s"
     )
-    print(f"limit of an update: {limit:.3f} s; ours reaches {limit / rows[0]['update']:.0%} of it")
-    print(f"{'median seconds':16}" + "".join(f"{system.name:>12}" for system in systems) + f"{'ratio':>9}")
-    for stage in rows[0]:
-        values = [row[stage] for row in rows]
-        ratio = f"{values[1] / values[0]:9.2f}" if len(values) > 1 and values[0] else ""
-        print(f"{stage:16}" + "".join(f"{value:12.3f}" for value in values) + ratio)
+    print(f"limit of an update: {limit:.3f} s; the last column is the share of it that is reached")
+    print(f"{'median seconds':24}" + "".join(f"{stage:>14}" for stage in rows[first]) + f"{'of limit':>10}")
+    for name, row in rows.items():
+        print(f"{name:24}" + "".join(f"{value:14.3f}" for value in row.values()) + f"{limit / row['update']:10.0%}")
 
 
 if __name__ == "__main__":

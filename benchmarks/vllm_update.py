@@ -33,6 +33,7 @@ HERE = Path(__file__).parent
 PROMPTS = [[3, 17, 42, 99], [7] * 9, list(range(100, 130))]
 START_SECONDS = 300.0
 SHARD_BYTES = 4 << 30
+WAYS = ["broadcast:loader", "broadcast:auto", "direct:auto"]
 
 
 class Server:
@@ -106,13 +107,16 @@ def serving(models: list[Path], work: Path, *options: str) -> Iterator[list[Serv
             server.close()
 
 
-def update(ps: ParameterServer, server: Server, name: str) -> None:
-    """One update of one server."""
+def update(ps: ParameterServer, server: Server, name: str, way: str = "broadcast:auto") -> None:
+    """One update of one server; a way is a method and how vLLM takes tensors over."""
+    method, reload = way.split(":")
     ps.update(
         name,
         lambda handles: server.client.update_weights(
             dict(handles), version=name, pause="keep", reset_caches=True, timeout=300
         ),
+        method=method,
+        reload=reload,
     )
 
 
@@ -127,22 +131,26 @@ def check(arguments: argparse.Namespace) -> None:
         ParameterServer(rank=0, world_size=1, device="cuda") as ps,
     ):
         for path in (first, second):
-            ps.register_checkpoint(path.name, files=sorted(path.glob("*.safetensors")))
+            files = sorted(path.glob("*.safetensors"))
+            ps.register_checkpoint(path.name, files=files, use_inplace_pin_memory=False)
             ps.gather_metas(path.name)
         cold = {first.name: untouched.state(), second.name: other.state()}
         if cold[first.name] == cold[second.name]:
             raise SystemExit("the two checkpoints generate the same; nothing could be shown with them")
-        for path in (second, first, second, first):
-            update(ps, updated, path.name)
-            if updated.state() != cold[path.name]:
-                raise SystemExit(f"{path.name}: differs from a cold start: {updated.state()} {cold[path.name]}")
-            print(f"{path.name}: checksum and tokens equal to a cold start; {ps.last_report.seconds}", flush=True)
+        for way in arguments.ways:
+            for path in (second, first, second):
+                update(ps, updated, path.name, way)
+                if updated.state() != cold[path.name]:
+                    raise SystemExit(f"{path.name}: differs from a cold start: {updated.state()} {cold[path.name]}")
+                report = ps.last_report
+                print(f"{way} {path.name}: checksum and tokens equal to a cold start; {report.seconds}", flush=True)
+                print(f"    {report.engine}", flush=True)
 
 
 def measure(arguments: argparse.Namespace) -> None:
     """Dummy start, then the same checkpoint again and again; the first update brings everything."""
     arguments.work.mkdir(parents=True, exist_ok=True)
-    model = make_model(arguments.workload, arguments.work / arguments.workload)
+    model = make_model(arguments.workload, arguments.work / arguments.workload, holes=arguments.holes)
     nbytes = sum(tensor.nbytes for tensor in WORKLOADS[arguments.workload]())
     options = ["--load-format", "dummy", "--max-model-len", "256", "--max-num-seqs", "2"]
     options += ["--gpu-memory-utilization", "0.95", "--kv-cache-memory-bytes", str(1 << 30), *arguments.serve_options]
@@ -153,29 +161,33 @@ def measure(arguments: argparse.Namespace) -> None:
     ):
         print(f"vLLM serves after {time.perf_counter() - started:.0f} s", flush=True)
         begin = time.perf_counter()
-        ps.register_checkpoint("bench", files=sorted(model.glob("*.safetensors")))
+        in_place = not any(way.startswith("direct") for way in arguments.ways)
+        files = sorted(model.glob("*.safetensors"))
+        ps.register_checkpoint("bench", files=files, use_inplace_pin_memory=in_place)
         ps.gather_metas("bench")
         registered = time.perf_counter() - begin
         before = server.tokens()
         runs = []
-        for _ in range(arguments.repeat):
+        for way in arguments.ways * arguments.repeat:
             free_before = server.rpc("checkpoint_engine_memory")
             begin = time.perf_counter()
-            update(ps, server, "bench")
-            runs.append({"wall": time.perf_counter() - begin, **ps.last_report.seconds, "free_before": free_before})
+            update(ps, server, "bench", way)
+            wall = time.perf_counter() - begin
+            report = ps.last_report
+            runs.append({"way": way, "wall": wall, **report.seconds, "free_before": free_before, **report.engine})
             print(json.dumps(runs[-1]), flush=True)
         if server.tokens() == before:
             raise SystemExit("the update changed nothing")
         record = {
             "workload": arguments.workload,
-            "method": ps.last_report.method,
+            "ways": arguments.ways,
             "system": "checkpoint-engine-vllm",
             "device": torch.cuda.get_device_name(),
             "versions": {"torch": torch.__version__, "vllm": server.rpc("checkpoint_engine_status")[0]["vllm"]},
             "bytes": nbytes,
             "tensors": ps.last_report.tensors,
             "staging": ps.last_report.staging,
-            "seconds": {"register": registered, "median update": statistics.median(run["wall"] for run in runs)},
+            "seconds": {"register": registered},
             "updates": runs,
         }
     arguments.output.mkdir(parents=True, exist_ok=True)
@@ -183,14 +195,20 @@ def measure(arguments: argparse.Namespace) -> None:
     path.write_text(json.dumps(record, indent=1) + "\n")
     tensors, seconds = record["tensors"], record["seconds"]
     print(f"\n{arguments.workload}: {nbytes / 1e9:.1f} GB in {tensors} tensors into vLLM {record['versions']['vllm']}")
-    for stage in ("copy", "load", "finish", "total"):
-        value = statistics.median(run[stage] for run in runs)
-        print(f"{stage:10}{value:8.3f} s {nbytes / value / 1e9:8.1f} GB/s {value / tensors * 1e6:8.1f} µs a tensor")
+    for way in arguments.ways:
+        # By plan, the first update of all is the proof and the second its check.
+        of_way = [run for run in runs if run["way"] == way]
+        print(f"{way}, first {of_way[0]['wall']:.3f} s; then, in medians:")
+        for stage in ("copy", "load", "finish", "total", "wall"):
+            values = [run[stage] for run in of_way[2:] or of_way if stage in run]
+            if values and (value := statistics.median(values)):
+                rate, each = nbytes / value / 1e9, value / tensors * 1e6
+                print(f"{stage:10}{value:8.3f} s {rate:8.1f} GB/s {each:8.1f} µs a tensor")
     print(f"{'register':10}{seconds['register']:8.3f} s;  staging {record['staging']}")
 
 
-def make_model(workload: str, directory: Path) -> Path:
-    """A checkpoint of that size with random weights, and a configuration that vLLM starts from."""
+def make_model(workload: str, directory: Path, *, holes: bool) -> Path:
+    """A checkpoint of that size with random weights, or of zeros that take no room on disk, and a configuration."""
     directory.mkdir(parents=True, exist_ok=True)
     experts = {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True}
     shape = {
@@ -225,13 +243,14 @@ def make_model(workload: str, directory: Path) -> Path:
         shards[-1].append(tensor)
     begin = time.perf_counter()
     with ProcessPoolExecutor(8) as pool:
-        list(pool.map(write_shard, [directory / f"model-{i:05}.safetensors" for i in range(len(shards))], shards))
+        files = [directory / f"model-{i:05}.safetensors" for i in range(len(shards))]
+        list(pool.map(write_shard, files, shards, [holes] * len(shards)))
     print(f"made {workload} in {time.perf_counter() - begin:.0f} s", flush=True)
     return directory
 
 
-def write_shard(path: Path, tensors: list[Tensor]) -> None:
-    """Random weights written through a mapping of the file, without a second copy in memory."""
+def write_shard(path: Path, tensors: list[Tensor], holes: bool) -> None:
+    """Random weights written through a mapping of the file, without a second copy in memory; or nothing at all."""
     header, offset = {}, 0
     for tensor in tensors:
         header[tensor.name] = {
@@ -245,9 +264,15 @@ def write_shard(path: Path, tensors: list[Tensor]) -> None:
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + offset)
+    if holes:
+        return
     torch.set_num_threads(2)
     data = torch.from_file(str(path), shared=True, size=8 + len(text) + offset, dtype=torch.uint8)
-    data[8 + len(text) :].view(torch.bfloat16).normal_(0, 0.02)
+    # Drawing every number would take minutes; a megabyte of them, again and again, copies just as well.
+    weights = data[8 + len(text) :].view(torch.bfloat16)
+    block = torch.randn(1 << 19).mul_(0.02).to(torch.bfloat16)
+    for start in range(0, weights.numel(), block.numel()):
+        weights[start : start + block.numel()] = block[: weights.numel() - start]
 
 
 def make_tokenizer(directory: Path) -> None:
@@ -273,9 +298,12 @@ def main() -> None:
     commands = parser.add_subparsers(required=True)
     checking = commands.add_parser("check")
     checking.add_argument("checkpoints", nargs=2)
+    checking.add_argument("--ways", nargs="+", default=WAYS, help="METHOD:RELOAD each")
     checking.set_defaults(run=check)
     timing = commands.add_parser("time")
     timing.add_argument("workload", choices=["moe30b", "moe15b", "dense32b"])
+    timing.add_argument("--ways", nargs="+", default=WAYS, help="METHOD:RELOAD each")
+    timing.add_argument("--holes", action="store_true", help="weights of zeros, which take no room in /dev/shm")
     timing.add_argument("--repeat", type=int, default=5)
     timing.add_argument("--serve-options", nargs="*", default=[])
     timing.set_defaults(run=measure)

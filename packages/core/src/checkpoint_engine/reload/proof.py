@@ -11,16 +11,17 @@ from checkpoint_engine.reload.plan import Piece, ReloadPlan
 from checkpoint_engine.reload.replay import view_of
 
 _CHUNK = 1 << 22
-"""Elements summed at a time, so that the memory needed stays small."""
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Words summed at a time, so that the memory needed stays small."""
+_WORD = 8
+"""Bytes."""
 _SEED = 0x5EED
 
 
 class Checksums:
-    """Sums of a tensor's elements as integers, each multiplied by a number that belongs to its place; modulo 2^64.
+    """Sums of a tensor's bytes as 64-bit words, each multiplied by a number that belongs to its place; modulo 2^64.
 
-    The numbers are odd, so that any single wrong element changes the sum, and drawn at random, so that exchanged or
-    moved elements do.
+    The numbers are odd, so that any single wrong word changes the sum, and drawn at random, so that exchanged or moved
+    ones do.
     """
 
     def __init__(self) -> None:
@@ -29,14 +30,16 @@ class Checksums:
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         """The checksum of a tensor's elements in their order, whatever its strides: a scalar int64 on its device."""
         total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-        if tensor.dtype.itemsize > max(_INTEGERS):
-            tensor = torch.view_as_real(tensor)
-        elements = tensor.contiguous().view(-1)
-        elements = elements.view(_INTEGERS[elements.dtype.itemsize])
-        weights = self._weights_on(tensor.device)
-        for index, start in enumerate(range(0, elements.numel(), _CHUNK)):
-            chunk = elements[start : start + _CHUNK]
-            total += (2 * index + 1) * (chunk.to(torch.int64) * weights[: chunk.numel()]).sum()
+        raw = tensor.contiguous().view(-1).view(torch.uint8)
+        if raw.storage_offset() % _WORD:
+            raw = raw.clone()
+        whole = raw.numel() // _WORD * _WORD
+        for index, words in enumerate((raw[:whole].view(torch.int64), raw[whole:].to(torch.int64))):
+            weights = self._weights_on(tensor.device)
+            for start in range(0, words.numel(), _CHUNK):
+                chunk = words[start : start + _CHUNK]
+                factor = 4 * (start // _CHUNK) + 2 * index + 1
+                total += factor * (chunk * weights[: chunk.numel()]).sum()
         return total
 
     def _weights_on(self, device: torch.device) -> torch.Tensor:
