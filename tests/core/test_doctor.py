@@ -46,7 +46,9 @@ def test_a_sound_place_is_ready() -> None:
     assert done.exit_code == (1 if problems else 0)
     # Whether this host's devices and limits will do is not for a test to say.
     assert not [finding for finding in problems if finding["area"] in ("software", "network", "plugins")]
-    assert {finding["area"] for finding in report["findings"]} == {"software", "devices", "host", "network", "plugins"}
+    assert {finding["area"] for finding in report["findings"]} == {
+        *("software", "devices", "host", "network", "plugins", "P2P")
+    }
     for finding in report["findings"]:
         assert finding["value"], finding
         assert bool(finding["advice"]) or finding["status"] == "ok", finding

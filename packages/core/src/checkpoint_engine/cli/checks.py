@@ -47,7 +47,9 @@ ENGINES = {
 
 def look_everywhere() -> list[Finding]:
     """All findings, in the order in which they are shown."""
-    return [finding for check in _CHECKS for finding in check()]
+    from checkpoint_engine.cli.checks_p2p import check_p2p  # noqa: PLC0415 - it needs this module
+
+    return [finding for check in (*_CHECKS, check_p2p) for finding in check()]
 
 
 # -- installed software ---------------------------------------------------------------------------------------------
