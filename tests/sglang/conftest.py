@@ -56,11 +56,25 @@ def plugins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def serve(
     sglang_python: Path, checkpoints: Path, plugins: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[..., Server]]:
-    """Starts SGLang with one of the tiny checkpoints; it ends with the module."""
+    """Starts SGLang with one of the tiny checkpoints; it ends with the test."""
+    yield from serving(sglang_python, checkpoints, plugins, tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def serve_all(
+    sglang_python: Path, checkpoints: Path, plugins: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., Server]]:
+    """The same for all tests of a module."""
+    yield from serving(sglang_python, checkpoints, plugins, tmp_path_factory)
+
+
+def serving(
+    sglang_python: Path, checkpoints: Path, plugins: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., Server]]:
     servers: list[Server] = []
 
     def start(

@@ -25,11 +25,11 @@ TINY_BUCKETS = {"PS_MAX_BUCKET_SIZE_GB": "0.00001"}
 
 
 @pytest.fixture(scope="module")
-def cold(serve: Callable[..., Server], checkpoints: Path) -> dict[str, dict[str, Any]]:
+def cold(serve_all: Callable[..., Server]) -> dict[str, dict[str, Any]]:
     """What fresh servers say and hold."""
     states = {}
     for name in ("qwen3", "qwen3-b"):
-        server = serve(name)
+        server = serve_all(name)
         states[name] = server.state()
         server.close()
     assert states["qwen3"]["tokens"] != states["qwen3-b"]["tokens"]
@@ -37,9 +37,9 @@ def cold(serve: Callable[..., Server], checkpoints: Path) -> dict[str, dict[str,
 
 
 @pytest.fixture(scope="module")
-def closed(serve: Callable[..., Server], cold: dict[str, Any]) -> Server:
+def closed(serve_all: Callable[..., Server], cold: dict[str, Any]) -> Server:
     """Waits for its first weights; nothing was sent yet."""
-    return serve(
+    return serve_all(
         "qwen3",
         *("--load-format", "dummy", "--wait-for-initial-weights"),
         until="/checkpoint_engine/status",

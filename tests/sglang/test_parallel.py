@@ -64,14 +64,9 @@ def test_two_tensor_parallel_workers(
     assert server.state() == expected
 
     # One worker cannot reach its parameter server.
+    lost = {"cpu:1": "unix:///nowhere/at/all#token"}
     with pytest.raises(CheckpointEngineError):
-        wrong = "unix:///nowhere/at/all#token"
-        push(
-            server,
-            weights["qwen3-b"],
-            ask=lambda handles: in_tree(server, answer)({**handles, "cpu:1": wrong}),
-            timeout=20,
-        )
+        push(server, weights["qwen3-b"], ask=lambda handles: in_tree(server, answer)({**handles, **lost}), timeout=20)
     assert answer.status == 400
     assert "worker 1 failed in update" in answer.message
     assert server.state() == expected

@@ -43,7 +43,7 @@ PLACES = (
     ),
     Place(
         "settings",
-        ("sglang.srt.server_args.ServerArgs.__post_init__",),
+        ("sglang.srt.server_args.ServerArgs.check_server_args",),
         "settings under which the server could not be closed are not refused",
     ),
     Place(
