@@ -249,7 +249,7 @@ def make_model(workload: str, directory: Path, *, holes: bool) -> Path:
     return directory
 
 
-def write_shard(path: Path, tensors: list[Tensor], holes: bool) -> None:
+def write_shard(path: Path, tensors: list[Tensor], holes: bool) -> None:  # noqa: FBT001 - a pool calls it
     """Random weights written through a mapping of the file, without a second copy in memory; or nothing at all."""
     header, offset = {}, 0
     for tensor in tensors:
