@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hosts import Network, why_not
 from p2p_help import needs_mooncake
+from seeding import ENVIRONMENT, seeds
 
 from checkpoint_engine.catalog import Catalog
 from checkpoint_engine.deadline import Deadline
@@ -24,52 +23,11 @@ from checkpoint_engine.engine.reference_process import ReferenceProcess
 pytestmark = [needs_mooncake, pytest.mark.skipif(bool(why_not()), reason=why_not())]
 
 SPEC = ModelSpec(experts=2)
-ENVIRONMENT = {
-    "PS_MAX_BUCKET_SIZE_GB": str(64 / (1 << 20)),
-    "CHECKPOINT_ENGINE_P2P_TRANSPORT": "tcp",
-    "CHECKPOINT_ENGINE_P2P_PATIENCE": "3",
-    "GLOO_SOCKET_IFNAME": "lo",  # ranks of one host meet there; its name leads out of the namespace
-    "OMP_NUM_THREADS": "1",
-}
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("checkpoints") / "step-1", SPEC, 1, shards=4)
-
-
-@contextlib.contextmanager
-def seeds(network: Network, checkpoint: Path, metas: Path) -> Iterator[list[subprocess.Popen[str]]]:
-    """Ranks 0 and 1 on host 0, ranks 2 and 3 on host 1."""
-    script = str(Path(__file__).with_name("seed_rank.py"))
-    processes: list[subprocess.Popen[str]] = []
-    try:
-        for rank in range(4):
-            environment = {
-                "RANK": str(rank),
-                "WORLD_SIZE": "4",
-                "LOCAL_RANK": str(rank % 2),
-                "MASTER_ADDR": network.address(0),
-                "MASTER_PORT": "29400",
-                "CHECKPOINT_ENGINE_P2P": "1",
-            }
-            processes.append(
-                subprocess.Popen(
-                    network.command(rank // 2, [sys.executable, script, str(checkpoint), str(metas)]),
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    text=True,
-                    env=os.environ | ENVIRONMENT | environment,
-                )
-            )
-        for process in processes:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "holds\n"
-        yield processes
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate(timeout=10)
 
 
 def join(network: Network, host: int, metas: Path, endpoint: str) -> subprocess.CompletedProcess[str]:

@@ -14,6 +14,9 @@ from typing import Any
 
 import httpx
 import pytest
+from hosts import Network, why_not
+from seeding import ENVIRONMENT as HOSTS_ENVIRONMENT
+from seeding import seeds
 
 from conftest import free_port, vllm_environment
 
@@ -50,32 +53,24 @@ def seed(checkpoints: Path) -> Iterator[str]:
         process.communicate(timeout=20)
 
 
-def test_a_serving_engine_joins(
-    seed: str, serve: Callable[..., Any], cold: Callable[..., dict[str, Any]], checkpoints: Path
+@pytest.mark.skipif(bool(why_not()), reason=why_not())
+def test_a_serving_engine_joins_from_two_hosts_of_two_ranks(
+    serve: Callable[..., Any], cold: Callable[..., dict[str, Any]], checkpoints: Path, tmp_path: Path
 ) -> None:
+    """The engine's rank is on a third host; nothing but its own link reaches the engine from there."""
     expected = cold("qwen3")["tokens"]
-    server = serve("qwen3", "--load-format", "dummy")
+    server = serve("qwen3", "--load-format", "dummy", socket_path=tmp_path / "vllm.sock")
     assert server.tokens() != expected
-    done = subprocess.run(
-        [
-            COMMAND,
-            "join",
-            "--metas",
-            seed,
-            "--engine",
-            "vllm",
-            "--endpoint",
-            server.endpoint,
-            "--device",
-            "cpu",
-            "--json",
-        ],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-        env=os.environ | ENVIRONMENT,
-    )
+    command = [COMMAND, "join", "--metas", str(tmp_path / "metas.json"), "--engine", "vllm", "--json"]
+    with Network(3) as network, seeds(network, checkpoints / "qwen3", tmp_path / "metas.json"):
+        done = subprocess.run(
+            network.command(2, [*command, "--endpoint", server.endpoint, "--device", "cpu"]),
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+            env=os.environ | HOSTS_ENVIRONMENT | {"PS_MAX_BUCKET_SIZE_GB": "0.0001"},
+        )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["method"] == "p2p"
     assert server.tokens() == expected
