@@ -21,7 +21,7 @@ from checkpoint_engine.errors import (
     DuplicateTensorError,
     HostMemoryError,
 )
-from checkpoint_engine.host import filling
+from checkpoint_engine.host import filling, loader
 from checkpoint_engine.host.segment import Segment
 from checkpoint_engine.host.store import CheckpointStore, Registered
 
@@ -142,6 +142,31 @@ def test_a_large_checkpoint_has_few_segments_and_a_small_one_some(monkeypatch: p
         store = CheckpointStore(CountingDevice())
         assert len(store.register("a", named_tensors=named).segments) == segments
         store.close()
+
+
+class LookingDevice(CountingDevice):
+    """Notes for each pin whether anything lies in the memory already."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.filled: list[bool] = []
+
+    def pin(self, buffer: torch.Tensor) -> CountingPinned:
+        self.filled.append(bool(buffer.any()))
+        return super().pin(buffer)
+
+
+@pytest.mark.parametrize("from_gpu", [False, True])
+def test_memory_is_pinned_before_a_gpu_writes_to_it(monkeypatch: pytest.MonkeyPatch, from_gpu: bool) -> None:
+    # Stands in for tensors of a GPU, which this test has none of.
+    monkeypatch.setattr(loader, "comes_from_a_gpu", lambda _: from_gpu)
+    device = LookingDevice()
+    store = CheckpointStore(device)
+    store.register("a", named_tensors=tensors(1))
+    assert device.filled == [not from_gpu]
+    assert device.pins == 1
+    assert_holds(store, "a", tensors(1))
+    store.close()
 
 
 def test_segments_are_pinned_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -341,6 +366,15 @@ def test_the_real_device_pins() -> None:
     assert len(store.register("a", named_tensors=tensors(1)).pins) == 1
     store.close()
     assert store.names() == []
+
+
+@pytest.mark.gpu
+def test_tensors_of_a_gpu_are_registered() -> None:
+    store = CheckpointStore(open_device("cuda"))
+    held = {name: tensor.cuda() for name, tensor in tensors(1).items()}
+    store.register("a", named_tensors={**held, "strided": held["layer.0"].view(10, -1).t()})
+    assert_holds(store, "a", {**tensors(1), "strided": tensors(1)["layer.0"].view(10, -1).t()})
+    store.close()
 
 
 @pytest.mark.gpu

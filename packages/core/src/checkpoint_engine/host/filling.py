@@ -139,6 +139,16 @@ def copy_into(pool: ThreadPoolExecutor, placement: Placement, sources: Sequence[
     run_all(pool, _copies(placement, sources))
 
 
+def touch_all(pool: ThreadPoolExecutor, placement: Placement) -> None:
+    """Makes the kernel hand over all pages that will be filled; a driver that has to do that itself takes longer.
+
+    Raises:
+        HostMemoryError: memory ran short.
+    """
+    segment, end = placement.segment, placement.segment.nbytes
+    run_all(pool, (_touch(segment, start, min(end, start + _CHUNK)) for start in range(0, end, _CHUNK)))
+
+
 def run_all(pool: ThreadPoolExecutor, work: Iterable[Work]) -> None:
     """Runs all of it. After the first failure, what has not begun is dropped; nothing runs any more on return."""
     futures = [pool.submit(piece) for piece in work]
@@ -150,6 +160,10 @@ def run_all(pool: ThreadPoolExecutor, work: Iterable[Work]) -> None:
         for future in futures:
             future.cancel()
         wait(futures)
+
+
+def _touch(segment: Segment, start: int, end: int) -> Work:
+    return lambda: segment.touch(start, end)
 
 
 def _lay_out(tensors: Sequence[TensorEntry], first: int, room: int) -> tuple[TensorEntry, ...]:

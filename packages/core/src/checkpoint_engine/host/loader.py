@@ -30,6 +30,7 @@ from checkpoint_engine.host.filling import (
     copy_into,
     place,
     read_into,
+    touch_all,
     workers,
 )
 from checkpoint_engine.host.safetensors_file import SafetensorsFile, read_header
@@ -162,8 +163,19 @@ def iterate_files(
     yield from _fill([tensor for _, tensor in to_read], source, fill)
 
 
-def iterate_tensors(named_tensors: Mapping[str, torch.Tensor], *, source: SegmentSource = _NEW) -> Iterator[Filled]:
+def iterate_tensors(
+    named_tensors: Mapping[str, torch.Tensor],
+    *,
+    source: SegmentSource = _NEW,
+    pin: Callable[[Segment], None] | None = None,
+) -> Iterator[Filled]:
     """Yields segments as they are filled; the caller closes them. Any strides, any storage, any device will do.
+
+    Args:
+        named_tensors: What to copy.
+        source: Where segments come from.
+        pin: Registers a segment with the driver. That is done before anything comes from a GPU, which then writes to
+            it directly; otherwise it is left to the caller.
 
     Raises:
         UnsupportedTensorError: a tensor's dtype or layout cannot be carried, or it has no data.
@@ -176,9 +188,18 @@ def iterate_tensors(named_tensors: Mapping[str, torch.Tensor], *, source: Segmen
         torch.cuda.current_stream(device).synchronize()
 
     def fill(pool: ThreadPoolExecutor, placement: Placement) -> None:
-        copy_into(pool, placement, tensors[placement.first : placement.first + len(placement.tensors)])
+        part = tensors[placement.first : placement.first + len(placement.tensors)]
+        if pin is not None and any(comes_from_a_gpu(tensor) for tensor in part):
+            touch_all(pool, placement)
+            pin(placement.segment)
+        copy_into(pool, placement, part)
 
     yield from _fill(entries, source, fill)
+
+
+def comes_from_a_gpu(tensor: torch.Tensor) -> bool:
+    """Whether a GPU writes it to host memory."""
+    return tensor.is_cuda
 
 
 def _collect(filling: Iterator[Filled]) -> list[Filled]:

@@ -232,7 +232,7 @@ class CheckpointStore:
 
         def fill() -> Generator[Filled, None, None]:
             yield from iterate_files(selections, in_place=in_place, source=source)
-            yield from iterate_tensors(named_tensors, source=source)
+            yield from iterate_tensors(named_tensors, source=source, pin=lambda segment: segment.pin(self._device))
 
         with near(self._device), contextlib.closing(fill()) as filling:
             filled = self._pin_as_filled(filling)
