@@ -152,7 +152,7 @@ def _draw_phase(axes: Axes, bar: Bar, top: float, scale: float, seconds: float) 
         facecolor=_PHASE_COLOURS[bar.depth],
         edgecolor="white",
         linewidth=0.5,
-        zorder=2,
+        zorder=5.5,  # above the line of the limit, which would cross their names
     )
     _write(axes, bar.name, bar.begin, bar.end, place + height / 2 + 0.005, scale, seconds, _INK)
 
