@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -13,6 +14,8 @@ from checkpoint_engine.engine.client import CollectiveRpcClient, PauseMode
 from checkpoint_engine.engine.endpoint import Reply, shorten
 from checkpoint_engine.errors import DeadlineError, EngineRequestError
 from checkpoint_engine_sglang import routes
+
+logger = logging.getLogger(__name__)
 
 _NOT_FOUND = 404
 _POLL_SECONDS = 0.25
@@ -103,6 +106,12 @@ class SGLangClient(CollectiveRpcClient):
             EngineRequestError: SGLang refuses, or a worker failed; the message names the worker.
             DeadlineError: it does not answer in time.
         """
+        if pause == "keep" and self._stages(timeout) > 1:
+            logger.warning(
+                "%s has pipeline stages, which SGLang cannot stop between two steps: running requests are waited for",
+                self.endpoint.address,
+            )
+            pause = "wait"
         self._pause_mode, self._flush = pause, reset_caches
         super().update_weights(
             # The update itself waits for running requests, without a pause before it.
@@ -136,6 +145,10 @@ class SGLangClient(CollectiveRpcClient):
         if reply.status == _NOT_FOUND:
             raise EngineRequestError(f"{self.endpoint.address} cannot be updated safely: {_NO_PLUGIN}")
         return self._list_in(reply, "GET", routes.STATUS, "workers")
+
+    def _stages(self, timeout: float) -> int:
+        content: object = self.endpoint.call("GET", routes.STATUS, Deadline(timeout))
+        return int(cast("dict[str, Any]", content).get("pipeline_stages", 1)) if isinstance(content, dict) else 1
 
     def _list_in(self, reply: Reply, method: str, path: str, key: str) -> list[Any]:
         """A list in the JSON of a reply; a failed update has one as well, with the failure of each worker."""
