@@ -86,7 +86,12 @@ class SGLangClient(CollectiveRpcClient):
             "flush_cache": self._flush,
         }
         reply = self.endpoint.send("POST", routes.UPDATE, Deadline(deadline.remaining + _ANSWER_SECONDS), body=body)
-        return self._list_in(reply, "POST", routes.UPDATE, "results")
+        results = self._list_in(reply, "POST", routes.UPDATE, "results")
+        if not results and not reply.ok:
+            raise EngineRequestError(
+                f"{self.endpoint.address} answered POST {routes.UPDATE} with {reply.status}: {shorten(reply.text)}"
+            )
+        return results
 
     def update_weights(
         self,

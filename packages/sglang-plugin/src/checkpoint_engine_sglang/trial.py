@@ -31,6 +31,8 @@ _LONGEST_REASON = 300
 _aten: Any = torch.ops.aten
 _NEVER_LOADED = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 """Tensors that old checkpoints have and no model takes."""
+_DATALESS = ("meta", "set_data")
+"""What torch says when a tensor without data is asked for it, or to take the place of one that has some."""
 
 
 @dataclass
@@ -135,9 +137,9 @@ def _try(runner: Runner, tensors: Mapping[str, TensorSpec]) -> Trial | None:
         except WeightsRejectedError:
             raise
         except Exception as error:
-            if isinstance(error, NotImplementedError) or "meta" in str(error):
+            if isinstance(error, NotImplementedError) or any(word in str(error) for word in _DATALESS):
                 logger.warning(
-                    "cannot check weights beforehand, the loader of the %s model reads values (at %r): %r",
+                    "cannot check weights beforehand, the loader of the %s model needs data (at %r): %r",
                     runner.role,
                     watched.last,
                     error,
@@ -182,6 +184,7 @@ class _Recorder(TorchDispatchMode):
         self._targets = {_storage(buffer): "" for buffer in model.buffers()}
         self._targets |= {_storage(parameter): name for name, parameter in model.named_parameters()}
         self._origins = {_storage(tensor): frozenset((name,)) for name, tensor in tensors}
+        self._scalars = {_storage(tensor) for _, tensor in tensors if tensor.numel() == 1}
         # A storage's address must not be used again while we tell storages apart by it.
         self._keep_alive: list[torch.Tensor] = [tensor for _, tensor in tensors]
 
@@ -194,8 +197,10 @@ class _Recorder(TorchDispatchMode):
         if written is not None and _storage(written) in self._targets:
             self._note(func, written, inputs[1:], origins)
             return written
-        if func is _aten._local_scalar_dense.default and origins and inputs[0].numel() == 1:  # noqa: SLF001 - its name
-            return 1  # a lone scale, which loaders fill in by value
+        if func is _aten._local_scalar_dense.default and origins:  # noqa: SLF001 - its name in ATen
+            if _storage(inputs[0]) in self._scalars:
+                return 1  # a lone scale, which loaders fill in by value
+            raise NotImplementedError("a value was read")
         if func is _aten._to_copy.default and origins:  # noqa: SLF001 - its name in ATen
             kwargs = {**kwargs, "device": torch.device("meta")}
         result = func(*args, **kwargs)
