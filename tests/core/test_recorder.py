@@ -320,3 +320,18 @@ def test_a_loader_that_refuses_a_tensor() -> None:
     with pytest.raises(LoaderError, match="b: KeyError") as caught:
         plan_of(load, {"a": (4,)}, {"a": numbered(4), "b": numbered(4)})
     assert caught.value.name == "b"
+
+
+def test_a_loader_that_reads_everything_is_given_up() -> None:
+    calls = 0
+
+    def load(parameters: dict[str, torch.Tensor], tensors: Tensors) -> None:
+        nonlocal calls
+        calls += 1
+        for name, tensor in tensors:
+            parameters["p"][int(tensor[0]) :].copy_(tensor)
+            raise AssertionError(name)
+
+    plan = plan_of(load, {"p": (4,)}, {f"t{i}": numbered(4) for i in range(1000)})
+    assert not plan.is_traced()
+    assert calls < 150

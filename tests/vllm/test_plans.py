@@ -122,3 +122,17 @@ def test_nothing_but_the_plan_is_refused_where_it_does_not_reach(engine: Engine,
     assert (done["error"], done["intact"]) == ("WeightsRejectedError", True)
     assert "--reload auto" in done["message"]
     assert holds(engine, cold("qwen3"))
+
+
+def test_layers_wrapped_for_lora_are_left_to_the_loader(engine: Engine, cold: Cold, checkpoints: Path) -> None:
+    expected = {name: cold(name) for name in ("qwen3", "qwen3-b")}
+    engine("start", model=checkpoints / "qwen3", enable_lora=True, max_lora_rank=8)
+    for name in ("qwen3-b", "qwen3", "qwen3-b"):
+        done = engine("update", checkpoint=checkpoints / name)
+        assert done["error"] is None, done
+        assert done["details"]["reload"] == "loader"
+        assert "is wrapped" in done["details"]["loader_reason"]
+        assert engine("tokens")["tokens"] == expected[name]["tokens"]
+    refused = engine("update", checkpoint=checkpoints / "qwen3", reload="plan")
+    assert (refused["error"], refused["intact"]) == ("WeightsRejectedError", True)
+    assert engine("tokens")["tokens"] == expected["qwen3-b"]["tokens"]

@@ -153,10 +153,11 @@ class VllmAdapter:
     def _check(self, tensors: Mapping[str, TensorSpec], draft: DraftReload | None) -> None:
         """Refuses what would not fit, before anything has changed."""
         config, model_config = self._worker.vllm_config, self._worker.model_config
-        self._plan = plan = self._planner.plan(_SERVED, config, model_config, tensors)
+        served = compat.target_model(self._worker)
+        self._plan = plan = self._planner.plan(_SERVED, config, model_config, tensors, served)
         if plan is not None and plan.is_complete:
-            model, quantised = compat.target_model(self._worker), config.quant_config is not None
-            self._refuse(_MISSING, missing_parameters(plan, model, quantised=quantised))
+            quantised = config.quant_config is not None
+            self._refuse(_MISSING, missing_parameters(plan, served, quantised=quantised))
             self._refuse("these tensors are larger than the model's parameters", self._too_large(plan, tensors))
         if draft is not None:
             self._refuse(_MISSING, draft.missing())
@@ -207,9 +208,10 @@ class VllmAdapter:
         """Bytes of tensors that vLLM's own loader placed, and why."""
         nbytes = {name: _nbytes(spec) for name, spec in update.tensors.items()}
         layers = self._plans.layers(_SERVED)
+        if isinstance(target, ProvingReload):
+            return sum(nbytes.values()), "the first update proves the plan"
         if not isinstance(target, PlannedReload) or layers is None:
-            why = "the first update proves the plan" if isinstance(target, ProvingReload) else "no plan"
-            return sum(nbytes.values()), why
+            return sum(nbytes.values()), "" if layers is None else layers.obstacle
         left = layers.of(Way.LOADER)
         why = "; ".join(f"{layer.name}: {layer.reason}" for layer in left[:_MOST_NAMED])
         return sum(nbytes[name] for name in layers.tensors_of(Way.LOADER) if name in nbytes), why

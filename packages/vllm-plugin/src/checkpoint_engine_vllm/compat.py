@@ -219,6 +219,19 @@ def build_without_data(config: VllmConfig, model_config: ModelConfig) -> torch.n
         return initialize(vllm_config=config, model_config=model_config)
 
 
+def lend_tables(live: torch.nn.Module, model: torch.nn.Module) -> None:
+    """Gives a model without data the live one's integer buffers: loaders look up in them which experts are here."""
+    for prefix, layer in modules_by_name(model).items():
+        try:
+            buffers = dict(live.get_submodule(prefix).named_buffers(recurse=False))
+        except AttributeError:
+            continue
+        for name, buffer in list(layer.named_buffers(recurse=False)):
+            found = buffers.get(name)
+            if buffer.is_meta and found is not None and not found.is_floating_point() and found.shape == buffer.shape:
+                setattr(layer, name, found)
+
+
 def _switch_off_compilation(compilation: object) -> None:
     modes = getattr(importlib.import_module("vllm.config"), "CompilationMode", None)
     if modes is not None and hasattr(compilation, "mode"):

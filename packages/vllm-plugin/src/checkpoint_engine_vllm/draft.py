@@ -44,7 +44,7 @@ def open_draft(
     model_config = compat.draft_model_config(worker)
     if model_config is None or not (own or compat.draft_shares_checkpoint(worker)):
         return None
-    plan = planner.plan(NAME, compat.draft_config(worker), model_config, own or tensors)
+    plan = planner.plan(NAME, compat.draft_config(worker), model_config, own or tensors, model)
     return DraftReload(worker, model, model_config, plan, plans, mode, prefixed=bool(own))
 
 

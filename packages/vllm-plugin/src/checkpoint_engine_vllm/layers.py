@@ -64,15 +64,22 @@ class Layers:
         self.device = next(model.parameters()).device
         """Where the model lies."""
         self.layers: dict[str, Layer] = {}
+        self.obstacle = ""
+        """Why none of this can be used: the served model is not built like the one without data."""
         modules = compat.modules_by_name(model)
         for target in plan.reload.targets:
             name, _, own = target.rpartition(".")
-            if name not in modules or modules[name] in lent:
+            if name not in modules:
+                self.obstacle = f"the served model has no {name}"
+                return
+            if modules[name] in lent:
                 continue
             layer = self.layers.setdefault(name, Layer(name, modules[name]))
             layer.targets[target] = own
         for layer in self:
             self._choose(layer)
+            if not all(self._exists(layer, target) for target in layer.targets):
+                self.obstacle = f"{layer.name} of the served model is wrapped, or not what its loader expects"
         self._leave_memory_of_two_to_loader()
         self.settle()
 
@@ -128,6 +135,11 @@ class Layers:
         obstacle = self.can_be_rebuilt(layer)
         if obstacle:
             layer.leave_to_loader(obstacle)
+
+    def _exists(self, layer: Layer, target: str) -> bool:
+        parameters, buffers = compat.layerwise().info(layer.module).restore_metadata
+        own = layer.targets[target]
+        return own in parameters or own in buffers or layer.tensor(target) is not None
 
     def _leave_memory_of_two_to_loader(self) -> None:
         """VLLM may have tied parameters after it loaded its first checkpoint."""

@@ -69,7 +69,10 @@ class LoadPlan:
     @property
     def is_complete(self) -> bool:
         """Whether it is known where every tensor goes to."""
-        return self.reload.is_traced()
+        if not self.reload.is_traced():
+            return False
+        # A tensor whose loader gave up may be the one that fills what nothing else does.
+        return not self.reload.loader_only or all(coverage.complete for coverage in self.parameters.values())
 
 
 class Watched:
@@ -92,9 +95,14 @@ class Planner:
         self._known: dict[str, tuple[str, LoadPlan | None]] = {}
 
     def plan(
-        self, model: str, config: VllmConfig, model_config: ModelConfig, tensors: Mapping[str, TensorSpec]
+        self,
+        model: str,
+        config: VllmConfig,
+        model_config: ModelConfig,
+        tensors: Mapping[str, TensorSpec],
+        live: torch.nn.Module,
     ) -> LoadPlan | None:
-        """Runs the loader of `model` (any name for it) without data; None where that is not possible.
+        """Runs the loader of `model` (any name for it, `live` being it) without data; None where that is not possible.
 
         Raises:
             WeightsRejectedError: the loader does not know a tensor, or not in this shape.
@@ -105,7 +113,7 @@ class Planner:
         key = digest.hexdigest()
         if model not in self._known or self._known[model][0] != key:
             self._known.pop(model, None)
-            self._known[model] = (key, _make_plan(key, config, model_config, tensors))
+            self._known[model] = (key, _make_plan(key, config, model_config, tensors, live))
         return self._known[model][1]
 
 
@@ -149,10 +157,15 @@ def _is_optional(parameter: str) -> bool:
 
 
 def _make_plan(
-    key: str, config: VllmConfig, model_config: ModelConfig, tensors: Mapping[str, TensorSpec]
+    key: str,
+    config: VllmConfig,
+    model_config: ModelConfig,
+    tensors: Mapping[str, TensorSpec],
+    live: torch.nn.Module,
 ) -> LoadPlan | None:
     try:
         model = compat.build_without_data(config, model_config)
+        compat.lend_tables(live, model)
     except CheckpointEngineError:
         raise
     except Exception as error:  # noqa: BLE001 - any model may fail in any way without data; the checks at the end remain
@@ -187,7 +200,7 @@ def _targets(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and buffers that have a shape; of those that share memory, the first."""
     found: dict[int, tuple[str, torch.Tensor]] = {}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if not _is_lazy(tensor):
+        if not _is_lazy(tensor) and tensor.is_meta:
             found.setdefault(_storage(tensor), (name, tensor))
     return dict(found.values())
 

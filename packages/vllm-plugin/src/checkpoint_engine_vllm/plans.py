@@ -72,9 +72,11 @@ class Plans:
         if known is None or known.bindings != bindings:
             known = self._known[name] = _Known(Layers(plan, model, lent), bindings, Trust.RECORDED)
         left = known.layers.of(Way.LOADER)
+        if mode == "plan" and known.layers.obstacle:
+            raise WeightsRejectedError(f"{_NO_PLAN} ({known.layers.obstacle})")
         if mode == "plan" and left:
             raise WeightsRejectedError(f"{_NO_PLAN} (layer {left[0].name!r} of the {name} model: {left[0].reason})")
-        if len(left) == len(known.layers.layers):
+        if known.layers.obstacle or len(left) == len(known.layers.layers):
             return reload
         if known.trust is Trust.RECORDED:
             return ProvingReload(reload, known.layers)

@@ -172,19 +172,18 @@ class _Reception:
             if message.bucket in done:
                 raise LinkError(f"bucket {message.bucket} came twice")
             began = time.perf_counter()
-            memory = _part(staging, message.segment)
-            seconds = self._load(begin.buckets[message.bucket], memory, message.offset)
-            self._load_seconds += seconds
             done.add(message.bucket)
+            self._adapter.load(
+                view_bucket(_part(staging, message.segment), begin.buckets[message.bucket], message.offset)
+            )
+            # Staging is used again, lent memory is not: there the bus need not fall idle between buckets.
+            if not isinstance(staging, MappedSegments) or len(done) == len(begin.buckets):
+                self._device.synchronize()
+            seconds = time.perf_counter() - began
+            self._load_seconds += seconds
             self._send(Loaded(message.bucket, seconds, began))
         if len(done) != len(begin.buckets):
             raise LinkError(f"the parameter server finished after {len(done)} of {len(begin.buckets)} buckets")
-
-    def _load(self, bucket: Sequence[TensorSlice], staging: torch.Tensor, offset: int) -> float:
-        start = time.perf_counter()
-        self._adapter.load(view_bucket(staging, bucket, offset))
-        self._device.synchronize()
-        return time.perf_counter() - start
 
     def _finish(self) -> tuple[Mapping[str, str | int | float], float]:
         self._phase = "finish"

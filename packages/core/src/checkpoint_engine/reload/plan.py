@@ -60,6 +60,8 @@ class Recording:
     """Target -> elements written in all."""
     taken: dict[str, int] = field(default_factory=dict[str, int])
     """Tensor -> elements of targets that come from it."""
+    complete: bool = True
+    """Whether the loader was given all tensors."""
 
     def note_write(self, target: str, elements: int, sources: Iterable[str]) -> None:
         """Counts a write of any kind."""
@@ -94,7 +96,9 @@ class ReloadPlan:
 
     def is_traced(self) -> bool:
         """Whether for every tensor it is known where it goes to."""
-        return all(any(name in sources for sources in self.recording.origins.values()) for name in self.loader_only)
+        return self.recording.complete and all(
+            any(name in sources for sources in self.recording.origins.values()) for name in self.loader_only
+        )
 
 
 def make_plan(recording: Recording, targets: Mapping[str, torch.Tensor]) -> ReloadPlan:

@@ -23,21 +23,21 @@ from checkpoint_engine.reload.regions import Region, trace_back
 Loader = Callable[[Iterable[tuple[str, torch.Tensor]]], object]
 """An engine's `load_weights`."""
 
+_MOST_UNREADABLE = 100
+"""Tensors at which a loader may give up; for each of them it is started anew."""
+
 _aten: Any = torch.ops.aten
 _COPIES = {_aten.clone.default, _aten._to_copy.default, _aten.contiguous.default}  # noqa: SLF001 - its name in ATen
 _FILLS = {_aten.fill_.Scalar, _aten.zero_.default}
 
 
-def record(
-    load: Loader, targets: Mapping[str, torch.Tensor], tensors: Mapping[str, TensorSpec], *, strict: bool = False
-) -> Recording:
+def record(load: Loader, targets: Mapping[str, torch.Tensor], tensors: Mapping[str, TensorSpec]) -> Recording:
     """Runs `load` over tensors without data.
 
     Args:
         load: The loader of a model on the meta device. It may be called several times, each time with some tensors.
         targets: That model's parameters and buffers by name; each storage once.
         tensors: The checkpoint's tensors, in the order in which the loader gets them.
-        strict: Whether to raise where the loader reads values, instead of noting it and going on after that tensor.
 
     Raises:
         LoaderError: the loader raised at a tensor, for another reason than its lack of data.
@@ -51,9 +51,11 @@ def record(
                 load(iter(feed))
             break
         except Exception as error:
-            if strict or not needs_values(error):
+            if not needs_values(error):
                 raise LoaderError(feed.current, error) from error
             recorder.note_unreadable(feed.current, error)
+            if recorder.has_given_up:
+                break
     return recorder.recording()
 
 
@@ -162,6 +164,13 @@ class _Recorder(TorchDispatchMode):
         for target in self._touched:
             self._recording.flaws.setdefault(target, f"{name}: {reason}")
             self._recording.note_write(target, 0, {name})
+
+    @property
+    def has_given_up(self) -> bool:
+        """Whether the loader reads so many values that going on after each of them leads nowhere."""
+        if len(self._recording.unreadable) > _MOST_UNREADABLE:
+            self._recording.complete = False
+        return not self._recording.complete
 
     def recording(self) -> Recording:
         """What was seen."""
