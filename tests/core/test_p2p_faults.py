@@ -34,6 +34,14 @@ def here() -> Iterator[Cluster]:
     assert_no_threads_left()
 
 
+@pytest.fixture(scope="module")
+def survivor() -> Iterator[Seed]:
+    """A seed to which nothing happens; the seeds that suffer are new in every test."""
+    with Seed() as seed:
+        yield seed
+        assert seed.alive
+
+
 def join(
     cluster: Cluster, catalogs: list[Catalog], at_bucket: int = 0, then: Callable[[], object] | None = None
 ) -> None:
@@ -56,15 +64,15 @@ def assert_holds(cluster: Cluster, version: int) -> None:
     assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
 
 
-def test_another_seed_takes_over_for_one_that_is_killed(here: Cluster) -> None:
-    with Seed(2) as one, Seed() as two:
-        join(here, [one.catalog, two.catalog], 3, lambda: one.signal("SIGKILL"))
+def test_another_seed_takes_over_for_one_that_is_killed(here: Cluster, survivor: Seed) -> None:
+    with Seed(2) as victim:
+        join(here, [victim.catalog, survivor.catalog], 3, lambda: victim.signal("SIGKILL"))
         assert_holds(here, 1)
-        join(here, [one.catalog, two.catalog])
+        join(here, [victim.catalog, survivor.catalog])
         assert_holds(here, 1)
 
 
-def test_without_another_seed_the_error_names_it_and_a_later_try_succeeds(here: Cluster) -> None:
+def test_without_another_seed_the_error_names_it_and_a_later_try_succeeds(here: Cluster, survivor: Seed) -> None:
     with Seed() as seed:
         started = time.monotonic()
         with pytest.raises(UpdateError, match=r"rank 0 on .* at 127\.0\.0\.1:\d+ .*nobody listens there") as failed:
@@ -75,14 +83,13 @@ def test_without_another_seed_the_error_names_it_and_a_later_try_succeeds(here: 
         assert here.recorders[0].aborts == 1
         with pytest.raises(UpdateError, match="nobody listens there"):
             join(here, [seed.catalog])
-    with Seed(2) as later:
-        join(here, [later.catalog])
-        assert_holds(here, 1)
+    join(here, [survivor.catalog])
+    assert_holds(here, 1)
 
 
-def test_another_seed_takes_over_for_one_that_hangs(here: Cluster) -> None:
-    with Seed() as one, Seed() as two:
-        join(here, [one.catalog, two.catalog], 3, lambda: one.signal("SIGSTOP"))
+def test_another_seed_takes_over_for_one_that_hangs(here: Cluster, survivor: Seed) -> None:
+    with Seed() as victim:
+        join(here, [victim.catalog, survivor.catalog], 3, lambda: victim.signal("SIGSTOP"))
         assert_holds(here, 1)
 
 
@@ -101,25 +108,19 @@ def test_versions_are_not_mixed_when_a_seed_moves_on(here: Cluster) -> None:
         assert_holds(here, 2)
 
 
-def test_two_join_at_once_and_one_of_them_is_killed(here: Cluster, tmp_path: Path) -> None:
-    with Seed() as seed, Joiner(seed.catalog, tmp_path) as other:
-        other.wait_until_it_loads()
-        join(here, [seed.catalog], 3, lambda: other.signal("SIGKILL"))
+def test_two_join_at_once_and_one_of_them_is_killed(here: Cluster, survivor: Seed, tmp_path: Path) -> None:
+    with Joiner(survivor.catalog, tmp_path) as victim:
+        victim.wait_until_it_loads()
+        join(here, [survivor.catalog], 3, lambda: victim.signal("SIGKILL"))
         assert_holds(here, 1)
-        join(here, [seed.catalog])
+        join(here, [survivor.catalog])
         assert_holds(here, 1)
-        assert seed.alive
 
 
-def test_a_process_pulls_tensors_without_ranks_or_engine() -> None:
-    with Seed(2) as one, Seed() as two:
-        pulled: dict[str, torch.Tensor] = {}
-        for name, tensor in pull_tensors([one.catalog, two.catalog], timeout=TIMEOUT):
-            if len(pulled) == 10:
-                one.signal("SIGKILL")
-            pulled[name] = tensor
-        expected = tensors_of(1)
-        assert pulled.keys() == expected.keys()
-        assert all(torch.equal(pulled[name], tensor) for name, tensor in expected.items())
-        with pytest.raises(DeadlineError, match=r"within 0\.001 s"):
-            dict(pull_tensors([two.catalog], timeout=0.001))
+def test_a_process_pulls_tensors_without_ranks_or_engine(survivor: Seed) -> None:
+    pulled = dict(pull_tensors([survivor.catalog], timeout=TIMEOUT))
+    expected = tensors_of(1)
+    assert pulled.keys() == expected.keys()
+    assert all(torch.equal(pulled[name], tensor) for name, tensor in expected.items())
+    with pytest.raises(DeadlineError, match=r"within 0\.001 s"):
+        dict(pull_tensors([survivor.catalog], timeout=0.001))

@@ -18,6 +18,7 @@ from checkpoint_engine.data_types import metas_from_json, metas_to_json
 from checkpoint_engine.errors import CheckpointStateError, SettingError, UpdateError
 from checkpoint_engine.planning.peers import PeerPlan, plan_peer_reads
 from checkpoint_engine.planning.receivers import Port
+from checkpoint_engine.transfer.trace import Span, covered
 
 Clusters = Callable[[int], Cluster]
 
@@ -108,6 +109,25 @@ def test_some_ranks_are_updated_from_the_host_memory_of_all(clusters: Clusters, 
     # All of them by broadcast afterwards: communicators of a part are not those of the whole.
     check(group.update("a"))
     assert_delivered(group, range(3), tensors_of(0))
+
+
+@needs_mooncake
+def test_a_trace_shows_when_buckets_were_read(clusters: Clusters) -> None:
+    here, there = clusters(1), clusters(1)
+    there.register("a", tensors_of(1))
+    check(join(here, [catalog(there, "a")], "a", trace=True))
+    report = here.servers[0].last_report
+    assert report is not None
+    assert report.trace is not None
+    reads = [span for span in report.trace.spans if span.lane == "read"]
+    assert sorted(span.bucket or 0 for span in reads) == list(range(report.buckets))
+    assert report.seconds["fetch"] == covered(reads)
+
+
+def test_time_is_covered_once_however_many_spans_lie_on_it() -> None:
+    spans = [Span("read", "", begin, end) for begin, end in ((3.0, 4.0), (0.0, 2.0), (1.0, 1.5), (1.0, 2.5))]
+    assert covered(spans) == 3.5
+    assert covered([]) == 0.0
 
 
 @needs_mooncake

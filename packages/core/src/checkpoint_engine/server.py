@@ -304,7 +304,8 @@ class ParameterServer:
             DeadlineError: a rank did not come in time.
         """
         registered = self._store.get(name) if name in self._store.names() else None
-        mine = self._sharing.describe(registered, share=self._sharing.settings.share and registered is not None)
+        shared = self._sharing.settings.share and registered is not None
+        mine = self._sharing.describe(registered, share=shared, sample=shared)
         parts = self._connected().gather(
             "metas", msgspec.msgpack.encode((name, mine)), timeout, f"all ranks gathering {name!r}"
         )

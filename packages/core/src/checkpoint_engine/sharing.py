@@ -55,8 +55,8 @@ class Sharing:
                 self._store = open_p2p_store(self.settings, get_ip(), *self._gpu)
             return self._store
 
-    def describe(self, registered: Registered | None, *, share: bool) -> Holding:
-        """What this rank holds of a checkpoint, and with `share` how others read it.
+    def describe(self, registered: Registered | None, *, share: bool, sample: bool = False) -> Holding:
+        """What this rank holds of a checkpoint; with `share` how others read it, with `sample` what its bytes are.
 
         Raises:
             MissingDependencyError: it shall be shared, and Mooncake is not installed.
@@ -81,7 +81,7 @@ class Sharing:
             transport=store.transport,
             control_address=lease.control_address if lease else 0,
             generation=lease.generation if lease else 0,
-            content=content_of(registered.segments, entries) if registered else "",
+            content=content_of(registered.segments, entries) if registered and sample else "",
         )
 
     def withdraw(self, name: str) -> None:
