@@ -63,8 +63,8 @@ class SGLangClient(CollectiveRpcClient):
         raise DeadlineError(f"{self.endpoint.address} was not ready within {deadline.seconds:g} s: {seen}")
 
     def world_size(self) -> int | None:
-        """Number of workers over all tensor-parallel ranks, pipeline stages and replicas."""
-        return len(self._workers(Deadline(self.timeout)))
+        """Number of workers, over tensor-parallel ranks, stages and replicas; None if it cannot tell now."""
+        return len(self._workers(Deadline(self.timeout))) or None
 
     def collective_rpc(self, method: str, deadline: Deadline, args: Sequence[object] = ()) -> list[Any]:
         """Asks the plugin for what `checkpoint_engine_update` and `checkpoint_engine_status` return on every worker.

@@ -154,6 +154,8 @@ class Runner:
     config: Any
     """SGLang's ModelConfig."""
     device: torch.device
+    has_graphs: bool = False
+    """Whether CUDA graphs were captured, which go on reading the weights where they were."""
 
     @property
     def path(self) -> str:
@@ -262,7 +264,9 @@ def describe_runner(role: str, owner: Any) -> Runner:  # noqa: ANN401
     """Of a model runner, or of its weight updater."""
     get = getattr(owner, "get_model_runner", None)
     runner = owner if get is None else get()
-    return Runner(role, runner.model, runner.model_config, _torch_device(runner))
+    device = _torch_device(runner)
+    disabled = bool(getattr(getattr(runner, "server_args", None), "disable_cuda_graph", False))
+    return Runner(role, runner.model, runner.model_config, device, has_graphs=device.type == "cuda" and not disabled)
 
 
 def cannot_update(manager: Any, model: torch.nn.Module) -> str:  # noqa: ANN401

@@ -73,15 +73,18 @@ class Front:
 
         With `wait_for_requests` an engine that is not paused finishes its running requests first.
         """
-        handles, order = unpack(request.zmq_handles)
-        order = order or Order(version=request.weight_version or "")
-        request.zmq_handles = pack(handles, order)
         if self._updating:
             return [], "another update is under way; wait for it to end"
         self._updating = True
+        # Whoever asked may go away; what the workers then say must be heard all the same.
+        return await asyncio.shield(asyncio.ensure_future(self._update(request, wait_for_requests=wait_for_requests)))
+
+    async def _update(self, request: Any, *, wait_for_requests: bool) -> tuple[list[Report], str]:  # noqa: ANN401
+        handles, order = unpack(request.zmq_handles)
+        request.zmq_handles = pack(handles, order or Order(version=request.weight_version or ""))
         try:
             answers = await self._ask_workers(request, wait_for_requests=wait_for_requests)
-            reports = sorted((report for answer in answers for report in answer.reports), key=lambda one: one.rank)
+            reports = _reports(answers)
             problem = describe_failures(reports) or "; ".join(filter(None, (answer.problem for answer in answers)))
         except EngineRequestError as error:
             reports, problem = [], str(error)
@@ -176,8 +179,7 @@ class Front:
         request = compat.request_type()(zmq_handles=pack({}, Order(do="status")), flush_cache=False)
         answers = _decode(await manager.update_weights_from_ipc_communicator(request))
         self._stages = max(answer.stages for answer in answers)
-        reports = [report for answer in answers for report in answer.reports]
-        return sorted({report.rank: report for report in reports}.values(), key=lambda report: report.rank)
+        return _reports(answers)
 
     def _busy(self) -> list[Report]:
         return [msgspec.structs.replace(report, updating=True) for report in self._last]
@@ -282,6 +284,12 @@ def _admin_level() -> Callable[[Any], Any]:
         return auth.auth_level(auth.AuthLevel.ADMIN_OPTIONAL)
     except (ImportError, AttributeError):
         return lambda function: function
+
+
+def _reports(answers: list[Answer]) -> list[Report]:
+    """Of every worker, once: with data-parallel attention each group of workers answers for all of them."""
+    reports = {report.rank: report for answer in answers for report in answer.reports}
+    return [reports[rank] for rank in sorted(reports)]
 
 
 def _decode(answers: list[Any]) -> list[Answer]:

@@ -69,7 +69,7 @@ class Load:
             raise WeightsRejectedError(f"announced but not delivered: {', '.join(lost[:8])}")
         postprocess.complete(self.runner)
         moved = [name for name, place in _places(self.runner).items() if self._places.get(name) != place]
-        if moved and self.runner.device.type == "cuda":
+        if moved and self.runner.has_graphs:
             raise WorkerError(
                 f"SGLang has moved the weights {', '.join(moved[:4])}: CUDA graphs that it has captured would go on "
                 "with the old ones; start it with --disable-cuda-graph, or anew with the new weights"

@@ -136,6 +136,7 @@ class Worker:
         try:
             workers = self.position.world_size * self.position.replicas
             handle = pick_handle(handles, self._device, self.position.overall, workers)
+            self._device.synchronize()  # a forward pass on another stream may still read the weights
             received = receive_update(handle, self._adapter, self._device, timeout=order.timeout)
             details = {**received.details, "nbytes": received.nbytes}
         except Exception as caught:  # whatever it is, every worker must hear of it
