@@ -70,6 +70,8 @@ class SGLangAdapter:
         self._seconds = dict.fromkeys(self._seconds, 0.0)
         start = time.perf_counter()
         try:
+            if update.reload == "plan":
+                raise WorkerError("SGLang's weights go through its own loader: --reload loader, or auto")
             self._loads = self._check(update)
         except CheckpointEngineError as error:
             self.agree(Verdict(error=str(error)))
