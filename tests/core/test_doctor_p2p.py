@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+from importlib import metadata
 
 import pytest
 from p2p_help import needs_mooncake
@@ -19,6 +20,16 @@ def test_missing_mooncake_is_no_problem_but_said(monkeypatch: pytest.MonkeyPatch
     (finding,) = check_p2p()
     assert finding.status == "note"
     assert "checkpoint-engine-core[p2p]" in finding.advice
+
+
+@needs_mooncake
+@pytest.mark.parametrize(("version", "status"), [("0.3.11.post1", "note"), ("0.3.12", "ok"), ("0.4rc1", "ok")])
+def test_old_versions_of_mooncake_are_told(monkeypatch: pytest.MonkeyPatch, version: str, status: str) -> None:
+    known = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: version if name.startswith("mooncake") else known(name))
+    finding = found()["mooncake"]
+    assert finding.status == status
+    assert ("any memory" in finding.advice) == (status == "note")
 
 
 @needs_mooncake

@@ -13,8 +13,12 @@ _ADVICE_GPU = "modprobe nvidia_peermem; until then bytes land in host memory fir
 def check_p2p() -> Iterator[Finding]:
     """Whether Mooncake is there, which way it would go, and what stands in that way."""
     from checkpoint_engine.errors import CheckpointEngineError  # noqa: PLC0415 - what is imported late is slow
-    from checkpoint_engine.host.mooncake import import_engine  # noqa: PLC0415
-    from checkpoint_engine.host.p2p_open import can_reach_gpus, way_of_this_process  # noqa: PLC0415
+    from checkpoint_engine.host.mooncake import CHECKS_ADDRESSES, import_engine, installed_version  # noqa: PLC0415
+    from checkpoint_engine.host.p2p_open import (  # noqa: PLC0415
+        advice_on_old_version,
+        can_reach_gpus,
+        way_of_this_process,
+    )
     from checkpoint_engine.settings import P2PSettings  # noqa: PLC0415
 
     try:
@@ -22,7 +26,12 @@ def check_p2p() -> Iterator[Finding]:
     except CheckpointEngineError as error:
         yield Finding("P2P", "mooncake", "note", "cannot be used: no P2P updates", str(error))
         return
-    yield Finding("P2P", "mooncake", "ok", "the transfer engine can be loaded")
+    version = installed_version()
+    said = ".".join(map(str, version)) if version else "of unknown version"
+    if version and version < CHECKS_ADDRESSES:
+        yield Finding("P2P", "mooncake", "note", said, advice_on_old_version(version))
+    else:
+        yield Finding("P2P", "mooncake", "ok", said)
     try:
         settings = P2PSettings.from_environment()
         way = way_of_this_process(settings, 0, _gpus_seen())

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 from collections.abc import Sequence
+from importlib import metadata
 from typing import Any, Literal
 
 from checkpoint_engine.errors import AddressInUseError, HostMemoryError, MissingDependencyError, SettingError
@@ -19,7 +21,11 @@ _ALTERNATIVES = (
     "pip install 'checkpoint-engine-core[p2p]' (CUDA 12), or instead of that one of mooncake-transfer-engine-cuda13 "
     "(CUDA 13), mooncake-transfer-engine-non-cuda (no GPU), mooncake-transfer-engine-efa (AWS)"
 )
+_DISTRIBUTIONS = tuple(f"mooncake-transfer-engine{build}" for build in ("", "-cuda13", "-non-cuda", "-efa"))
 _CONNECT_SECONDS = 5
+
+CHECKS_ADDRESSES = (0, 3, 12)
+"""From this version on, Mooncake refuses over TCP what is not registered; before, it serves any address to anybody."""
 
 
 class MooncakeEngine:
@@ -75,6 +81,18 @@ class MooncakeEngine:
         """
         code = self._engine.batch_transfer_sync_read(peer, list(targets), list(sources), list(lengths))
         return code == 0
+
+
+def installed_version() -> tuple[int, ...] | None:
+    """Of whichever build of Mooncake is installed; None if that is unknown."""
+    for distribution in _DISTRIBUTIONS:
+        try:
+            text = metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            continue
+        numbers = re.match(r"\d+(\.\d+)*", text)
+        return tuple(map(int, numbers.group().split("."))) if numbers else None
+    return None
 
 
 def import_engine() -> Any:  # noqa: ANN401 - a class without types

@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 
 from checkpoint_engine.errors import HostMemoryError, SettingError
-from checkpoint_engine.host.mooncake import MooncakeEngine, Transport
+from checkpoint_engine.host.mooncake import CHECKS_ADDRESSES, MooncakeEngine, Transport, installed_version
 from checkpoint_engine.host.network_cards import (
     DEVICES_VARIABLE,
     NCCL_VARIABLE,
@@ -117,8 +117,19 @@ def open_p2p_store(settings: P2PSettings, host: str, local_gpu: int, gpus_seen: 
         if key not in _engines:
             engine = MooncakeEngine(*key, settings.patience)
             logger.info("P2P over %s (%s) at %s %s", way.transport, way.reason, engine.address, ", ".join(devices))
+            version = installed_version()
+            if way.transport == "tcp" and version and version < CHECKS_ADDRESSES:
+                logger.warning("%s", advice_on_old_version(version))
             _engines[key] = engine
         return P2PStore(_engines[key], devices, settings.patience)
+
+
+def advice_on_old_version(version: tuple[int, ...]) -> str:
+    """What is wrong with TCP in old versions of Mooncake."""
+    return (
+        f"Mooncake {'.'.join(map(str, version))} lets whoever reaches its port read and write any memory of this "
+        f"process over TCP; from {'.'.join(map(str, CHECKS_ADDRESSES))} on it does not: upgrade it"
+    )
 
 
 def can_reach_gpus() -> bool:
