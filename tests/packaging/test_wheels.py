@@ -12,7 +12,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = {"checkpoint-engine-core": "core", "checkpoint-engine-vllm": "vllm-plugin"}
+PACKAGES = {
+    "checkpoint-engine-core": "checkpoint_engine",
+    "checkpoint-engine-vllm": "checkpoint_engine_vllm",
+    "checkpoint-engine-sglang": "checkpoint_engine_sglang",
+}
 
 
 def uv(*arguments: object, cwd: Path = ROOT) -> str:
@@ -37,7 +41,7 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.mark.parametrize("name", PACKAGES)
 def test_a_wheel_holds_its_package_types_and_licence_only(wheels: dict[str, Path], name: str) -> None:
     names = zipfile.ZipFile(wheels[name]).namelist()
-    package = {"checkpoint-engine-core": "checkpoint_engine", "checkpoint-engine-vllm": "checkpoint_engine_vllm"}[name]
+    package = PACKAGES[name]
     assert f"{package}/py.typed" in names
     assert any(entry.endswith("licenses/LICENSE") for entry in names)
     assert {entry.split("/")[0] for entry in names} == {package, wheels[name].name.rsplit("-", 3)[0] + ".dist-info"}
@@ -59,10 +63,11 @@ def test_the_wheels_work_in_an_empty_environment(wheels: dict[str, Path], tmp_pa
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["ok"] is True
-    uv("pip", "install", "--quiet", "--python", environment / "bin" / "python", wheels["checkpoint-engine-vllm"])
+    plugins = (wheels["checkpoint-engine-vllm"], wheels["checkpoint-engine-sglang"])
+    uv("pip", "install", "--quiet", "--python", environment / "bin" / "python", *plugins)
     code = (
         "from checkpoint_engine.engine.client import load_client; import checkpoint_engine_vllm as p;"
-        "print(load_client('vllm').__name__, p.WorkerExtension.__name__)"
+        "print(load_client('vllm').__name__, p.WorkerExtension.__name__, load_client('sglang').__name__)"
     )
     done = subprocess.run(
         [environment / "bin" / "python", "-c", code],
@@ -72,4 +77,4 @@ def test_the_wheels_work_in_an_empty_environment(wheels: dict[str, Path], tmp_pa
         check=False,
         cwd=tmp_path,
     )
-    assert done.stdout.split() == ["VllmClient", "WorkerExtension"], done.stderr
+    assert done.stdout.split() == ["VllmClient", "WorkerExtension", "SGLangClient"], done.stderr

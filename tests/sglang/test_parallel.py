@@ -87,12 +87,16 @@ def test_two_tensor_parallel_workers(
 
 
 def test_two_pipeline_stages(serve: Serve, update_command: Update, checkpoints: Path, weights: Weights) -> None:
+    fresh = serve("qwen3-b", "--pp-size", "2", workers=2)
+    expected = fresh.tokens()
+    fresh.close()
     server = serve("qwen3", "--pp-size", "2", *DUMMY, workers=2, until="/checkpoint_engine/status")
     assert server.http.get("/health").status_code == 503
     done = update_command(checkpoints / "qwen3-b", server, "--engine", "sglang")
     assert done.returncode == 0, done.stderr
     server.wait("/health")
     first = server.tokens()
+    assert first == expected
     push(server, weights["qwen3"], "qwen3")
     assert server.tokens() != first
 

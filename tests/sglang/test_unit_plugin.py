@@ -18,11 +18,12 @@ from torch import nn
 from checkpoint_engine.deadline import Deadline
 from checkpoint_engine.engine.adapter import TensorSpec
 from checkpoint_engine.errors import DeadlineError, EngineRequestError, WeightsRejectedError
-from checkpoint_engine_sglang import SGLangClient, compat, routes
-from checkpoint_engine_sglang.compat import Place, Runner
+from checkpoint_engine_sglang import SGLangClient, places, routes
+from checkpoint_engine_sglang.compat import Runner
 from checkpoint_engine_sglang.gate import Gate, GateMiddleware
 from checkpoint_engine_sglang.load import Load
 from checkpoint_engine_sglang.messages import Order, Report, describe_failures, pack, unpack
+from checkpoint_engine_sglang.places import Place
 from checkpoint_engine_sglang.trial import Trials
 
 Weights = Iterable[tuple[str, torch.Tensor]]
@@ -223,16 +224,16 @@ def test_what_travels_in_a_request() -> None:
 
 def test_places_that_are_not_there() -> None:
     place = Place("x", ("json.no_such_name", "no.such.module.name", "json.decoder.NaN"), "nothing works")
-    (found,) = compat.find_places([place])
+    (found,) = places.find_places([place])
     assert found.target == ""
     assert "no_such_name" in found.problem
     assert "no.such.module" in found.problem
     assert "NaN: not a function" in found.problem
-    (found,) = compat.find_places([Place("x", ("no.such.name", "json.loads"), "")])
+    (found,) = places.find_places([Place("x", ("no.such.name", "json.loads"), "")])
     assert (found.target, found.problem) == ("json.loads", "")
-    assert compat.version_numbers("0.5.10.post1") == (0, 5, 10)
-    assert compat.version_numbers("0.5.10rc1") < (0, 5, 11)
-    assert compat.version_numbers("of unknown version") == ()
+    assert places.version_numbers("0.5.10.post1") == (0, 5, 10)
+    assert places.version_numbers("0.5.10rc1") < (0, 5, 11)
+    assert places.version_numbers("of unknown version") == ()
 
 
 Answer = tuple[int, object]

@@ -12,7 +12,7 @@ import torch
 
 from checkpoint_engine.engine.adapter import TensorSpec, Update
 from checkpoint_engine.errors import CheckpointEngineError, CheckpointStateError, WeightsRejectedError, WorkerError
-from checkpoint_engine_sglang import compat, postprocess
+from checkpoint_engine_sglang import places, postprocess
 from checkpoint_engine_sglang.compat import Runner
 from checkpoint_engine_sglang.load import Load
 from checkpoint_engine_sglang.trial import Trials
@@ -111,7 +111,7 @@ class SGLangAdapter:
         self.dirty, self.version, self._update = False, update.version, None
         self._touched = True  # what was there before is gone
         return {
-            "sglang": compat.version(),
+            "sglang": places.version(),
             "tensors": len(update.tensors),
             "models": len(self._loads),
             **{f"{step}_seconds": round(seconds, 6) for step, seconds in self._seconds.items()},

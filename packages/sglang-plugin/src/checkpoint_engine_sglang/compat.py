@@ -1,148 +1,19 @@
-"""What differs between versions of SGLang: where its hooks are, and how its objects are asked.
-
-Every place in SGLang that the plugin touches is named in this file, once for each version that has it elsewhere.
-"""
+"""How SGLang's objects are asked, where versions differ in it; decided by what they have rather than by number."""
 
 from __future__ import annotations
 
 import importlib
-import pkgutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import metadata
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 
 from checkpoint_engine.device import Device, open_device
 from checkpoint_engine.errors import MissingDependencyError
-
-OLDEST_WITH_PLUGINS = (0, 5, 11)
-NEWEST_KNOWN = (0, 5, 23)
+from checkpoint_engine_sglang.places import version
 
 _MANAGERS = "sglang.srt.managers"
-_UPDATER = "sglang.srt.managers.scheduler_components.weight_updater"
-_RUNNERS = "sglang.srt.model_executor"
-
-
-@dataclass(frozen=True)
-class Place:
-    """One of SGLang's own functions that the plugin changes, and where versions keep it, newest first."""
-
-    name: str
-    targets: tuple[str, ...]
-    without_it: str
-    """What does not work where none of the targets is there."""
-
-
-PLACES = (
-    Place(
-        "alias",
-        ("sglang.srt.server_args.ServerArgs.add_cli_args",),
-        "the flag is only known as --checkpoint-engine-wait-weights-before-ready",
-    ),
-    Place(
-        "settings",
-        ("sglang.srt.server_args.ServerArgs.check_server_args",),
-        "settings under which the server could not be closed are not refused",
-    ),
-    Place(
-        "front",
-        (f"{_MANAGERS}.tokenizer_manager.TokenizerManager.init_weight_update",),
-        "no routes of ours, and nothing closes the server while it lacks weights",
-    ),
-    Place(
-        "request",
-        (
-            f"{_MANAGERS}.tokenizer_control_mixin.TokenizerControlMixin.update_weights_from_ipc",  # from 0.5.11
-            f"{_MANAGERS}.tokenizer_communicator_mixin.TokenizerCommunicatorMixin.update_weights_from_ipc",
-        ),
-        "updates asked for by /update_weights_from_ipc reach one data-parallel replica only",
-    ),
-    Place(
-        "workers",
-        (
-            f"{_UPDATER}.SchedulerWeightUpdaterManager.update_weights_from_ipc",  # from 0.5.14
-            f"{_MANAGERS}.scheduler_update_weights_mixin.SchedulerUpdateWeightsMixin.update_weights_from_ipc",
-        ),
-        "workers cannot be updated",
-    ),
-    Place(
-        "runner",
-        (
-            f"{_RUNNERS}.model_runner_components.weight_updater.WeightUpdater.update_weights_from_ipc",  # from 0.5.16
-            f"{_RUNNERS}.model_runner.ModelRunner.update_weights_from_ipc",
-        ),
-        "workers cannot be updated",
-    ),
-    Place(
-        "stages",
-        (f"{_MANAGERS}.scheduler_pp_mixin.SchedulerPPMixin._pp_send_pyobj_to_next_stage",),
-        "engines with pipeline stages cannot be updated",
-    ),
-    Place(
-        "resume",
-        (f"{_MANAGERS}.scheduler.Scheduler.continue_generation",),
-        "an engine whose weights are a mixture runs again when it is told to continue",
-    ),
-)
-
-
-@dataclass(frozen=True)
-class Found:
-    """Where a place is in the installed SGLang; `problem` says why nowhere."""
-
-    place: Place
-    target: str = ""
-    problem: str = ""
-
-
-def find_places(places: Sequence[Place] = PLACES) -> list[Found]:
-    """Looks for each place in the installed SGLang. Imports a good part of it."""
-    return [_find(place) for place in places]
-
-
-def _find(place: Place) -> Found:
-    reasons: list[str] = []
-    for target in place.targets:
-        reason = _why_not(target)
-        if not reason:
-            return Found(place, target)
-        reasons.append(f"{target}: {reason}")
-    return Found(place, problem="; ".join(reasons))
-
-
-def _why_not(target: str) -> str:
-    try:
-        return "" if callable(pkgutil.resolve_name(target)) else "not a function"
-    except (ImportError, AttributeError, ValueError) as error:
-        return str(error) or type(error).__name__
-
-
-def version() -> str:
-    """SGLang's."""
-    try:
-        return metadata.version("sglang")
-    except metadata.PackageNotFoundError:
-        return "of unknown version"
-
-
-def version_numbers(text: str | None = None) -> tuple[int, ...]:
-    """The first numbers of a version: (0, 5, 10) of `0.5.10.post1`; empty if it has none."""
-    numbers: list[int] = []
-    for part in (version() if text is None else text).split(".")[:3]:
-        if not part.isdecimal():
-            break
-        numbers.append(int(part))
-    return tuple(numbers)
-
-
-def ping_waits_for_weights() -> bool:
-    """Whether `/ping` may be closed: before 0.5.23, SGLang's own update script sends nothing until it answers."""
-    return version_numbers() >= (0, 5, 23) or not version_numbers()
-
-
-# -- one worker -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -364,31 +235,3 @@ def _module(name: str) -> Any:  # noqa: ANN401
         return importlib.import_module(name)
     except ImportError:
         return None
-
-
-Severity = Literal["ok", "note", "problem"]
-
-
-def inspect_installation() -> list[Mapping[str, str]]:
-    """For `checkpoint-engine doctor`: every hook that does not find its place."""
-    numbers = version_numbers()
-    if numbers and numbers < OLDEST_WITH_PLUGINS:
-        return [
-            {
-                "status": "problem",
-                "value": f"SGLang {version()} loads no plugins",
-                "advice": "install SGLang 0.5.11 or newer; until then only its own path works, "
-                "`python -m sglang.srt.checkpoint_engine.update`, with the defects that docs/sglang.md lists",
-            }
-        ]
-    lost = [found for found in find_places() if found.problem]
-    if lost:
-        return [
-            {
-                "status": "problem",
-                "value": f"SGLang {version()} lacks the place for hook {found.place.name!r} ({found.problem})",
-                "advice": f"{found.place.without_it}; known are 0.5.11 to {'.'.join(map(str, NEWEST_KNOWN))}",
-            }
-            for found in lost
-        ]
-    return [{"status": "ok", "value": f"all {len(PLACES)} hooks find their places in SGLang {version()}", "advice": ""}]

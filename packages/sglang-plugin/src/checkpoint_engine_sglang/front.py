@@ -14,7 +14,7 @@ from typing import Any, cast
 import msgspec
 
 from checkpoint_engine.errors import EngineRequestError
-from checkpoint_engine_sglang import __version__, compat, routes
+from checkpoint_engine_sglang import __version__, compat, places, routes
 from checkpoint_engine_sglang.gate import Gate, GateMiddleware
 from checkpoint_engine_sglang.messages import (
     BUSY,
@@ -59,7 +59,7 @@ class Front:
     def __init__(self, manager: Any) -> None:  # noqa: ANN401 - SGLang's own object
         self._manager = manager
         waiting = manager.initial_weights_loaded is False
-        self.gate = Gate(waiting=waiting, keep_open=() if compat.ping_waits_for_weights() else ("/ping",))
+        self.gate = Gate(waiting=waiting, keep_open=() if places.ping_waits_for_weights() else ("/ping",))
         self._updating = False
         self._last: list[Report] = []
         self._stages = 1
@@ -106,7 +106,7 @@ class Front:
             "updating": self._updating,
             "pipeline_stages": self._stages,
             "lost_hooks": lost_hooks,
-            "sglang": compat.version(),
+            "sglang": places.version(),
             "plugin": __version__,
         }
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from checkpoint_engine.errors import SettingError
-from checkpoint_engine_sglang import compat, front, scheduler
+from checkpoint_engine_sglang import front, places, scheduler
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ def register() -> None:
     """
     registry = importlib.import_module("sglang.srt.plugins.hook_registry")
     lost: dict[str, str] = {}
-    for found in compat.find_places():
+    for found in places.find_places():
         if found.problem:
             lost[found.place.name] = f"{found.place.without_it} ({found.problem})"
             logger.error("hook %r does not find its place: %s", found.place.name, lost[found.place.name])
@@ -60,7 +60,7 @@ def check_settings(original: Callable[..., Any], arguments: Any, *args: Any, **k
         )
     if waits and front.lost_hooks.keys() & {"front", "workers", "runner"}:
         raise SettingError(
-            f"{WAIT_FLAG}: this SGLang ({compat.version()}) has not what the plugin needs to keep it closed: "
+            f"{WAIT_FLAG}: this SGLang ({places.version()}) has not what the plugin needs to keep it closed: "
             f"{'; '.join(front.lost_hooks.values())}"
         )
     return done

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import msgspec
 
-from checkpoint_engine_sglang import compat
+from checkpoint_engine_sglang import compat, places
 from checkpoint_engine_sglang.agreement import GroupOfWorkers
 from checkpoint_engine_sglang.compat import Runner
 from checkpoint_engine_sglang.messages import Answer, Order, describe_failures, unpack
@@ -81,7 +81,7 @@ class SchedulerSide:
         except Exception as error:
             # What keeps one worker from being made keeps every other one from it: they run the same code.
             logger.exception("this SGLang is not as the plugin knows it")
-            return _answer(success=False, message=f"this SGLang ({compat.version()}) cannot be updated: {error!r}")
+            return _answer(success=False, message=f"this SGLang ({places.version()}) cannot be updated: {error!r}")
         stages = worker.position.stages
         if order.do == "status":
             return _answer(success=True, message=_encode(Answer(worker.status(), stages)))
