@@ -6,8 +6,11 @@ import json
 import os
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -53,16 +56,45 @@ def seed(checkpoints: Path) -> Iterator[str]:
         process.communicate(timeout=20)
 
 
+class Asking(threading.Thread):
+    """Asks an engine for the same tokens again and again, and notes how long each answer takes."""
+
+    def __init__(self, server: Any) -> None:
+        super().__init__(daemon=True)
+        self._server = server
+        self._over = threading.Event()
+        self.answers: list[list[list[int]]] = []
+        self.seconds: list[float] = []
+
+    def run(self) -> None:
+        while not self._over.wait(0.2):  # the two engines share the processor
+            started = time.monotonic()
+            self.answers.append(self._server.tokens(4))
+            self.seconds.append(time.monotonic() - started)
+
+    def end(self) -> None:
+        self._over.set()
+        self.join(60)
+
+
 @pytest.mark.skipif(bool(why_not()), reason=why_not())
-def test_a_serving_engine_joins_from_two_hosts_of_two_ranks(
-    serve: Callable[..., Any], cold: Callable[..., dict[str, Any]], checkpoints: Path, tmp_path: Path
+def test_a_serving_engine_joins_from_two_hosts_of_two_ranks_while_theirs_answers(
+    serve: Callable[..., Any],
+    cold: Callable[..., dict[str, Any]],
+    checkpoints: Path,
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
 ) -> None:
-    """The engine's rank is on a third host; nothing but its own link reaches the engine from there."""
+    """The joiner's rank is on a third host; nothing but its own link reaches the engine from there."""
     expected = cold("qwen3")["tokens"]
+    theirs = serve("qwen3", socket_path=tmp_path / "theirs.sock")
     server = serve("qwen3", "--load-format", "dummy", socket_path=tmp_path / "vllm.sock")
     assert server.tokens() != expected
     command = [COMMAND, "join", "--metas", str(tmp_path / "metas.json"), "--engine", "vllm", "--json"]
     with Network(3) as network, seeds(network, checkpoints / "qwen3", tmp_path / "metas.json"):
+        before = [asked(theirs) for _ in range(6)][1:]
+        asking = Asking(theirs)
+        asking.start()
         done = subprocess.run(
             network.command(2, [*command, "--endpoint", server.endpoint, "--device", "cpu"]),
             capture_output=True,
@@ -71,10 +103,23 @@ def test_a_serving_engine_joins_from_two_hosts_of_two_ranks(
             check=False,
             env=os.environ | HOSTS_ENVIRONMENT | {"PS_MAX_BUCKET_SIZE_GB": "0.0001"},
         )
+        asking.end()
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["method"] == "p2p"
     assert server.tokens() == expected
+    assert len(asking.answers) >= 3
+    assert all(answer == [tokens[:4] for tokens in expected] for answer in asking.answers)
+    medians = statistics.median(before), statistics.median(asking.seconds)
+    record_property("seconds", medians)
+    print("their answers took {:.3f} s before and {:.3f} s during".format(*medians))
+    theirs.close()
     server.close()
+
+
+def asked(server: Any) -> float:
+    started = time.monotonic()
+    server.tokens(4)
+    return time.monotonic() - started
 
 
 def test_an_engine_starts_from_running_ones(
