@@ -148,10 +148,12 @@ def main() -> None:
     systems = [System.start("ours", arguments, 29711)]
     if arguments.upstream:
         systems.append(System.start("upstream", arguments, 29731, arguments.upstream))
-    for _ in range(arguments.repeat + 2):
-        for system in systems:
-            for way in arguments.ways if system.name == "ours" else [""]:
-                system.update(way)
+    # One way after the other: what a worker keeps registered for direct updates goes with a broadcast.
+    for way in arguments.ways:
+        for _ in range(arguments.repeat + 2):
+            systems[0].update(way)
+            if way == arguments.ways[0] and len(systems) > 1:
+                systems[1].update()
     if arguments.trace:
         systems[0].update(command=f"trace {arguments.trace.resolve()}")
     for system in systems:

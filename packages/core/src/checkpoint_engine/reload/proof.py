@@ -44,8 +44,10 @@ class Checksums:
 
     def _weights_on(self, device: torch.device) -> torch.Tensor:
         if device not in self._weights:
+            generator = torch.Generator("cpu").manual_seed(_SEED)
+            # Engines load inside a context that makes another device the default.
             numbers = torch.randint(
-                -(1 << 62), 1 << 62, (_CHUNK,), dtype=torch.int64, generator=torch.Generator().manual_seed(_SEED)
+                -(1 << 62), 1 << 62, (_CHUNK,), dtype=torch.int64, generator=generator, device="cpu"
             )
             self._weights[device] = (2 * numbers + 1).to(device)
         return self._weights[device]

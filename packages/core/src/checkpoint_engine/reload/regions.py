@@ -20,6 +20,10 @@ LARGEST_COVER = 1 << 26
 """Runs of elements that `find_flaws` is ready to sort; a parameter in more pieces than that is not checked."""
 
 
+_HERE = torch.device("cpu")
+"""Engines plan inside a context that makes another device the default."""
+
+
 class Region(msgspec.Struct, frozen=True, array_like=True):
     """Elements of a block of memory: `offset + sum(index[i] * stride[i])` for every index within `shape`."""
 
@@ -74,9 +78,11 @@ class Region(msgspec.Struct, frozen=True, array_like=True):
                 run *= size
             else:
                 outer.append((step, size))
-        starts = torch.tensor([self.offset], dtype=torch.int64)
+        starts = torch.tensor([self.offset], dtype=torch.int64, device=_HERE)
         for step, size in outer:
-            starts = (starts.unsqueeze(0) + torch.arange(size, dtype=torch.int64).unsqueeze(1) * step).flatten()
+            starts = (
+                starts.unsqueeze(0) + torch.arange(size, dtype=torch.int64, device=_HERE).unsqueeze(1) * step
+            ).flatten()
         return starts, run
 
     def runs(self) -> int:
@@ -162,11 +168,11 @@ def _union(regions: Iterable[Region]) -> torch.Tensor:
         starts, run = region.starts()
         begins_of.append(starts)
         ends_of.append(starts + run)
-    alone = torch.tensor(single, dtype=torch.int64).reshape(-1, 2)
+    alone = torch.tensor(single, dtype=torch.int64, device=_HERE).reshape(-1, 2)
     begins, order = torch.cat((*begins_of, alone[:, 0])).sort()
     ends = torch.cat((*ends_of, alone[:, 1]))[order]
     fresh = begins[1:] != ends[:-1]
-    edge = torch.ones(1, dtype=torch.bool)
+    edge = torch.ones(1, dtype=torch.bool, device=_HERE)
     return torch.stack((begins[torch.cat((edge, fresh))], ends[torch.cat((fresh, edge))]))
 
 
