@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +39,9 @@ class Endpoint:
     def __init__(self, address: str) -> None:
         self.address = address
         self._base_url, self._socket = _parse(address)
+        # Reading the authorities takes 20 ms, which httpx would spend on every request, and on those without TLS too.
+        secure = self._base_url.startswith("https:")
+        self._tls = httpx.create_ssl_context() if secure else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
     def send(
         self,
@@ -62,7 +66,7 @@ class Endpoint:
                 # Proxies of the environment are for the internet, not for an engine beside us.
                 httpx.Client(
                     base_url=self._base_url,
-                    transport=httpx.HTTPTransport(uds=self._socket, trust_env=False),
+                    transport=httpx.HTTPTransport(uds=self._socket, trust_env=False, verify=self._tls),
                     timeout=deadline.remaining,
                     trust_env=False,
                 ) as client,
