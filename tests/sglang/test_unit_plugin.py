@@ -338,3 +338,16 @@ def test_the_client_repeats_what_a_server_says_that_refuses_outright(engine: Cal
     client = engine({**QUIET, routes.STATUS: (200, STATUS), routes.UPDATE: (500, refusal)})
     with pytest.raises(EngineRequestError, match="another update is under way"):
         update(client)
+
+
+def test_without_its_hooks_no_worker_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    from checkpoint_engine_sglang import front
+
+    monkeypatch.setitem(front.lost_hooks, "workers", "workers cannot be updated (no such place)")
+    manager = SimpleNamespace(initial_weights_loaded=True)  # asking the workers would need far more of it
+    fronted = front.Front(manager)
+    reports, problem = asyncio.run(fronted.update(SimpleNamespace(zmq_handles={}), wait_for_requests=True))
+    assert reports == []
+    assert "no such place" in problem
+    with pytest.raises(EngineRequestError, match="no such place"):
+        asyncio.run(fronted.status())

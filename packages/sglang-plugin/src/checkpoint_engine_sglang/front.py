@@ -75,6 +75,8 @@ class Front:
         """
         if self._updating:
             return [], "another update is under way; wait for it to end"
+        if _unsafe():
+            return [], _unsafe()
         self._updating = True
         # Whoever asked may go away; what the workers then say must be heard all the same.
         return await asyncio.shield(asyncio.ensure_future(self._update(request, wait_for_requests=wait_for_requests)))
@@ -164,6 +166,8 @@ class Front:
     async def _ask_status(self) -> list[Report]:
         if self._updating:
             return self._busy()
+        if _unsafe():
+            raise EngineRequestError(_unsafe())
         if self._status is None or self._status.done():
             # A task of its own: a request that is given up half-way would leave its answer to the next one.
             self._status = asyncio.ensure_future(self._fetch_status())
@@ -284,6 +288,12 @@ def _admin_level() -> Callable[[Any], Any]:
         return auth.auth_level(auth.AuthLevel.ADMIN_OPTIONAL)
     except (ImportError, AttributeError):
         return lambda function: function
+
+
+def _unsafe() -> str:
+    """Why workers cannot be asked: without these hooks they would do as SGLang's own do. Empty if they can."""
+    lost = [reason for name, reason in lost_hooks.items() if name in ("workers", "runner")]
+    return f"this SGLang ({places.version()}) cannot be updated safely: {'; '.join(lost)}" if lost else ""
 
 
 def _reports(answers: list[Answer]) -> list[Report]:
