@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from checkpoint_engine.engine.adapter import TensorSpec, Update
 from checkpoint_engine.engine.reference import ModelSpec, ReferenceAdapter, ReferenceEngine, make_checkpoint
 from checkpoint_engine.errors import WeightsRejectedError, WorkerError
+from checkpoint_engine.reload import proof
 from checkpoint_engine.reload import reloader as reloading
 from checkpoint_engine.reload.plan import ReloadPlan, make_plan
 from checkpoint_engine.reload.proof import Checksums
@@ -185,3 +186,11 @@ def test_checksums_tell_any_change_and_any_exchange(dtype: torch.dtype) -> None:
     assert int(checksums.of(exchanged)) != original
     assert int(checksums.of(tensor.clone())) == original
     assert int(checksums.of(tensor.reshape(199, 1).expand(199, 2)[:, 0])) == original
+
+
+def test_checksums_tell_chunks_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proof, "_CHUNK", 4)
+    checksums = Checksums()
+    words = torch.arange(11, dtype=torch.int64)
+    exchanged = torch.cat((words[4:8], words[:4], words[8:]))
+    assert int(checksums.of(words)) != int(checksums.of(exchanged))
