@@ -165,7 +165,7 @@ def test_a_rank_that_leaves_before_the_others_connect(pair: Cluster, monkeypatch
         raise SettingError("this rank has no network")
 
     with monkeypatch.context() as patch:
-        patch.setattr(pair.servers[1]._connected(), "communicator", refuse)
+        patch.setattr(pair.servers[1]._membership.group, "communicator", refuse)
         started = time.monotonic()
         errors = pair.update("a", timeout=3)
     assert time.monotonic() - started < 8

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -15,16 +13,15 @@ from typing import TYPE_CHECKING
 
 import msgspec
 import torch
-from torch.distributed import Store
 from typing_extensions import Self
 
-from checkpoint_engine import distributed
 from checkpoint_engine.catalog import Catalog, Holding
-from checkpoint_engine.collective import RankGroup, open_store
 from checkpoint_engine.device import Device, open_device
 from checkpoint_engine.errors import CheckpointEngineError, CheckpointStateError, SettingError
+from checkpoint_engine.gathered import Gathered, Known
 from checkpoint_engine.host.store import CheckpointStore, Registered
 from checkpoint_engine.link.messages import ReloadMode
+from checkpoint_engine.membership import Membership
 from checkpoint_engine.planning.buckets import Bucket
 from checkpoint_engine.planning.peers import check_same
 from checkpoint_engine.settings import Settings, rank_from_environment
@@ -42,15 +39,6 @@ if TYPE_CHECKING:
 Files = Sequence[str | Path] | Mapping[Path, Sequence[str]]
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class _Known:
-    """Who holds a checkpoint: these ranks together, or one or several parameter servers elsewhere."""
-
-    replicas: tuple[Catalog, ...]
-    digest: str
-    elsewhere: bool = False
 
 
 class ParameterServer:
@@ -98,19 +86,16 @@ class ParameterServer:
         if not 0 <= self._rank < self._world_size:
             raise SettingError(f"rank {self._rank} is not one of {self._world_size} ranks")
         self._settings = Settings.from_environment(mem_fraction, device, staging)
-        self._master = (master_addr, master_port)
-        self._auto_pg = auto_pg
+        self._membership = Membership(
+            self._rank, self._world_size, master_addr=master_addr, master_port=master_port, automatic=auto_pg
+        )
         self._device = open_device(self._settings.device, index=_device_index(self._rank, gpu_count), rank=self._rank)
         self._store = CheckpointStore(self._device)
         self._stagings = StagingKeeper(keep=self._settings.keep_staging)
         self._sharing = Sharing(
             self._rank, self._device, _device_index(self._rank, gpu_count), gpu_count or torch.cuda.device_count()
         )
-        self._gathered: dict[str, _Known] = {}
-        self._latest = ""
-        self._group: RankGroup | None = None
-        self._facade: distributed.DistributedProcessGroup | None = None
-        self._lent = False
+        self._gathered = Gathered()
         self._busy = threading.Lock()
         self._running: UpdateRun | None = None
         self.progress = Progress()
@@ -177,7 +162,7 @@ class ParameterServer:
         """
         stays = self._store.get(name).pooled and not force
         self._store.unregister(name, force=force, farewell=lambda: self._sharing.withdraw(name))
-        self._gathered.pop(name, None)
+        self._gathered.forget(name)
         if not stays and self._busy.acquire(blocking=False):  # else the update that runs now has lent what it needs
             try:
                 with self._device.active():
@@ -205,9 +190,7 @@ class ParameterServer:
             CheckpointFormatError: one contradicts itself.
         """
         check_same([catalog.validate() for catalog in catalogs])
-        name = catalogs[0].name
-        self._gathered[name] = _Known(tuple(catalogs), _digest([c.to_json() for c in catalogs]), elsewhere=True)
-        self._latest = name
+        self._gathered.note(catalogs[0].name, catalogs, [c.to_json() for c in catalogs], elsewhere=True)
 
     def catalog(self, name: str | None = None) -> Catalog:
         """What all ranks hold of a checkpoint; of the one gathered or loaded last if no name is given.
@@ -215,9 +198,7 @@ class ParameterServer:
         Raises:
             CheckpointStateError: it was not gathered.
         """
-        if name is None and self._latest not in self._gathered:
-            raise CheckpointStateError("nothing was gathered yet; call gather_metas on all ranks first")
-        return self._known(self._latest if name is None else name).replicas[0]
+        return self._gathered.get(name).replicas[0]
 
     def abort(self, reason: str) -> bool:
         """Gives up the update that is running, from another thread; returns whether there was one."""
@@ -247,7 +228,7 @@ class ParameterServer:
         """Leaves the group of ranks and frees all memory."""
         with self._device.active():
             self._stagings.release()
-        self._disconnect()
+        self._membership.leave()
         self._sharing.close()
         self._store.close()
 
@@ -281,9 +262,9 @@ class ParameterServer:
             AddressInUseError: the port on rank 0 is taken.
             DeadlineError: not all ranks came in time.
         """
-        store = self._connect(master_addr, master_port, timeout)
+        store = self._membership.connect(master_addr, master_port, timeout)
         if store is not None:
-            self._lent = distributed.lend_default_group(store, self._rank, self._world_size, timeout)
+            self._membership.lend_default_group(store, timeout)
 
     def store_based_barrier(self, timeout: timedelta = timedelta(minutes=5)) -> None:
         """Waits until all ranks are here; no collective library is involved.
@@ -291,7 +272,7 @@ class ParameterServer:
         Raises:
             DeadlineError: a rank did not come in time; the message says which.
         """
-        self._connected().gather("barrier", b"", timeout, "all ranks being here")
+        self._membership.group.gather("barrier", b"", timeout, "all ranks being here")
 
     def gather_metas(self, name: str, *, timeout: timedelta = timedelta(minutes=5)) -> None:
         """Tells all ranks what each of them holds of a checkpoint; ranks that hold nothing take part too.
@@ -306,7 +287,7 @@ class ParameterServer:
         registered = self._store.get(name) if name in self._store.names() else None
         shared = self._sharing.settings.share and registered is not None
         mine = self._sharing.describe(registered, share=shared, sample=shared)
-        parts = self._connected().gather(
+        parts = self._membership.group.gather(
             "metas", msgspec.msgpack.encode((name, mine)), timeout, f"all ranks gathering {name!r}"
         )
         holdings: list[Holding] = []
@@ -319,8 +300,7 @@ class ParameterServer:
             # Ranks that are about to load the metas of others gather first, too.
             _log.warning("no rank has registered %r; an update to it needs register_checkpoint, or load_metas", name)
             return
-        self._gathered[name] = _Known((Catalog(name, tuple(holdings)).validate(),), _digest(parts))
-        self._latest = name
+        self._gathered.note(name, [Catalog(name, tuple(holdings)).validate()], parts, elsewhere=False)
 
     def update(
         self,
@@ -359,7 +339,7 @@ class ParameterServer:
             CheckpointStateError: not gathered, or another update is running.
             UpdateError: it did not complete; the message names the rank, the phase and the cause.
         """
-        known = self._known(name)
+        known = self._gathered.get(name)
         receivers = self._receivers(ranks)
         if keep and not known.elsewhere:
             raise SettingError("keep=True keeps what is read from other parameter servers; these ranks hold it already")
@@ -370,7 +350,7 @@ class ParameterServer:
         if not self._busy.acquire(blocking=False):
             raise CheckpointStateError("an update is running on this rank already; wait for it, or abort it")
         try:
-            call = self._connected().next_call()
+            call = self._membership.group.next_call()
             order = UpdateOrder(
                 call, known.replicas[0], known.digest, version or name, req_func, timeout, trace, reload, method
             )
@@ -385,12 +365,14 @@ class ParameterServer:
             DeadlineError: a rank did not come in time.
         """
         mine = self.last_report and self.last_report.trace
-        parts = self._connected().gather("traces", msgspec.msgpack.encode(mine), timeout, "all ranks giving traces")
+        parts = self._membership.group.gather(
+            "traces", msgspec.msgpack.encode(mine), timeout, "all ranks giving traces"
+        )
         traces = (msgspec.msgpack.decode(part, type=RankTrace | None) for part in parts)
         return [trace for trace in traces if trace is not None]
 
-    def _run(self, name: str, order: UpdateOrder, known: _Known, receivers: tuple[int, ...], *, keep: bool) -> None:
-        group = self._connected()
+    def _run(self, name: str, order: UpdateOrder, known: Known, receivers: tuple[int, ...], *, keep: bool) -> None:
+        group = self._membership.group
         with ExitStack() as stack:
             held = stack.enter_context(self._store.use(name)) if name in self._store.names() else None
             feed = self._feed(order, known, receivers, None if known.elsewhere else held, keep=keep)
@@ -416,7 +398,7 @@ class ParameterServer:
                 self._store.adopt(name, *feed.kept)
 
     def _feed(
-        self, order: UpdateOrder, known: _Known, receivers: tuple[int, ...], held: Registered | None, *, keep: bool
+        self, order: UpdateOrder, known: Known, receivers: tuple[int, ...], held: Registered | None, *, keep: bool
     ) -> Feed:
         """What the update feeds on."""
 
@@ -442,54 +424,7 @@ class ParameterServer:
             raise SettingError(f"ranks={list(ranks or ())}: there are the ranks 0 to {self._world_size - 1}")
         return chosen
 
-    def _known(self, name: str) -> _Known:
-        if name in self._gathered:
-            return self._gathered[name]
-        if "" in self._gathered and name:  # metas of the known form do not say what their checkpoint is called
-            nameless = self._gathered[""]
-            return replace(nameless, replicas=tuple(msgspec.structs.replace(c, name=name) for c in nameless.replicas))
-        raise CheckpointStateError(f"{name!r} was not gathered; call gather_metas({name!r}) on all ranks first")
-
-    def _connect(
-        self, master_addr: str | None = None, master_port: int | None = None, timeout: timedelta = timedelta(minutes=10)
-    ) -> Store | None:
-        """Connects the ranks; returns their store, None if they were connected already."""
-        if self._group is not None:
-            return None
-        known_addr, known_port = self._master
-        store = open_store(self._rank, self._world_size, master_addr or known_addr, master_port or known_port, timeout)
-        self._group = RankGroup(store, self._rank, self._world_size)
-        # Update scripts call checkpoint_engine.distributed.barrier() once they are connected.
-        self._facade = distributed.adopt(store, self._rank, self._world_size, timeout)
-        return store
-
-    def _connected(self) -> RankGroup:
-        if self._group is None:
-            if not self._auto_pg:
-                raise CheckpointStateError("the ranks are not connected; call init_process_group on all ranks first")
-            self._connect()
-        if self._group is None:
-            raise CheckpointStateError("the group of ranks was closed")
-        return self._group
-
-    def _disconnect(self) -> None:
-        if self._group is not None:
-            self._group.drop_communicators()
-            self._group.board.leave()
-            self._group = None
-            distributed.destroy_process_group(self._facade)
-            if self._lent:
-                distributed.take_back_default_group()
-                self._lent = False
-
 
 def _device_index(rank: int, gpu_count: int | None) -> int:
     count = gpu_count or torch.cuda.device_count()
     return rank % count if count else 0
-
-
-def _digest(parts: Sequence[bytes]) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()
