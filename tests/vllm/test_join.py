@@ -87,7 +87,8 @@ def test_a_serving_engine_joins_from_two_hosts_of_two_ranks_while_theirs_answers
 ) -> None:
     """The joiner's rank is on a third host; nothing but its own link reaches the engine from there."""
     expected = cold("qwen3")["tokens"]
-    theirs = serve("qwen3", socket_path=tmp_path / "theirs.sock")
+    # vLLM's workers spin while they wait: on one core with the joiner's they would take all of it.
+    theirs = serve("qwen3", socket_path=tmp_path / "theirs.sock", VLLM_CPU_OMP_THREADS_BIND="1")
     server = serve("qwen3", "--load-format", "dummy", socket_path=tmp_path / "vllm.sock")
     assert server.tokens() != expected
     command = [COMMAND, "join", "--metas", str(tmp_path / "metas.json"), "--engine", "vllm", "--json"]

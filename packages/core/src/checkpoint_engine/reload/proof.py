@@ -10,7 +10,7 @@ import torch
 from checkpoint_engine.reload.plan import Piece, ReloadPlan
 from checkpoint_engine.reload.replay import view_of
 
-_CHUNK = 1 << 22
+_CHUNK = 1 << 20
 """Words summed at a time, so that the memory needed stays small."""
 _WORD = 8
 """Bytes."""
