@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from checkpoint_engine.reload.proof import Checksums, Proof
+from checkpoint_engine.reload.proof import Proof
 from checkpoint_engine_vllm.layers import Layer, Layers, Way
 from checkpoint_engine_vllm.reload import Reload
 
@@ -24,7 +24,6 @@ class ProvingReload:
         self._reload = reload
         self._layers = layers
         self._proof = Proof(layers.plan.reload, layers.device)
-        self._checksums = Checksums()
         self._planned = {id(layer.module): layer for layer in layers if layer.way is not Way.LOADER}
         self._targets = {target for layer in self._planned.values() for target in layer.targets}
         self._patched: list[Any] = []
@@ -119,7 +118,7 @@ class ProvingReload:
             if name not in {*_MARKS, "_parameters", "_buffers", "process_weights_after_loading"}
         }
         tensors = {
-            name: (tensor.shape, tensor.stride(), tensor.dtype, int(self._checksums.of(tensor)))
+            name: (tensor.shape, tensor.stride(), tensor.dtype, int(self._proof.checksums.of(tensor)))
             for name, tensor in layer.module.state_dict(keep_vars=True).items()
             if not tensor.is_meta
         }

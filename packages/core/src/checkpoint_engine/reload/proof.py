@@ -69,7 +69,7 @@ class Proof:
         """Makes an empty one; `device` is where the targets lie, and where the sums are taken."""
         self._device = device
         self._plan = plan
-        self._checksums = Checksums()
+        self.checksums = Checksums()
         self._pieces: dict[str, list[Piece]] = {}
         for pieces in plan.pieces.values():
             for piece in pieces:
@@ -86,12 +86,12 @@ class Proof:
                 tensor = tensor.to(self._device)  # noqa: PLW2901 - the same tensor elsewhere
             for piece in pieces:
                 part = view_of(tensor, piece.region, piece.source_dtype).to(piece.target_dtype)
-                self._expected[piece] = self._checksums.of(part)
+                self._expected[piece] = self.checksums.of(part)
 
     def find(self, target: str, memory: torch.Tensor) -> None:
         """Takes the checksums of what a target holds; the last call counts."""
         for piece in self._pieces.get(target, ()):
-            self._found[piece] = self._checksums.of(view_of(memory, piece.place, piece.target_dtype))
+            self._found[piece] = self.checksums.of(view_of(memory, piece.place, piece.target_dtype))
 
     def differing(self, targets: Iterable[str]) -> Mapping[str, str]:
         """Target -> the first tensor that is not in it as planned, of those whose checksums were taken."""
