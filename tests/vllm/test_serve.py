@@ -166,7 +166,7 @@ def test_a_loader_that_fails_at_once_leaves_the_old_weights_serving(
     serving_a: Any, update: Update, cold: Cold, checkpoints: Path
 ) -> None:
     serving_a.rpc("checkpoint_engine_test_break", 0)
-    done = update(checkpoints / "qwen3-b", serving_a)
+    done = update(checkpoints / "qwen3-b", serving_a, "--reload", "loader")  # a plan would not call what is broken
     serving_a.rpc("checkpoint_engine_test_break", -1)
     assert done.returncode != 0
     assert "a fault made by the test" in done.stderr
@@ -178,7 +178,7 @@ def test_a_loader_that_fails_in_the_middle_leaves_the_engine_paused_until_a_full
     serving_a: Any, update: Update, cold: Cold, checkpoints: Path
 ) -> None:
     serving_a.rpc("checkpoint_engine_test_break", 12)
-    done = update(checkpoints / "qwen3-b", serving_a, **TINY_BUCKETS)
+    done = update(checkpoints / "qwen3-b", serving_a, "--reload", "loader", **TINY_BUCKETS)
     serving_a.rpc("checkpoint_engine_test_break", -1)
     assert done.returncode != 0
     assert "a fault made by the test" in done.stderr
