@@ -16,7 +16,7 @@ from checkpoint_engine.device import open_device
 from checkpoint_engine.engine.adapter import Update
 from checkpoint_engine.engine.receiver import Received, receive_update
 from checkpoint_engine.server import ParameterServer
-from checkpoint_engine.transfer.direct import Method
+from checkpoint_engine.transfer.report import Method
 
 T = TypeVar("T")
 TIMEOUT = 20.0

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import torch
+import functools
+from typing import TYPE_CHECKING
 
 from checkpoint_engine.errors import UnsupportedTensorError
 
-# safetensors code -> name of the torch dtype. Types that an old torch lacks are left out at import.
+if TYPE_CHECKING:
+    import torch
+
 _SAFETENSORS_CODES = {
     "BOOL": "bool",
     "U8": "uint8",
@@ -26,11 +29,26 @@ _SAFETENSORS_CODES = {
     "F8_E5M2": "float8_e5m2",
     "F8_E8M0": "float8_e8m0fnu",
 }
-
-_TORCH_DTYPES: dict[str, torch.dtype] = {
-    name: getattr(torch, name) for name in _SAFETENSORS_CODES.values() if hasattr(torch, name)
+_ITEM_SIZES = {
+    **dict.fromkeys(("bool", "uint8", "int8", "float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu"), 1),
+    **dict.fromkeys(("uint16", "int16", "float16", "bfloat16"), 2),
+    **dict.fromkeys(("uint32", "int32", "float32"), 4),
+    **dict.fromkeys(("uint64", "int64", "float64", "complex64"), 8),
 }
-_NAMES = {dtype: name for name, dtype in _TORCH_DTYPES.items()}
+"""Written down, so that who reads a catalog need not wait for torch."""
+
+
+@functools.cache
+def _torch_dtypes() -> dict[str, torch.dtype]:
+    """By name; types that an old torch lacks are left out."""
+    import torch  # noqa: PLC0415 - seconds
+
+    return {name: getattr(torch, name) for name in _ITEM_SIZES if hasattr(torch, name)}
+
+
+@functools.cache
+def _names() -> dict[torch.dtype, str]:
+    return {dtype: name for name, dtype in _torch_dtypes().items()}
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -40,10 +58,10 @@ def torch_dtype(name: str) -> torch.dtype:
         UnsupportedTensorError: this torch has no such dtype.
     """
     try:
-        return _TORCH_DTYPES[name]
+        return _torch_dtypes()[name]
     except KeyError:
         raise UnsupportedTensorError(
-            f"dtype {name!r} is unknown to torch {torch.__version__}; known are {', '.join(sorted(_TORCH_DTYPES))}"
+            f"dtype {name!r} is unknown to this torch; known are {', '.join(sorted(_torch_dtypes()))}"
         ) from None
 
 
@@ -54,10 +72,10 @@ def dtype_name(dtype: torch.dtype) -> str:
         UnsupportedTensorError: tensors of this dtype cannot be carried.
     """
     try:
-        return _NAMES[dtype]
+        return _names()[dtype]
     except KeyError:
         raise UnsupportedTensorError(
-            f"tensors of {dtype} cannot be carried; known are {', '.join(sorted(_TORCH_DTYPES))}"
+            f"tensors of {dtype} cannot be carried; known are {', '.join(sorted(_torch_dtypes()))}"
         ) from None
 
 
@@ -76,5 +94,12 @@ def dtype_of_code(code: str) -> str:
 
 
 def item_size(name: str) -> int:
-    """Bytes of one element."""
-    return torch_dtype(name).itemsize
+    """Bytes of one element.
+
+    Raises:
+        UnsupportedTensorError: there is no such dtype.
+    """
+    try:
+        return _ITEM_SIZES[name]
+    except KeyError:
+        raise UnsupportedTensorError(f"dtype {name!r} is unknown; known are {', '.join(sorted(_ITEM_SIZES))}") from None

@@ -7,7 +7,6 @@ from pathlib import Path
 import httpx
 
 from checkpoint_engine.catalog import Catalog
-from checkpoint_engine.data_types import metas_from_json, metas_to_catalog
 from checkpoint_engine.errors import AccessRefusedError, CheckpointFormatError, DeadlineError, PeerError, SettingError
 
 CATALOG_PATH = "/v1/metas/catalog"
@@ -50,6 +49,8 @@ def parse_metas(data: bytes, source: str) -> Catalog:
     except CheckpointFormatError as not_a_catalog:
         if b'"holdings"' in data:
             raise
+        from checkpoint_engine.data_types import metas_from_json, metas_to_catalog  # noqa: PLC0415 - brings torch
+
         try:
             return metas_to_catalog(metas_from_json(data, source=source))
         except CheckpointFormatError as error:

@@ -26,9 +26,8 @@ from checkpoint_engine.planning.buckets import Bucket
 from checkpoint_engine.planning.peers import check_same
 from checkpoint_engine.settings import Settings, rank_from_environment
 from checkpoint_engine.sharing import Sharing
-from checkpoint_engine.transfer.direct import Method
 from checkpoint_engine.transfer.feeds import Feed, HostFeed, PeerFeed
-from checkpoint_engine.transfer.report import Progress, UpdateReport
+from checkpoint_engine.transfer.report import Method, Progress, UpdateReport
 from checkpoint_engine.transfer.staging import StagingKeeper
 from checkpoint_engine.transfer.trace import RankTrace
 from checkpoint_engine.transfer.update import RequestFunction, UpdateOrder, UpdateRun

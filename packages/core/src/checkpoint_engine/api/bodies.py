@@ -5,8 +5,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 from checkpoint_engine.link.messages import ReloadMode
-from checkpoint_engine.transfer.direct import Method
-from checkpoint_engine.transfer.report import UpdateReport
+from checkpoint_engine.transfer.report import Method, UpdateReport
 
 _Strict = ConfigDict(extra="forbid")
 

@@ -21,7 +21,7 @@ from checkpoint_engine.deadline import Deadline
 from checkpoint_engine.engine.client import ReferenceClient
 from checkpoint_engine.engine.reference_process import ReferenceProcess
 from checkpoint_engine.errors import SettingError, WorkerError
-from checkpoint_engine.transfer import direct
+from checkpoint_engine.transfer import report
 
 _SECONDS = 60.0
 _BUCKET_GB = str(4 / 1024)
@@ -93,7 +93,7 @@ def _other_size(workers: int) -> int:
 class _Demo:
     def __init__(self, directory: Path, ranks: int, workers: int, joiner: int, method: Method) -> None:
         self._directory = directory
-        self._method: direct.Method = "broadcast" if method is Method.P2P else method.value
+        self._method: report.Method = "broadcast" if method is Method.P2P else method.value
         self._ranks, self._workers = ranks, workers
         self._joiner = joiner
         """Workers of an engine that takes every version from the ranks' memory; 0 for none."""

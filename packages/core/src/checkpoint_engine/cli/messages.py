@@ -5,8 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from checkpoint_engine.link.messages import ReloadMode
-from checkpoint_engine.transfer.direct import Method
-from checkpoint_engine.transfer.report import UpdateReport
+from checkpoint_engine.transfer.report import Method, UpdateReport
 
 
 class Job(msgspec.Struct, frozen=True, tag=True):

@@ -10,7 +10,6 @@ import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import msgspec
 
@@ -22,9 +21,6 @@ from checkpoint_engine.link.messages import SharedSegments
 from checkpoint_engine.planning.buckets import BucketPlan
 from checkpoint_engine.transfer.report import Progress, StageClock
 from checkpoint_engine.transfer.worker_link import WorkerLink
-
-Method = Literal["broadcast", "direct", "auto"]
-"""How bytes get from the ranks to the engines' workers; `auto` is direct where that is possible."""
 
 MOST_SEGMENTS = 200
 """File descriptors that one message may carry, with room to spare (the kernel's limit is 253)."""

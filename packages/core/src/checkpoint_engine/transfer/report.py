@@ -7,8 +7,12 @@ import time
 from collections import defaultdict
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import Literal
 
 from checkpoint_engine.transfer.trace import PHASES, RankTrace, Span, Trace
+
+Method = Literal["broadcast", "direct", "auto"]
+"""How bytes get from the ranks to the engines' workers; `auto` is direct where that is possible."""
 
 
 @dataclass

@@ -24,9 +24,9 @@ from checkpoint_engine.planning.buckets import BucketPlan
 from checkpoint_engine.planning.staging import StagingLayout, choose_layout, place_buckets
 from checkpoint_engine.settings import Settings
 from checkpoint_engine.transfer.broadcast import BroadcastPipeline
-from checkpoint_engine.transfer.direct import DirectTransfer, LentSegments, Method, Offer, find_obstacle, make_offer
+from checkpoint_engine.transfer.direct import DirectTransfer, LentSegments, Offer, find_obstacle, make_offer
 from checkpoint_engine.transfer.feeds import Feed
-from checkpoint_engine.transfer.report import Progress, StageClock, UpdateReport
+from checkpoint_engine.transfer.report import Method, Progress, StageClock, UpdateReport
 from checkpoint_engine.transfer.staging import StagingKeeper
 from checkpoint_engine.transfer.trace import Trace
 from checkpoint_engine.transfer.watch import EngineRequest, Watch
