@@ -328,7 +328,8 @@ class ParameterServer:
             version: What the engines shall call it; the checkpoint's name if None.
             trace: Whether `last_report` shall say when each bucket was copied, broadcast and loaded.
             reload: How the engines take the tensors over: by reload plan as far as it reaches (`auto`), by nothing
-                else (`plan`), or by their own loaders (`loader`).
+                else (`plan`), or by their own loaders (`loader`). With `verify` they are only compared, and
+                `last_report.engine` says what was found.
             keep: Whether what is read from other parameter servers stays in host memory, registered under `name`, so
                 that these ranks can serve it in turn.
             method: How bytes get from these ranks to the workers: by `broadcast`; `direct`, where each worker copies

@@ -1,10 +1,9 @@
 """What goes over HTTP as JSON, with the texts that the OpenAPI description shows."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from checkpoint_engine.link.messages import ReloadMode
 from checkpoint_engine.transfer.report import Method, UpdateReport
 
 _Strict = ConfigDict(extra="forbid")
@@ -63,7 +62,7 @@ class UpdateBody(BaseModel):
         str | None, Field(description="What the engines shall call it; the checkpoint's name if left out.")
     ] = None
     reload: Annotated[
-        ReloadMode,
+        Literal["auto", "plan", "loader"],
         Field(description="How the engine takes the tensors over: its recorded plan and loader, only one of them."),
     ] = "auto"
     method: Annotated[

@@ -15,7 +15,7 @@ from typing import cast
 from checkpoint_engine.catalog import Catalog
 from checkpoint_engine.cli.messages import Done, Job, Progressed
 from checkpoint_engine.deadline import Deadline
-from checkpoint_engine.engine.client import EngineClient, PauseMode, load_client
+from checkpoint_engine.engine.client import EngineClient, PauseMode, load_client, verifying_client
 from checkpoint_engine.errors import CheckpointEngineError, CheckpointStateError, SettingError
 from checkpoint_engine.host.loader import find_files, split_among_ranks
 from checkpoint_engine.server import ParameterServer
@@ -67,6 +67,11 @@ class EngineLead:
                     f"ranks {self._first} to {self._first + len(mine) - 1} share a device: each rank needs the GPU of "
                     f"one worker of the engine, but the ranks see only {', '.join(sorted(dict(mine)))}"
                 )
+            if self._job.reload == "verify":
+                verifying_client(self._client).verify_weights(
+                    dict(mine), version=self._job.version, timeout=self._job.timeout
+                )
+                return
             self._client.update_weights(
                 dict(mine),
                 version=self._job.version,

@@ -15,6 +15,7 @@ from checkpoint_engine.cli.join import join
 from checkpoint_engine.cli.serve import serve
 from checkpoint_engine.cli.timeline import timeline
 from checkpoint_engine.cli.update import update
+from checkpoint_engine.cli.verify import verify
 from checkpoint_engine.errors import CheckpointEngineError
 from checkpoint_engine.version import __version__
 
@@ -36,6 +37,7 @@ def help_of(command: Callable[..., object]) -> str:
 for name, command in {
     "demo": demo,
     "update": update,
+    "verify": verify,
     "join": join,
     "serve": serve,
     "doctor": doctor,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from typing import Protocol
 
 from checkpoint_engine.cli.common import notes, output, print_json, verbose
 from checkpoint_engine.cli.messages import Done, Job, Logged, Progressed
@@ -12,8 +13,17 @@ from checkpoint_engine.cli.summary import UpdateView, print_stages, size, slowes
 from checkpoint_engine.errors import UpdateError
 
 
-def run_job(job: Job, device: str, keep_serving: float, *, share: bool, as_json: bool) -> None:
-    """Runs a job on ranks of its own, or as the one rank that torchrun has started.
+class Show(Protocol):
+    """Prints what came of a job."""
+
+    def __call__(self, job: Job, reports: list[Done], *, as_json: bool) -> None:
+        """Prints it."""
+
+
+def run_job(
+    job: Job, device: str, keep_serving: float, *, share: bool, as_json: bool, show: Show | None = None
+) -> list[Done]:
+    """Runs a job on ranks of its own, or as the one rank that torchrun has started; returns their reports.
 
     Args:
         job: What to do.
@@ -21,6 +31,7 @@ def run_job(job: Job, device: str, keep_serving: float, *, share: bool, as_json:
         keep_serving: Seconds for which the ranks keep their memory afterwards.
         share: Whether others can read that memory.
         as_json: Whether the report is printed as JSON.
+        show: Prints the reports; as those of an update if None.
 
     Raises:
         CheckpointEngineError: it could not be done.
@@ -28,22 +39,22 @@ def run_job(job: Job, device: str, keep_serving: float, *, share: bool, as_json:
     if share:
         os.environ["CHECKPOINT_ENGINE_P2P"] = "1"  # ranks are children of this process, or this process itself
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        _run_as_rank(job, device, keep_serving, as_json=as_json)
-    else:
-        _run_with_own_ranks(job, device, keep_serving, as_json=as_json)
+        return _run_as_rank(job, device, keep_serving, show or _show, as_json=as_json)
+    return _run_with_own_ranks(job, device, keep_serving, show or _show, as_json=as_json)
 
 
-def _run_with_own_ranks(job: Job, device: str, keep_serving: float, *, as_json: bool) -> None:
+def _run_with_own_ranks(job: Job, device: str, keep_serving: float, show: Show, *, as_json: bool) -> list[Done]:
     with Ranks(job.workers * len(job.endpoints), device=device, verbose=verbose()) as ranks:
         with UpdateView(notes) as view:
             reports = ranks.run(job, view)
-        _show(job, reports, as_json=as_json)
+        show(job, reports, as_json=as_json)
         if keep_serving:
             _say_serving(keep_serving)
             ranks.wait(keep_serving)
+    return reports
 
 
-def _run_as_rank(job: Job, device: str, keep_serving: float, *, as_json: bool) -> None:
+def _run_as_rank(job: Job, device: str, keep_serving: float, show: Show, *, as_json: bool) -> list[Done]:
     from checkpoint_engine.cli.job import Rank  # noqa: PLC0415 - brings torch, which --help does not need
     from checkpoint_engine.server import ParameterServer  # noqa: PLC0415
 
@@ -56,12 +67,13 @@ def _run_as_rank(job: Job, device: str, keep_serving: float, *, as_json: bool) -
             except UpdateError as error:
                 message = "\n".join(filter(None, [str(error), rank.engine_outcome()]))
                 raise UpdateError(message, rank=error.rank, phase=error.phase) from error
-        if first:
-            _show(job, [report], as_json=as_json)
+        if first or job.reload == "verify":  # what is found differs from worker to worker
+            show(job, [report], as_json=as_json)
         if keep_serving:
             if first:
                 _say_serving(keep_serving)
             time.sleep(keep_serving)
+        return [report]
 
 
 def _show(job: Job, reports: list[Done], *, as_json: bool) -> None:

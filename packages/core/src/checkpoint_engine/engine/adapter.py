@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -62,4 +62,17 @@ class Adapter(Protocol):
 
     def abort(self) -> bool:
         """Gives the update up; returns whether the engine holds exactly the weights that it held before."""
+        ...
+
+
+@runtime_checkable
+class Verifiable(Protocol):
+    """An adapter whose engine can be compared with a checkpoint."""
+
+    def verifier(self) -> Adapter:
+        """Takes tensors as an update would, and compares the engine's weights with what they would become.
+
+        Nothing of the engine changes. Its `finish` returns `compared_tensors`, `compared_bytes`, `different_tensors`
+        and, as text for people, the first of them (`different`) and what could not be compared (`not_compared`).
+        """
         ...

@@ -9,7 +9,7 @@ from typing import cast
 import msgspec
 
 from checkpoint_engine.deadline import Deadline
-from checkpoint_engine.engine.client import EngineClient, PauseMode, load_client
+from checkpoint_engine.engine.client import EngineClient, PauseMode, load_client, verifying_client
 from checkpoint_engine.engine.endpoint import Endpoint
 from checkpoint_engine.errors import DeadlineError, EngineRequestError
 
@@ -57,6 +57,15 @@ class AutoClient:
         client.update_weights(
             handles, version=version, pause=pause, reset_caches=reset_caches, timeout=deadline.remaining
         )
+
+    def verify_weights(self, handles: Mapping[str, str], *, version: str, timeout: float) -> None:
+        """See `CollectiveRpcClient.verify_weights`.
+
+        Raises:
+            MissingDependencyError: the plugin of the engine that answers cannot do this.
+        """
+        deadline = Deadline(timeout)
+        verifying_client(self._find(deadline)).verify_weights(handles, version=version, timeout=deadline.remaining)
 
     def _find(self, deadline: Deadline) -> EngineClient:
         if self._client is None:

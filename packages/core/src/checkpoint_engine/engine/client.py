@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
-from typing import Any, ClassVar, Literal, Protocol, TypeVar, cast
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, cast, runtime_checkable
 from urllib.parse import urlsplit
 
 import msgspec
@@ -71,6 +71,15 @@ class EngineClient(Protocol):
             EngineRequestError: the engine refuses, or a worker failed; the message names the worker.
             DeadlineError: it does not answer in time.
         """
+        ...
+
+
+@runtime_checkable
+class VerifyingClient(Protocol):
+    """A client whose engine can be compared with a checkpoint."""
+
+    def verify_weights(self, handles: Mapping[str, str], *, version: str, timeout: float) -> None:
+        """See `CollectiveRpcClient.verify_weights`."""
         ...
 
 
@@ -209,6 +218,15 @@ class CollectiveRpcClient:
             stays = "and may still be paused" if paused else "but its caches may be stale"
             raise type(error)(f"{error}; all workers hold version {version!r} {stays}: update again") from error
 
+    def verify_weights(self, handles: Mapping[str, str], *, version: str, timeout: float) -> None:
+        """Has every worker compare its weights with the checkpoint that `handles` offer; the engine is not paused.
+
+        Raises:
+            EngineRequestError: the engine refuses, or a worker failed; the message names the worker.
+            DeadlineError: it does not answer in time.
+        """
+        self._update_workers(handles, version, Deadline(timeout))
+
     def _pause_or_undo(self, mode: PauseMode, reset_caches: bool, deadline: Deadline) -> None:  # noqa: FBT001
         try:
             self.pause(mode, reset_caches=reset_caches, deadline=deadline)
@@ -303,6 +321,19 @@ def load_client(engine: str) -> type[EngineClient]:
         raise MissingDependencyError(
             f"the plugin for the engine {engine!r} ({found[engine].value}) cannot be loaded: {error}"
         ) from error
+
+
+def verifying_client(client: EngineClient) -> VerifyingClient:
+    """The same client, if it can have weights compared.
+
+    Raises:
+        MissingDependencyError: it cannot.
+    """
+    if not isinstance(client, VerifyingClient):
+        raise MissingDependencyError(
+            f"the plugin {type(client).__module__} cannot compare an engine's weights with a checkpoint; upgrade it"
+        )
+    return client
 
 
 def request_inference_to_update(

@@ -14,7 +14,7 @@ from checkpoint_engine.deadline import Deadline
 from checkpoint_engine.device import Device, Mapped
 from checkpoint_engine.device.segments import MappedSegments
 from checkpoint_engine.dtypes import torch_dtype
-from checkpoint_engine.engine.adapter import Adapter, TensorSpec, Update
+from checkpoint_engine.engine.adapter import Adapter, TensorSpec, Update, Verifiable
 from checkpoint_engine.engine.mappings import mapped_staging
 from checkpoint_engine.errors import CheckpointEngineError, LinkError, LinkRefusedError, WorkerError
 from checkpoint_engine.link.channel import ReceiverChannel, connect
@@ -44,6 +44,8 @@ class Received:
     """What an update brought: bytes, tensors, and seconds in all and in the engine's own loader."""
 
     version: str
+    verified: bool
+    """Whether the engine's weights were only compared with it."""
     nbytes: int
     tensors: int
     seconds: float
@@ -128,6 +130,7 @@ class _Reception:
         self._send(Finished(begin.version, seconds, dict(details)))
         return Received(
             version=begin.version,
+            verified=begin.reload == "verify",
             nbytes=sum(_nbytes(tensor) for bucket in begin.buckets for tensor in bucket),
             tensors=sum(len(bucket) for bucket in begin.buckets),
             seconds=time.perf_counter() - start,
@@ -156,6 +159,8 @@ class _Reception:
         }
         if len(tensors) < sum(len(bucket) for bucket in begin.buckets):
             raise LinkError("the parameter server announces a tensor twice")
+        if begin.reload == "verify":
+            self._adapter = _verifier_of(self._adapter)
         self._begun = True
         self._adapter.begin(Update(begin.update_id, begin.checkpoint, begin.version, tensors, begin.reload))
         self._send(Accepted())
@@ -224,6 +229,14 @@ class _Reception:
 
 class UpdateAbortedError(WorkerError):
     """The parameter server told this worker to give the update up."""
+
+
+def _verifier_of(adapter: Adapter) -> Adapter:
+    if not isinstance(adapter, Verifiable):
+        raise WorkerError(
+            f"this engine's plugin ({type(adapter).__module__}) cannot compare weights with a checkpoint; upgrade it"
+        )
+    return adapter.verifier()
 
 
 def _part(mapped: Mapped, segment: int) -> torch.Tensor:

@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
 
-from checkpoint_engine.engine.adapter import TensorSpec, Update
+from checkpoint_engine.engine.adapter import Adapter, TensorSpec, Update
 from checkpoint_engine.engine.reference_checkpoint import CONFIG, make_checkpoint
 from checkpoint_engine.engine.reference_model import ModelSpec, plan_layout
+from checkpoint_engine.engine.reference_verifier import ReferenceVerifier
 from checkpoint_engine.errors import CheckpointFormatError, WeightsRejectedError
 from checkpoint_engine.reload.recorder import Loader
 from checkpoint_engine.reload.reloader import Reloader
@@ -197,6 +198,10 @@ class ReferenceAdapter:
         self.version = self._update.version if self._update else None
         self.dirty = False
         return {"parameters": len(self.engine.parameters), "tensors": len(self._loaded), **shares}
+
+    def verifier(self) -> Adapter:
+        """See `Verifiable`."""
+        return ReferenceVerifier(self.engine)
 
     def abort(self) -> bool:
         """Gives up; what was written cannot be taken back."""

@@ -28,9 +28,10 @@ PROTOCOL = 1
 """Raised whenever a message changes its meaning; both sides must state the same."""
 
 
-ReloadMode = Literal["auto", "plan", "loader"]
+ReloadMode = Literal["auto", "plan", "loader", "verify"]
 """How tensors get from a bucket into the engine: by the reload plan as far as it reaches (`auto`), by nothing but the
-plan (`plan`), or by the engine's own loader (`loader`)."""
+plan (`plan`), or by the engine's own loader (`loader`). With `verify` they do not: the engine's weights are compared
+with what they would become, and nothing changes. (A receiver that does not know it refuses it.)"""
 
 
 class TensorSlice(msgspec.Struct, frozen=True, array_like=True):
