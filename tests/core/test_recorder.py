@@ -335,3 +335,33 @@ def test_a_loader_that_reads_everything_is_given_up() -> None:
     plan = plan_of(load, {"p": (4,)}, {f"t{i}": numbered(4) for i in range(1000)})
     assert not plan.is_traced()
     assert calls < 150
+
+
+def test_lone_values_that_are_read_are_left_to_the_loader_and_nothing_else_is() -> None:
+    """A scale that is filled in by its value; and one by which the loader decides what to do."""
+
+    def load(parameters: dict[str, torch.Tensor], tensors: Tensors) -> None:
+        for name, tensor in tensors:
+            if name == "scale":
+                parameters["scale"].fill_(tensor.item())
+            elif name == "switch":
+                parameters["switch"].copy_(tensor if tensor.item() > 0 else -tensor)
+            else:
+                parameters[name].copy_(tensor)
+
+    shapes: Shapes = {"scale": (3,), "switch": (1,), "weight": (4,)}
+    plan = plan_of(load, shapes, {"scale": numbered(), "switch": numbered(1), "weight": numbered(4)})
+    assert plan.is_traced()
+    assert plan.flaws.keys() == plan.loader_only.keys() == {"scale", "switch"}
+    assert plan.recording.written["scale"] == 3
+    assert plan.covered(plan.targets) == ({"weight"}, {"weight"})
+
+
+def test_tensors_that_are_put_together_are_known_to_belong_together() -> None:
+    def load(parameters: dict[str, torch.Tensor], tensors: Tensors) -> None:
+        given = dict(tensors)
+        parameters["both"].copy_(torch.cat([given["a"], given["b"]]))
+        parameters["c"].copy_(given["c"])
+
+    recording = plan_of(load, {"both": (4,), "c": (2,)}, {name: numbered(2) for name in "abc"}).recording
+    assert recording.joined == {"a": frozenset("ab"), "b": frozenset("ab")}

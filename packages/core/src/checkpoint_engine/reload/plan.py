@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -60,13 +60,18 @@ class Recording:
     """Target -> elements written in all."""
     taken: dict[str, int] = field(default_factory=dict[str, int])
     """Tensor -> elements of targets that come from it."""
+    joined: dict[str, frozenset[str]] = field(default_factory=dict[str, frozenset[str]])
+    """Tensor -> tensors, itself among them, that the loader puts together, and so must be given in one call."""
     complete: bool = True
     """Whether the loader was given all tensors."""
 
-    def note_write(self, target: str, elements: int, sources: Iterable[str]) -> None:
+    def note_write(self, target: str, elements: int, sources: Collection[str]) -> None:
         """Counts a write of any kind."""
         self.written[target] = self.written.get(target, 0) + elements
         self.origins.setdefault(target, set()).update(sources)
+        if len(sources) > 1:
+            group = frozenset(sources).union(*(self.joined.get(name, ()) for name in sources))
+            self.joined.update(dict.fromkeys(group, group))
         for name in sources:
             self.taken[name] = self.taken.get(name, 0) + elements
 
@@ -93,6 +98,16 @@ class ReloadPlan:
     def targets(self) -> set[str]:
         """Everything that is written in any way."""
         return set(self.recording.origins) | set(self.flaws)
+
+    def covered(self, targets: Collection[str]) -> tuple[set[str], set[str]]:
+        """Those of `targets` that share no tensor with what the loader must do, and the tensors that only they need."""
+        kept, origins, loaded = set(targets), self.recording.origins, set(self.loader_only)
+        while True:
+            loaded |= {name for target in self.targets - kept for name in origins.get(target, ())}
+            fewer = {target for target in kept if loaded.isdisjoint(origins.get(target, ()))}
+            if fewer == kept:
+                return kept, self.pieces.keys() - loaded
+            kept = fewer
 
     def is_traced(self) -> bool:
         """Whether for every tensor it is known where it goes to."""

@@ -119,6 +119,8 @@ class _Recorder(TorchDispatchMode):
         self._recording = Recording()
         self._touched: set[str] = set()
         self._current = ""
+        self._value_of = ""
+        """The tensor whose value the loader has read, until it takes the next one."""
         # A storage's address must not be used again while we tell storages apart by it.
         self._keep_alive: list[torch.Tensor] = [*targets.values(), *sources.values()]
 
@@ -135,9 +137,12 @@ class _Recorder(TorchDispatchMode):
     @current.setter
     def current(self, name: str) -> None:
         self._current = name
+        self._value_of = ""
         self._touched.clear()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401 - torch's own signature
+        if func is _aten._local_scalar_dense.default and self._is_lone(args[0]):  # noqa: SLF001 - its name in ATen
+            return self._read(args[0])
         result = func(*args, **(kwargs or {}))
         inputs = _tensors_in((*args, *cast("dict[str, object]", kwargs or {}).values()))
         for tensor in inputs:
@@ -164,6 +169,17 @@ class _Recorder(TorchDispatchMode):
         for target in self._touched:
             self._recording.flaws.setdefault(target, f"{name}: {reason}")
             self._recording.note_write(target, 0, {name})
+
+    def _is_lone(self, tensor: torch.Tensor) -> bool:
+        """Whether it shows a whole tensor of one element: loaders fill in such scales by their value."""
+        source = self._sources.get(_storage(tensor))
+        return source is not None and source[1].numel() == 1
+
+    def _read(self, tensor: torch.Tensor) -> int:
+        name = self._sources[_storage(tensor)][0]
+        self._value_of = name
+        self._recording.unreadable.setdefault(name, "its loader reads its value")
+        return 1
 
     @property
     def has_given_up(self) -> bool:
@@ -218,7 +234,8 @@ class _Recorder(TorchDispatchMode):
             return
         name, parameter = self._targets[_storage(target)]
         found = self._trace(source.expand(target.shape))
-        if found is None or target.dtype.itemsize != parameter.dtype.itemsize:
+        unknown = found is None or found[0] in self._recording.unreadable
+        if found is None or unknown or target.dtype.itemsize != parameter.dtype.itemsize:
             self._note_computed(target, [source], "a copy")
             return
         origin, splits, region, dtype = found
@@ -242,6 +259,10 @@ class _Recorder(TorchDispatchMode):
             self._note_computed(target, [target], "a fill")
             return
         name, parameter = self._targets[_storage(target)]
+        if self._value_of:
+            self._recording.flaws.setdefault(name, f"filled with the value of {self._value_of}")
+            self._recording.note_write(name, target.numel(), {self._value_of})
+            return
         place = Region.of(target).moved(-int(parameter.storage_offset()))
         self._recording.fills.append(Fill(self._current, name, target.dtype, place, value))
         self._recording.note_write(name, target.numel(), ())

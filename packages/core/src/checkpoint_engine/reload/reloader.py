@@ -130,16 +130,6 @@ class Reloader:
 
     def _use(self, targets: set[str]) -> None:
         """Plans as many of these targets as possible: whatever shares a tensor with the loader's is the loader's."""
-        plan = self._plan
-        if plan is None:
-            return
-        origins, loaded = plan.recording.origins, set(plan.loader_only)
-        while True:
-            rest = plan.targets - targets
-            loaded |= {name for target in rest for name in origins.get(target, ())}
-            kept = {target for target in targets if loaded.isdisjoint(origins.get(target, ()))}
-            if kept == targets:
-                break
-            targets = kept
-        self._targets, self._planned = targets, plan.pieces.keys() - loaded
-        self._replay = Replay(plan, {target: self._parameters[target] for target in targets})
+        if self._plan is not None:
+            self._targets, self._planned = self._plan.covered(targets)
+            self._replay = Replay(self._plan, {target: self._parameters[target] for target in self._targets})
