@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 VOCABULARY = 151_936
 HEAD_DIM = 128
@@ -68,6 +68,12 @@ def _mixture_of_experts(layers: int, experts: int) -> list[Tensor]:
     return tensors + _ends(2048)
 
 
+def _tiny_mixture(layers: int, experts: int) -> list[Tensor]:
+    """As many tensors with the same names, of a few bytes each: what is left to measure is not copying."""
+    whole = _mixture_of_experts(layers, experts)
+    return [replace(tensor, shape=tuple(max(2, size // 128) for size in tensor.shape)) for tensor in whole]
+
+
 def _dense(layers: int) -> list[Tensor]:
     """The shapes of Qwen3-32B."""
     tensors: list[Tensor] = []
@@ -81,6 +87,7 @@ def _dense(layers: int) -> list[Tensor]:
 WORKLOADS = {
     "moe30b": lambda: _mixture_of_experts(48, 128),
     "moe15b": lambda: _mixture_of_experts(24, 128),  # half of moe30b, for machines with less memory
+    "moe30b-tiny": lambda: _tiny_mixture(48, 128),  # as many tensors, 7 MB: for what an update does besides copying
     "dense32b": lambda: _dense(64),
     "moe-small": lambda: _mixture_of_experts(1, 16),
     "smoke": lambda: _mixture_of_experts(1, 16)[:-3],  # 0.2 GB, to see that a benchmark runs at all
