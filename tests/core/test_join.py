@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -21,11 +23,12 @@ from p2p_help import needs_mooncake
 
 from checkpoint_engine.catalog import Catalog, Holding, SegmentEntry, TensorEntry
 from checkpoint_engine.cli.main import main
+from checkpoint_engine.cli.seeds import Seeds
 from checkpoint_engine.deadline import Deadline
 from checkpoint_engine.engine.client import ReferenceClient
 from checkpoint_engine.engine.reference import ModelSpec, make_checkpoint
 from checkpoint_engine.engine.reference_process import ReferenceProcess
-from checkpoint_engine.errors import AccessRefusedError, CheckpointFormatError, PeerError, SettingError
+from checkpoint_engine.errors import AccessRefusedError, CheckpointFormatError, PeerError, SettingError, UpdateError
 from checkpoint_engine.metas import read_metas
 
 SPEC = ModelSpec(experts=2)
@@ -51,10 +54,14 @@ def joining() -> Iterator[ReferenceProcess]:
         yield process
 
 
-def run_join(*arguments: str) -> subprocess.CompletedProcess[str]:
+def join_command(*arguments: str) -> list[str]:
     command = [sys.executable, "-m", "checkpoint_engine", "join", "--engine", "reference", "--device", "cpu", "--json"]
+    return [*command, *arguments]
+
+
+def run_join(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*command, *arguments], capture_output=True, text=True, timeout=100, check=False, env=os.environ | ENVIRONMENT
+        join_command(*arguments), capture_output=True, text=True, timeout=100, check=False, env=os.environ | ENVIRONMENT
     )
 
 
@@ -102,9 +109,37 @@ def test_a_joiner_is_the_seed_of_the_next(joining: ReferenceProcess, checkpoint:
 
 
 @needs_mooncake
-def test_joins_over_http_and_is_refused_once_the_seed_has_moved_on(
+def test_joins_over_http_and_tries_again_until_a_killed_seed_is_back(
     joining: ReferenceProcess, checkpoint: Path, tmp_path: Path
 ) -> None:
+    file = tmp_path / "metas.json"
+    with serving(checkpoint, file) as seed:
+        with pytest.raises(AccessRefusedError, match="token"):
+            read_metas(seed.addresses[0], token="not-the-token-of-it")
+        finished = run_join("--metas", seed.addresses[0], "--endpoint", joining.endpoint)
+        assert finished.returncode == 0, finished.stderr
+        assert_holds(joining, checkpoint)
+        os.kill(seed.pid, signal.SIGKILL)
+    with subprocess.Popen(
+        join_command("--metas", str(file), "--endpoint", joining.endpoint, "--wait", "60"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | ENVIRONMENT,
+    ) as trying:
+        assert trying.stderr is not None
+        said = list(itertools.takewhile(lambda line: "trying again" not in line, trying.stderr))
+        assert "nobody listens there" in said[-1]
+        with serving(checkpoint, file):
+            shown, told = trying.communicate(timeout=60)
+    assert trying.returncode == 0, told
+    assert json.loads(shown)["method"] == "p2p"
+    assert_holds(joining, checkpoint)
+
+
+@contextlib.contextmanager
+def serving(checkpoint: Path, metas: Path) -> Iterator[HttpRanks]:
+    """A seed behind HTTP, which has written its metas to a file."""
     arguments = ["--allow-root", str(checkpoint), "--port", "0", "--share"]
     with HttpRanks(arguments, 1, ENVIRONMENT) as seed:
         client = seed.clients[0]
@@ -113,17 +148,31 @@ def test_joins_over_http_and_is_refused_once_the_seed_has_moved_on(
         assert client.get("/v1/metas/catalog").status_code == 409
         assert client.post("/v1/checkpoints/step-1/files", json={"files": files}).status_code == 200
         assert client.post("/v1/checkpoints/step-1/gather-metas").status_code == 200
-        with pytest.raises(AccessRefusedError, match="token"):
-            read_metas(seed.addresses[0], token="not-the-token-of-it")
-        finished = run_join("--metas", seed.addresses[0], "--endpoint", joining.endpoint)
-        assert finished.returncode == 0, finished.stderr
-        assert_holds(joining, checkpoint)
-        (tmp_path / "old.json").write_bytes(client.get("/v1/metas").content)
-        assert client.delete("/v1/checkpoints/step-1").status_code == 200
-        refused = run_join("--metas", str(tmp_path / "old.json"), "--endpoint", joining.endpoint)
-        assert refused.returncode == 1
-        assert "no longer holds what its metas say" in refused.stderr
-        assert "Traceback" not in refused.stderr
+        metas.write_bytes(client.get("/v1/metas").content)
+        yield seed
+
+
+def test_waits_for_seeds_only_where_that_helps(tmp_path: Path) -> None:
+    file, gone = tmp_path / "metas.json", tmp_path / "gone.json"
+    CATALOG.save(file)
+    CATALOG.save(gone)
+    seeds = Seeds([str(file), str(gone)], None, wait=2.0)
+    assert seeds.catalogs == [CATALOG] * 2
+    gone.unlink()
+    seeds.wait_after(UpdateError("cannot be read", rank=0, phase="load", kind="PeerError"))
+    assert seeds.catalogs == [CATALOG]
+    with pytest.raises(UpdateError, match="not the seeds' fault"):
+        seeds.wait_after(UpdateError("not the seeds' fault", rank=0, phase="load", kind="WorkerError"))
+    moved = UpdateError("it no longer holds that", rank=0, phase="load", kind="PeerMovedError")
+    started = time.monotonic()
+    with pytest.raises(UpdateError, match=r"no longer holds that; no other seed came, .* within 3 s.* as they were"):
+        Seeds([str(file)], None, wait=3.0).wait_after(moved)
+    assert time.monotonic() - started < 3
+    seeds = Seeds([str(file)], None, wait=3.0)
+    newer = Catalog("step-2", CATALOG.holdings)
+    newer.save(file)
+    seeds.wait_after(moved)
+    assert seeds.catalogs == [newer]
 
 
 def test_metas_are_read_from_files_and_urls(tmp_path: Path) -> None:

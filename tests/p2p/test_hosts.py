@@ -30,10 +30,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("checkpoints") / "step-1", SPEC, 1, shards=4)
 
 
-def join(network: Network, host: int, metas: Path, endpoint: str) -> subprocess.CompletedProcess[str]:
+def join(network: Network, host: int, metas: Path, endpoint: str, *more: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "checkpoint_engine", "join", "--metas", str(metas), "--engine", "reference"]
     return subprocess.run(
-        network.command(host, [*command, "-tp", "2", "--endpoint", endpoint, "--device", "cpu", "--json"]),
+        network.command(host, [*command, "-tp", "2", "--endpoint", endpoint, "--device", "cpu", "--json", *more]),
         capture_output=True,
         text=True,
         timeout=100,
@@ -58,7 +58,7 @@ def test_an_engine_on_a_third_host_joins_and_hears_when_a_host_is_gone(checkpoin
             assert result["ok"], result
         for process in processes[2:]:
             process.send_signal(signal.SIGKILL)
-        refused = join(network, 2, metas, engine.endpoint)
+        refused = join(network, 2, metas, engine.endpoint, "--wait", "1")
         assert refused.returncode == 1
         assert f"at {network.address(1)}:" in refused.stderr
         assert "nobody listens there" in refused.stderr

@@ -106,9 +106,13 @@ class PeerMovedError(PeerError):
 
 
 class UpdateError(CheckpointEngineError, RuntimeError):
-    """An update did not complete. `rank` and `phase` say where; no engine worker serves half of it silently."""
+    """An update did not complete. `rank` and `phase` say where; no engine worker serves half of it silently.
 
-    def __init__(self, message: str, *, rank: int, phase: str) -> None:
+    `kind` is the name of the class of the error that came first.
+    """
+
+    def __init__(self, message: str, *, rank: int, phase: str, kind: str = "") -> None:
         super().__init__(message)
         self.rank = rank
         self.phase = phase
+        self.kind = kind

@@ -2,19 +2,20 @@
 
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import msgspec
 import typer
 
+from checkpoint_engine.catalog import Catalog
 from checkpoint_engine.cli.common import DeviceKind, Json, Pause, Reload, Verbose
 from checkpoint_engine.cli.messages import Job
 from checkpoint_engine.cli.running import run_job
+from checkpoint_engine.cli.seeds import Seeds
 from checkpoint_engine.engine.client import load_client
-from checkpoint_engine.errors import AccessRefusedError, SettingError
-from checkpoint_engine.metas import read_metas
-from checkpoint_engine.planning.peers import check_same
+from checkpoint_engine.errors import AccessRefusedError, SettingError, UpdateError
 
 _TOKEN_VARIABLE = "CHECKPOINT_ENGINE_TOKEN"  # noqa: S105 - its name, not its value
 _WORK = "What to update"
@@ -88,7 +89,12 @@ def join(
         Reload, typer.Option(help="How tensors get into the engine; see update.", rich_help_panel=_HOW)
     ] = Reload.AUTO,
     wait: Annotated[
-        float, typer.Option(min=1, help="Seconds for an engine that is still starting.", rich_help_panel=_HOW)
+        float,
+        typer.Option(
+            min=1,
+            help="Seconds for an engine that is still starting, and for seeds to come back.",
+            rich_help_panel=_HOW,
+        ),
     ] = 600.0,
     keep_serving: Annotated[
         float,
@@ -113,7 +119,8 @@ def join(
 
     Nothing is read from disk, and neither the GPUs nor the engines of the seeds notice: their host memory is read over
     RDMA, EFA or TCP. Seeds are ranks that were started with --share (commands update, serve) or CHECKPOINT_ENGINE_P2P=1
-    and still hold the checkpoint. A seed that has moved on to another version is refused.
+    and still hold the checkpoint. A seed that has moved on to another version is refused. When no seed is left, the
+    metas are read again and the engines join whoever holds the weights then, until --wait is over.
 
     \b
     [dim]# a seed, which keeps its host memory for a day[/]
@@ -130,17 +137,11 @@ def join(
     client = load_client(engine)
     for address in endpoint:
         client(address)  # a wrong address is told here, before any process starts
-    catalogs = [read_metas(source, token=_token(token_file), timeout=wait) for source in metas]
-    check_same(catalogs)
-    name = version or catalogs[0].name or "joined"
-    catalogs = [msgspec.structs.replace(catalog, name=catalogs[0].name or name) for catalog in catalogs]
-    with tempfile.TemporaryDirectory(prefix="checkpoint-engine-join-") as directory:
-        files = [Path(directory, f"metas-{index}.json") for index in range(len(catalogs))]
-        for file, catalog in zip(files, catalogs, strict=True):
-            catalog.save(file)
+    seeds = Seeds(metas, _token(token_file), wait)
+    while True:
         job = Job(
             directory="",
-            version=name,
+            version=version or seeds.catalogs[0].name or "joined",
             engine=engine,
             endpoints=tuple(endpoint),
             workers=tensor_parallel_size,
@@ -150,10 +151,21 @@ def join(
             wait=wait,
             save_metas=str(save_metas) if save_metas else None,
             reload=reload.value,
-            metas=tuple(map(str, files)),
             keep=keep_serving > 0,
         )
-        run_job(job, device.value, keep_serving, share=keep_serving > 0, as_json=json)
+        try:
+            return _try(job, seeds.catalogs, device, keep_serving, as_json=json)
+        except UpdateError as error:
+            seeds.wait_after(error)
+
+
+def _try(job: Job, catalogs: Sequence[Catalog], device: DeviceKind, keep_serving: float, *, as_json: bool) -> None:
+    with tempfile.TemporaryDirectory(prefix="checkpoint-engine-join-") as directory:
+        files = [Path(directory, f"metas-{index}.json") for index in range(len(catalogs))]
+        for file, catalog in zip(files, catalogs, strict=True):
+            msgspec.structs.replace(catalog, name=catalogs[0].name or job.version).save(file)
+        job = msgspec.structs.replace(job, metas=tuple(map(str, files)))
+        run_job(job, device.value, keep_serving, share=keep_serving > 0, as_json=as_json)
 
 
 def _token(file: Path | None) -> str | None:

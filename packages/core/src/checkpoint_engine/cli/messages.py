@@ -78,6 +78,8 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     message: str
     phase: str = ""
     rank: int = 0
+    kind: str = ""
+    """Where an update failed: the class of the error that came first."""
     engine: str = ""
     """What became of the engine that this rank leads."""
     secondary: bool = False

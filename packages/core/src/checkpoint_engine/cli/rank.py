@@ -73,7 +73,8 @@ class _RankProcess:
             return self._rank.run(job)
         except UpdateError as error:
             logger.info("the update failed", exc_info=True)
-            return Failed(job.number, "UpdateError", str(error), error.phase, error.rank, self._rank.engine_outcome())
+            outcome = self._rank.engine_outcome()
+            return Failed(job.number, "UpdateError", str(error), error.phase, error.rank, error.kind, outcome)
         except CheckpointEngineError as error:
             logger.info("the job failed", exc_info=True)
             return Failed(job.number, type(error).__name__, str(error), secondary=isinstance(error, RankError))

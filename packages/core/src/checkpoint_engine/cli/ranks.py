@@ -210,7 +210,7 @@ class Ranks:
 def _as_error(rank: int, failure: Failed, notes: list[str], tail: Callable[[int], str]) -> CheckpointEngineError:
     message = "\n".join([failure.message, *notes])
     if failure.error == "UpdateError":
-        return UpdateError(message, rank=failure.rank, phase=failure.phase)
+        return UpdateError(message, rank=failure.rank, phase=failure.phase, kind=failure.kind)
     kind = getattr(errors, failure.error, None)
     if isinstance(kind, type) and issubclass(kind, CheckpointEngineError):
         return kind(message)

@@ -330,6 +330,7 @@ class UpdateRun:
             f"the update to {self._order.version!r} failed{where} in phase {failure.phase!r}: {failure.message}",
             rank=failure.rank,
             phase=failure.phase,
+            kind=failure.error,
         )
 
     def _first_failure(self, own: Exception, watch: Watch) -> Failure:
