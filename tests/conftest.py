@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import signal
 
 import pytest
@@ -12,6 +14,12 @@ def pytest_configure() -> None:
     # A shell without job control starts what runs in the background with SIGINT ignored, and children inherit that:
     # the commands under test could not be interrupted.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Dozens of processes import torch: it shall be compiled once, not by each of them.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what is imported stays: tests that look for leaks need not go through all of it each time
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
