@@ -63,6 +63,48 @@ def layerwise() -> Layerwise:
         ) from error
 
 
+def watch_processing(
+    around: Callable[[Callable[[], None], torch.nn.Module, LayerState], None],
+) -> Callable[[], None]:
+    """Has `around(process, layer, state)` called in place of vLLM's processing of a layer.
+
+    `process()` is what vLLM would have done. What returns ends this.
+    """
+    module: Any = importlib.import_module(_RELOAD)
+    original = module._layerwise_process  # noqa: SLF001 - there is no public way in between
+
+    def process(layer: torch.nn.Module, state: LayerState) -> None:
+        around(lambda: original(layer, state), layer, state)
+
+    def undo() -> None:
+        module._layerwise_process = original  # noqa: SLF001
+
+    module._layerwise_process = process  # noqa: SLF001
+    return undo
+
+
+def place_kernel_tensors(layer: torch.nn.Module, state: LayerState) -> None:
+    """Gives a layer the parameters and buffers back that `state` keeps, and closes its reload."""
+    module: Any = importlib.import_module(_RELOAD)
+    module._place_kernel_tensors(layer, state)  # noqa: SLF001 - as above
+    cast("Any", state).reset()
+
+
+def keep_state(state: LayerState) -> Callable[[], None]:
+    """Remembers which buffers of a layer are not persistent, which vLLM forgets once it has processed it."""
+    name = "kernel_non_persistent_buffers"  # not before 0.32
+    if not hasattr(state, name):
+        return lambda: None
+    before: object = getattr(state, name)
+    return lambda: setattr(state, name, before)
+
+
+def checkpoint_shape(state: LayerState, name: str) -> tuple[int, ...] | None:
+    """The shape of a parameter as a checkpoint fills it."""
+    found = state.restore_metadata[0].get(name)
+    return None if found is None else tuple(found.shape)
+
+
 class Scope(torch.nn.Module):
     """Some modules of a model, to be given to vLLM's functions in place of all of them."""
 
@@ -91,9 +133,14 @@ def version() -> str:
 
 @contextlib.contextmanager
 def engine_context(worker: Worker) -> Generator[None]:
-    """What vLLM's loaders expect around them."""
+    """What vLLM's loaders expect around them; as at its start, down to the default dtype, which some processing takes."""
     set_config = importlib.import_module("vllm.config").set_current_vllm_config
-    with torch.no_grad(), set_config(worker.vllm_config), torch.device(worker.device):
+    with (
+        torch.no_grad(),
+        set_config(worker.vllm_config),
+        _default_dtype(worker.model_config.dtype),
+        torch.device(worker.device),
+    ):
         yield
 
 
