@@ -109,14 +109,15 @@ class Engine:
                 faults.enter_context(altered_plan(alter))
             if fail_after is not None:
                 faults.enter_context(broken_loader(compat.target_model(self.worker), fail_after))
+            adapter = self.adapter.verifier() if reload == "verify" else self.adapter
             try:
-                self.adapter.begin(Update("id", "test", Path(checkpoint).name, specs, reload))
+                adapter.begin(Update("id", "test", Path(checkpoint).name, specs, reload))
                 for bucket in cut_off(buckets(tensors, bucket_bytes), break_after):
-                    self.adapter.load(placed(bucket))
+                    adapter.load(placed(bucket))
                     SCRATCH.fill_(0x41)
-                details = dict(self.adapter.finish())
+                details = dict(adapter.finish())
             except Exception as error:  # noqa: BLE001 - reported to the test
-                intact = self.adapter.abort()
+                intact = adapter.abort()
                 return {
                     "error": type(error).__name__,
                     "message": str(error),
@@ -124,6 +125,12 @@ class Engine:
                     "dirty": self.adapter.dirty,
                 }
         return {"error": None, "dirty": self.adapter.dirty, "version": self.adapter.version, "details": details}
+
+    def spoil(self, parameter: str) -> dict[str, Any]:
+        """Flips one bit of a live parameter."""
+        found = dict(compat.target_model(self.worker).named_parameters())[parameter]
+        found.data.view(-1).view(torch.uint8)[-1] ^= 1
+        return {}
 
     def state(self) -> dict[str, Any]:
         """What every layer computes, hashed; addresses of parameters; and parameters left without data."""
@@ -153,8 +160,18 @@ def fingerprint(model: torch.nn.Module) -> dict[str, str]:
             digest.update(as_bytes(module.quant_method.apply(module, given)))
         for _, parameter in module.named_parameters(recurse=False):
             digest.update(as_bytes(parameter.detach()))
+        if compat.is_attention(module):
+            for own, value in sorted(derived(module).items()):
+                digest.update(own.encode() + (as_bytes(value) if isinstance(value, torch.Tensor) else str(value).encode()))
         result[name] = digest.hexdigest()
     return result
+
+
+def derived(attention: torch.nn.Module) -> dict[str, torch.Tensor | float]:
+    """Scales, and what an attention layer makes of other layers' weights."""
+    held = {**vars(attention), **dict(attention.named_buffers(recurse=False))}
+    wanted = {name for name in held if "scale" in name or name.startswith("W_")}
+    return {name: held[name] for name in wanted if isinstance(held[name], (torch.Tensor, float))}
 
 
 def as_bytes(tensor: torch.Tensor) -> bytes:

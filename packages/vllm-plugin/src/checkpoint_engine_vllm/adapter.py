@@ -21,6 +21,7 @@ from checkpoint_engine_vllm.plans import AnyReload, Plans
 from checkpoint_engine_vllm.protocols import Worker
 from checkpoint_engine_vllm.proving import ProvingReload
 from checkpoint_engine_vllm.repairs import CpuRepairs, Repairs
+from checkpoint_engine_vllm.verifying import Verifier
 
 logger = logging.getLogger(__name__)
 
@@ -36,13 +37,13 @@ _MOST_NAMED = 8
 class VllmAdapter:
     """The adapter of one worker; lives as long as the worker. See `checkpoint_engine.engine.adapter.Adapter`."""
 
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, worker: Worker, planner: Planner | None = None) -> None:
         self._worker = worker
         self.dirty = False
         """Whether the weights may be a mixture of old and new."""
         self.version = ""
         """Of the weights held, as far as they came through here."""
-        self._planner = Planner()
+        self._planner = planner or Planner()
         self._plans = Plans()
         self._plan: LoadPlan | None = None
         self._target: AnyReload | None = None
@@ -144,6 +145,10 @@ class VllmAdapter:
             # A worker that held a mixture before holds one still.
             self.dirty = self.dirty or not intact
         return not self.dirty
+
+    def verifier(self) -> Verifier:
+        """See `checkpoint_engine.engine.adapter.Verifiable`."""
+        return Verifier(self._worker, VllmAdapter(self._worker, self._planner))
 
     # -- inside
 

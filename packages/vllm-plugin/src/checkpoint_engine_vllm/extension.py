@@ -99,7 +99,8 @@ class WorkerState:
             raise
         finally:
             self._busy.release()
-        self._error, self._details = "", received.details
+        if not received.verified:
+            self._error, self._details = "", received.details
         return received
 
     def _describe(self) -> str:

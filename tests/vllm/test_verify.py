@@ -1,0 +1,42 @@
+"""A comparison with a checkpoint sees every bit that a cold start would have otherwise, and changes none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Engine = Callable[..., dict[str, Any]]
+Cold = Callable[..., dict[str, Any]]
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "tied", "moe"])
+def test_equal_different_and_spoiled(engine: Engine, cold: Cold, checkpoints: Path, kind: str) -> None:
+    expected = cold(kind)
+    engine("start", model=checkpoints / f"{kind}-b")
+    before = engine("state"), engine("tokens")
+
+    equal = engine("update", checkpoint=checkpoints / f"{kind}-b", reload="verify")
+    assert equal["error"] is None, equal
+    assert equal["details"]["different_tensors"] == 0, equal
+    assert equal["details"]["compared_tensors"] > 10
+    assert not equal["details"]["not_compared"]
+
+    # Buckets smaller than a layer, and a checkpoint in which every matrix differs: embedding, output, four in each of
+    # two layers. (Packed ones are compared too, so there is one more where the output layer has both.)
+    other = engine("update", checkpoint=checkpoints / kind, reload="verify", bucket_bytes=1)
+    assert other["details"]["different_tensors"] >= 10
+    assert "embed_tokens" in other["details"]["different"]
+    assert (engine("state"), engine("tokens")) == before
+
+    assert engine("update", checkpoint=checkpoints / kind, reload="verify", break_after=3)["intact"]
+    assert (engine("state"), engine("tokens")) == before
+
+    engine("spoil", parameter="model.layers.1.input_layernorm.weight")
+    spoiled = engine("update", checkpoint=checkpoints / f"{kind}-b", reload="verify")["details"]
+    assert (spoiled["different_tensors"], spoiled["different"]) == (1, "model.layers.1.input_layernorm.weight")
+    assert engine("update", checkpoint=checkpoints / kind)["error"] is None
+    assert engine("update", checkpoint=checkpoints / kind, reload="verify")["details"]["different_tensors"] == 0
+    assert engine("tokens")["tokens"] == expected["tokens"]
