@@ -45,6 +45,7 @@ from checkpoint_engine.link.messages import (
     Load,
     Loaded,
     TensorSlice,
+    encode_buckets,
 )
 
 SLICE = TensorSlice("läyer.0", "bfloat16", (2, 3), 256)
@@ -53,7 +54,8 @@ NOBODY = 65534
 
 def begin(tensors: int = 1, staging: HostMemory | CudaMemory | None = None) -> Begin:
     bucket = tuple(TensorSlice(f"model.layers.{i}.weight", "bfloat16", (i, 4), 0) for i in range(tensors))
-    return Begin(PROTOCOL, "0.1", "2.11", "id", "weights", "v7", staging or HostMemory(4096), (bucket, (), (SLICE,)))
+    buckets = encode_buckets((bucket, (), (SLICE,)))
+    return Begin(PROTOCOL, "0.1", "2.11", "id", "weights", "v7", staging or HostMemory(4096), buckets)
 
 
 def hello(token: str, protocol: int = PROTOCOL) -> Hello:

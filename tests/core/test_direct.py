@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from cluster import Cluster, assert_no_threads_left, check
@@ -15,9 +16,11 @@ from safetensors.torch import save_file
 
 from checkpoint_engine.deadline import Deadline
 from checkpoint_engine.device import CpuDevice
+from checkpoint_engine.engine.layouts import known_layouts, layout_of
 from checkpoint_engine.errors import LinkError, RankError, SettingError, UpdateError
 from checkpoint_engine.host.segment import Segment
-from checkpoint_engine.link.messages import SharedSegments
+from checkpoint_engine.link.messages import PROTOCOL, Begin, HostMemory, SharedSegments, TensorSlice, encode_buckets
+from checkpoint_engine.reload.delivery import Delivery
 from checkpoint_engine.transfer.direct import LentSegments, find_obstacle, make_offer
 
 
@@ -103,6 +106,42 @@ def test_workers_keep_their_mappings_until_the_memory_goes(pair: Cluster) -> Non
         server.unregister_checkpoint("v1")
     assert within(5, lambda: mapped_segments() == 0)
     assert within(5, lambda: open_descriptors() <= descriptors)
+
+
+def test_what_was_worked_out_for_a_bucket_serves_the_next_update(pair: Cluster) -> None:
+    given: dict[int, list[Delivery]] = {}
+    for number, (recorder, load) in enumerate([(each, each.load) for each in pair.recorders]):
+
+        def note(tensors: Delivery, number: int = number, load: Callable[[Delivery], None] = load) -> None:
+            given.setdefault(number, []).append(tensors)
+            load(tensors)
+
+        recorder.load = note  # type: ignore[method-assign, assignment]
+    pair.register("v1", noise(1))
+    rounds: list[list[Delivery]] = []
+    for name, method in (("v1", "direct"), ("v1", "direct"), ("v1", "broadcast"), ("v1", "direct")):
+        given.clear()
+        check(pair.update(name, method=method))  # type: ignore[arg-type]
+        rounds.append(given[0])
+    first, again, broadcast, anew = rounds
+    assert len(first) == len(again) > 1
+    assert all(one is other and one.stays for one, other in zip(first, again, strict=True))
+    assert not any(each.stays for each in broadcast)
+    assert not {id(each) for each in first} & {id(each) for each in anew}, "a broadcast has unmapped the memory"
+    known = set(known_layouts())
+    check(pair.update("v1", method="direct"))
+    assert set(known_layouts()) == known
+
+
+def test_a_layout_that_a_worker_does_not_know_is_refused() -> None:
+    begin = Begin(PROTOCOL, "", "", "id", "a", "v", HostMemory(0), encode_buckets(()), layout="other")
+    with pytest.raises(LinkError, match="refers to layout other"):
+        layout_of(begin, {})
+    with pytest.raises(LinkError, match="announces no buckets"):
+        layout_of(msgspec.structs.replace(begin, buckets=msgspec.Raw(b"\x01"), layout=""), {})
+    twice = encode_buckets([[TensorSlice("a", "int8", (1,), 0)], [TensorSlice("a", "int8", (1,), 0)]])
+    with pytest.raises(LinkError, match="a tensor twice"):
+        layout_of(msgspec.structs.replace(begin, buckets=twice, layout=""), {})
 
 
 def test_they_go_with_a_broadcast_with_a_failure_and_with_the_server(pair: Cluster) -> None:

@@ -1,68 +1,185 @@
-"""The rows that a copy to a GPU is made of, tried with plain memory."""
+"""Byte runs carried out: in the host's memory, by a driver made of memmove, and (where there is one) on a GPU."""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from checkpoint_engine.device.host_copies import rows_of
+from checkpoint_engine.device.copy_calls import MOST_COPIES, CopyCalls
+from checkpoint_engine.device.host_copies import prepare_copies
+from checkpoint_engine.errors import CheckpointEngineError
+from checkpoint_engine.planning.byte_runs import ByteRuns, Copy, Layout, plan_byte_runs
 
-
-def copied(target: torch.Tensor, source: torch.Tensor) -> int:
-    """Copies row by row; gives the number of calls that the driver would get."""
-    rows = rows_of(target, source)
-    assert rows is not None
-    calls = 0
-    for piece in rows:
-        calls += 1
-        for row in range(piece.height):
-            ctypes.memmove(
-                piece.target + row * piece.target_pitch, piece.source + row * piece.source_pitch, piece.width
-            )
-    return calls
+CPU = torch.device("cpu")
+SIZE = ctypes.c_size_t
+POINTER = ctypes.c_void_p
+WORDS = ctypes.create_string_buffer(b"out of luck")
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.data())
-def test_slices_arrive(data: st.DataObject) -> None:
-    shape = tuple(data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=4)))
-    source = torch.arange(5**4 * 16, dtype=torch.int16)[: 2 ** len(shape) * int(torch.tensor(shape).prod())]
-    source = source.reshape([2 * size for size in shape])
-    target = torch.full([size + 3 for size in shape], -1, dtype=torch.int16)
-    to = tuple(slice(1, 1 + size) for size in shape)
-    of = tuple(slice(size // 2, size // 2 + size) for size in shape)
-    copied(target[to], source[of])
-    expected = torch.full_like(target, -1)
-    expected[to] = source[of]
-    assert torch.equal(target, expected)
+def some_runs() -> ByteRuns:
+    """A whole tensor, one half of the columns of another, and one element: 16-bit, from a block of 4096 bytes."""
+    return plan_byte_runs(
+        [
+            Copy(0, 256, 0, 64, Layout((4, 16), (16, 1), (16, 1), 2)),
+            Copy(0, 1024 + 16, 1, 0, Layout((32, 8), (16, 1), (8, 1), 2)),
+            Copy(0, 4094, 0, 0, Layout((), (), (), 2)),
+        ]
+    )
 
 
-def test_as_few_calls_as_possible() -> None:
-    source, target = torch.arange(4096).reshape(8, 8, 64), torch.zeros(8, 8, 64, dtype=torch.int64)
-    assert copied(target, source) == 1
-    assert torch.equal(target, source)
-    half = torch.zeros(8, 8, 32, dtype=torch.int64)
-    assert copied(half, source[:, :, 32:]) == 1, "64 rows, equally far apart on both sides"
-    assert torch.equal(half, source[:, :, 32:])
-    assert copied(half[:, :4], source[:, 4:, :32]) == 8, "eight blocks of four rows"
+def expected(source: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    flat, columns = torch.zeros(512, dtype=torch.int16), torch.zeros(32, 8, dtype=torch.int16)
+    words = source.view(torch.int16)
+    flat[32:96] = words[128:192]
+    flat[0] = words[2047]
+    columns.copy_(words[512:1024].view(32, 16)[:, 8:])
+    return flat, columns
 
 
-def test_one_row_for_many() -> None:
-    target = torch.zeros(3, 4)
-    copied(target, torch.arange(4.0).expand(3, 4))
-    assert torch.equal(target, torch.arange(4.0).expand(3, 4))
+def noise(seed: int) -> torch.Tensor:
+    return torch.randint(0, 256, (4096,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
 
 
-def test_elements_that_are_apart_are_left_to_torch() -> None:
-    assert rows_of(torch.zeros(4, 3), torch.zeros(3, 4).t()) is None
-    assert rows_of(torch.zeros(4), torch.zeros(8)[::2]) is None
+@pytest.mark.parametrize("stay", [True, False])
+def test_copies_in_host_memory_can_be_done_again(*, stay: bool) -> None:
+    source = noise(1)
+    copies = prepare_copies(some_runs(), source, CPU, stay=stay)
+    targets = [torch.zeros(512, dtype=torch.int16), torch.zeros(32, 8, dtype=torch.int16)]
+    for seed in (2, 3):
+        source.copy_(noise(seed))
+        copies.start(targets)
+        assert all(torch.equal(*pair) for pair in zip(targets, expected(source), strict=True))
 
 
-def test_nothing_and_a_single_element() -> None:
-    assert copied(torch.zeros(0, 3), torch.zeros(0, 3)) == 0
-    target = torch.zeros(())
-    assert copied(target, torch.tensor(5.0)) == 1
-    assert target == 5
+def test_targets_that_have_moved_are_found() -> None:
+    source = noise(1)
+    copies = prepare_copies(some_runs(), source, CPU, stay=True)
+    for _ in range(2):
+        # Parts of larger tensors: places count from the part's own first element.
+        whole = torch.zeros(600, dtype=torch.int16), torch.zeros(40, 8, dtype=torch.int16)
+        targets = [whole[0][60:572], whole[1][3:35]]
+        copies.start(targets)
+        assert all(torch.equal(*pair) for pair in zip(targets, expected(source), strict=True))
+        assert not whole[0][:60].any()
+        assert not whole[1][35:].any()
+
+
+# -- the calls of the CUDA runtime, answered by memmove --------------------------------------------------------------
+
+
+@dataclass
+class MemmoveDriver:
+    """Stands for the runtime where there is none; `library` has its functions, in C's calling convention."""
+
+    major: int
+    batch_error: int = 0
+    copy_error: int = 0
+    with_batches: bool = True
+    calls: list[str] = field(default_factory=list)
+
+    @property
+    def library(self) -> Any:
+        def plain(target: int, source: int, nbytes: int, kind: int, stream: int) -> int:
+            assert (kind, stream) == (1, 77)
+            self.calls.append("plain")
+            ctypes.memmove(target, source, nbytes)
+            return self.copy_error
+
+        def rows(target: int, to: int, source: int, of: int, width: int, height: int, kind: int, stream: int) -> int:
+            assert (kind, stream) == (1, 77)
+            self.calls.append("rows")
+            for row in range(height):
+                ctypes.memmove(target + row * to, source + row * of, width)
+            return self.copy_error
+
+        def batch(
+            targets: int, sources: int, sizes: int, count: int, how: int, first: int, hows: int, *rest: int
+        ) -> int:
+            assert hows == 1
+            assert SIZE.from_address(first).value == 0
+            assert list((ctypes.c_int * 6).from_address(how)) == [1, 0, 0, 0, 0, 0]
+            assert rest[-1] == 77
+            self.calls.append(f"batch of {count}")
+            if not self.batch_error:
+                arrays = ((SIZE * count).from_address(at) for at in (targets, sources, sizes))
+                for target, source, nbytes in zip(*arrays, strict=True):
+                    ctypes.memmove(target, source, nbytes)
+            return self.batch_error
+
+        fail_index = () if self.major >= 13 else (POINTER,)
+        batched = (POINTER, POINTER, POINTER, SIZE, POINTER, POINTER, SIZE, *fail_index, POINTER)
+        functions = {
+            "cudaMemcpyAsync": c_function(plain, POINTER, POINTER, SIZE, ctypes.c_int, POINTER),
+            "cudaMemcpy2DAsync": c_function(rows, POINTER, SIZE, POINTER, SIZE, SIZE, SIZE, ctypes.c_int, POINTER),
+            "cudaGetLastError": c_function(lambda: self.calls.append("cleared") or 0),
+            "cudaGetErrorString": ctypes.CFUNCTYPE(POINTER, ctypes.c_int)(lambda _: ctypes.addressof(WORDS)),
+        }
+        if self.with_batches:
+            functions["cudaMemcpyBatchAsync"] = c_function(batch, *batched)
+        return SimpleNamespace(**functions)
+
+
+def c_function(function: Callable[..., int], *types: Any) -> Any:
+    return ctypes.CFUNCTYPE(ctypes.c_int, *types)(function)
+
+
+def copied_by(calls: CopyCalls, count: int) -> bool:
+    source, target = torch.arange(count, dtype=torch.int64), torch.zeros(count, dtype=torch.int64)
+    places = torch.arange(count, dtype=torch.int64) * 8
+    calls.copy(target.data_ptr() + places, source.data_ptr() + places, torch.full_like(places, 8), 77)
+    return torch.equal(source, target)
+
+
+@pytest.mark.parametrize("major", [12, 13])
+def test_one_call_for_thousands_of_copies(major: int) -> None:
+    driver = MemmoveDriver(major)
+    assert copied_by(CopyCalls(driver.library, major), MOST_COPIES + 1)
+    assert driver.calls == [f"batch of {MOST_COPIES}", "batch of 1"]
+
+
+def test_a_driver_that_lacks_batches_gets_one_copy_after_the_other() -> None:
+    driver = MemmoveDriver(13, batch_error=801)
+    calls = CopyCalls(driver.library, 13)
+    assert copied_by(calls, 3)
+    assert copied_by(calls, 1)
+    assert driver.calls == ["batch of 3", "cleared", "plain", "plain", "plain", "plain"], "it is asked once"
+    old = MemmoveDriver(12, with_batches=False)
+    assert copied_by(CopyCalls(old.library, 12), 2)
+    assert old.calls == ["plain", "plain"]
+
+
+def test_an_error_is_told_in_words_and_cleared() -> None:
+    driver = MemmoveDriver(13, batch_error=1, copy_error=1)
+    with pytest.raises(CheckpointEngineError, match="copying 8 bytes: error 1: out of luck"):
+        copied_by(CopyCalls(driver.library, 13), 1)
+    assert driver.calls[-1] == "cleared"
+
+
+def test_rows() -> None:
+    driver = MemmoveDriver(13)
+    source, target = torch.arange(24, dtype=torch.uint8), torch.zeros(12, dtype=torch.uint8)
+    table = torch.tensor([[target.data_ptr(), 3, source.data_ptr() + 1, 6, 3, 4]])
+    CopyCalls(driver.library, 13).copy_rows(table, 77)
+    assert target.view(4, 3).tolist() == source.view(4, 6)[:, 1:4].tolist()
+
+
+@pytest.mark.gpu
+def test_copies_to_a_gpu() -> None:
+    gpu = torch.device("cuda", torch.cuda.current_device())
+    source = noise(1).pin_memory()
+    copies = prepare_copies(some_runs(), source, gpu, stay=True)
+    targets = [
+        torch.zeros(512, dtype=torch.int16, device=gpu),
+        torch.zeros(32, 8, dtype=torch.int16, device=gpu),
+    ]
+    for seed in (2, 3):
+        source.copy_(noise(seed))
+        copies.start(targets)
+        arrived = [target.cpu() for target in targets]
+        assert all(torch.equal(*pair) for pair in zip(arrived, expected(source), strict=True))

@@ -26,6 +26,7 @@ from checkpoint_engine.planning.buckets import Bucket
 from checkpoint_engine.planning.peers import check_same
 from checkpoint_engine.settings import Settings, rank_from_environment
 from checkpoint_engine.sharing import Sharing
+from checkpoint_engine.transfer.announcement import PlanKeeper
 from checkpoint_engine.transfer.feeds import Feed, HostFeed, PeerFeed
 from checkpoint_engine.transfer.report import Method, Progress, UpdateReport
 from checkpoint_engine.transfer.staging import StagingKeeper
@@ -95,6 +96,7 @@ class ParameterServer:
             self._rank, self._device, _device_index(self._rank, gpu_count), gpu_count or torch.cuda.device_count()
         )
         self._gathered = Gathered()
+        self._plans = PlanKeeper()
         self._busy = threading.Lock()
         self._running: UpdateRun | None = None
         self.progress = Progress()
@@ -382,6 +384,7 @@ class ParameterServer:
                 device=self._device,
                 settings=self._settings,
                 stagings=self._stagings,
+                plans=self._plans,
                 feed=feed,
                 progress=self.progress,
                 segments=() if held is None else held.segments,
@@ -408,7 +411,7 @@ class ParameterServer:
             return held.segments[bucket.segment].tensor[bucket.start : bucket.start + bucket.nbytes]
 
         if not known.elsewhere and len(receivers) == self._world_size:
-            return HostFeed(order.catalog, self._world_size, find)
+            return HostFeed(order.catalog, self._world_size, find, self._plans)
         return PeerFeed(
             known.replicas,
             receivers,

@@ -1,104 +1,121 @@
-"""Copies from host memory to a GPU, straight into slices of tensors that lie there.
-
-Torch copies rows that are apart at a few GB/s, row by row through a buffer of its own. The driver's own copy of rows
-reads pinned memory at nearly the rate of the bus.
-"""
+"""Byte runs carried out: from host memory into tensors, on a GPU or beside it."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Sequence
+from typing import Any, Protocol, cast
 
 import torch
 
+from checkpoint_engine.device.copy_calls import load_copy_calls
+from checkpoint_engine.planning.byte_runs import ByteRuns
 
-class Rows(NamedTuple):
-    """`height` rows of `width` bytes, `target_pitch` and `source_pitch` bytes apart."""
-
-    target: int
-    target_pitch: int
-    source: int
-    source_pitch: int
-    width: int
-    height: int
+_HERE = torch.device("cpu")
 
 
-def copy_from_host(target: torch.Tensor, source: torch.Tensor) -> None:
-    """Copies on the target's current stream; returns before it is done if the source is pinned."""
-    rows = rows_of(target, source) if target.dtype == source.dtype else None
-    if rows is None:
-        target.copy_(source.to(target.device, non_blocking=True))
-    elif target.is_contiguous() and source.is_contiguous():
-        target.copy_(source, non_blocking=True)
-    else:
-        _copy_rows(target.device, rows)
+class HostCopies(Protocol):
+    """Copies made ready; they can be done any number of times."""
+
+    def start(self, targets: Sequence[torch.Tensor]) -> None:
+        """Does them on the current stream of the targets' device; returns before they are done, where it can.
+
+        Args:
+            targets: In the order of the runs' numbers of targets; places count from a tensor's first element.
+        """
+        ...
 
 
-def rows_of(target: torch.Tensor, source: torch.Tensor) -> Iterator[Rows] | None:
-    """The rows that make up a copy between tensors of one shape and dtype; None if their elements are apart."""
-    item = target.dtype.itemsize
-    dimensions = [
-        (size, to * item, of * item)
-        for size, to, of in zip(target.shape, target.stride(), source.stride(), strict=True)
-        if size != 1
-    ]
-    if not target.numel():
-        return iter(())
-    if not target.dim() or target.shape[-1] == 1:
-        dimensions.append((1, item, item))  # columns are rows of a single element
-    merged = _merge(dimensions)
-    width, to, of = merged.pop()
-    if (to, of) != (item, item):
-        return None
-    return _all_rows(target.data_ptr(), source.data_ptr(), width * item, merged)
+def prepare_copies(runs: ByteRuns, source: torch.Tensor, device: torch.device, *, stay: bool) -> HostCopies:
+    """Makes runs out of one block of host memory ready.
+
+    Args:
+        runs: All of segment 0, which is `source`.
+        source: 1-D uint8; registered with the GPU, or the copies are slow. It is kept alive by whoever gave it.
+        device: Where the targets are.
+        stay: Whether the targets are the same tensors every time.
+    """
+    if device.type == "cuda":
+        return _CopiesToGpu(runs, source, device)
+    return _CopiesInHost(runs, source, stay=stay)
 
 
-def _merge(dimensions: Sequence[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
-    """Makes one of neighbouring dimensions that lie without a gap on both sides."""
-    merged: list[tuple[int, int, int]] = []
-    for size, to, of in dimensions:
-        if merged and merged[-1][1:] == (size * to, size * of):
-            merged[-1] = (merged[-1][0] * size, to, of)
+class _CopiesInHost:
+    """Views of bytes, copied by torch. They keep the memory mapped."""
+
+    def __init__(self, runs: ByteRuns, source: torch.Tensor, *, stay: bool) -> None:
+        self._stay = stay
+        self._runs: list[list[int]] = cast("Any", runs.table).tolist()
+        self._sources = [
+            source.as_strided((height, width), (pitch, 1), start + int(source.storage_offset()))
+            for _, start, _, _, width, height, pitch, _ in self._runs
+        ]
+        self._views: list[torch.Tensor] = []
+        self._places: list[int] = []
+
+    def start(self, targets: Sequence[torch.Tensor]) -> None:
+        """Copies; done when it returns."""
+        places = [target.data_ptr() for target in targets]
+        if places == self._places and self._stay:
+            views = self._views
         else:
-            merged.append((size, to, of))
-    return merged
+            views = self._views_of([_bytes_of(target) for target in targets])
+            if self._stay:
+                self._views, self._places = views, places
+        if views:
+            # Torch has no public name for many copies in one call, and its optimisers rely on this one.
+            cast("Any", torch)._foreach_copy_(views, self._sources)
+
+    def _views_of(self, memory: Sequence[tuple[torch.Tensor, int]]) -> list[torch.Tensor]:
+        return [
+            memory[target][0].as_strided((height, width), (pitch, 1), memory[target][1] + place)
+            for _, _, target, place, width, height, _, pitch in self._runs
+        ]
 
 
-def _all_rows(target: int, source: int, width: int, outer: list[tuple[int, int, int]]) -> Iterator[Rows]:
-    height, to, of = outer.pop() if outer else (1, width, width)
-    if to < width or of < width:  # rows that overlap, such as those of an expanded tensor: one by one
-        outer.append((height, to, of))
-        height, to, of = 1, width, width
-    for place in itertools.product(*(range(size) for size, _, _ in outer)):
-        yield Rows(
-            target + sum(index * step for index, (_, step, _) in zip(place, outer, strict=True)),
-            to,
-            source + sum(index * step for index, (_, _, step) in zip(place, outer, strict=True)),
-            of,
-            width,
-            height,
-        )
+class _CopiesToGpu:
+    """Arrays of addresses: runs in batches, rows with the driver's own copy of rows.
+
+    Torch would copy rows that are apart at a few GB/s, row by row through a buffer of its own.
+    """
+
+    def __init__(self, runs: ByteRuns, source: torch.Tensor, device: torch.device) -> None:
+        self._device = device
+        self._calls = load_copy_calls()
+        _, start, target, place, width, height, pitch, target_pitch = runs.table.unbind(1)
+        start = start + source.data_ptr()
+        flat = height == 1
+        self._flat_targets, self._flat_places = target[flat], place[flat]
+        self._flat_sources, self._flat_sizes = start[flat].contiguous(), width[flat].contiguous()
+        self._row_targets, self._row_places = target[~flat], place[~flat]
+        rows = torch.stack((torch.zeros_like(start), target_pitch, start, pitch, width, height), 1)
+        self._rows = rows[~flat]
+
+    def start(self, targets: Sequence[torch.Tensor]) -> None:
+        """Queues the copies.
+
+        Raises:
+            CheckpointEngineError: the driver refuses.
+        """
+        bases = torch.tensor([target.data_ptr() for target in targets], dtype=torch.int64, device=_HERE)
+        current, own = torch.cuda.current_stream(self._device), _own_stream(self._device)
+        own.wait_stream(current)
+        with torch.cuda.device(self._device):
+            addresses = bases[self._flat_targets] + self._flat_places
+            self._calls.copy(addresses, self._flat_sources, self._flat_sizes, own.cuda_stream)
+            self._rows[:, 0] = bases[self._row_targets] + self._row_places
+            self._calls.copy_rows(self._rows, own.cuda_stream)
+        current.wait_stream(own)
 
 
-def _copy_rows(device: torch.device, rows: Iterator[Rows]) -> None:
-    from checkpoint_engine.device.cuda import check, load_runtime  # noqa: PLC0415 - not needed without a GPU
+@functools.cache
+def _own_stream(device: torch.device) -> torch.cuda.Stream:
+    """The default stream, which engines load on, takes no batches."""
+    return torch.cuda.Stream(device)
 
-    runtime: Any = load_runtime()
-    stream = torch.cuda.current_stream(device).cuda_stream
-    kind = runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
-    for piece in rows:
-        check(
-            runtime,
-            runtime.cudaMemcpy2DAsync(
-                piece.target,
-                piece.target_pitch,
-                piece.source,
-                piece.source_pitch,
-                piece.width,
-                piece.height,
-                kind,
-                stream,
-            ),
-            "copying rows to the GPU",
-        )
+
+def _bytes_of(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """A tensor's memory as 1-D uint8, and where in it the tensor begins."""
+    storage = tensor.untyped_storage()
+    memory = torch.empty(0, dtype=torch.uint8, device=_HERE).set_(cast("Any", storage))
+    return memory, tensor.data_ptr() - memory.data_ptr()

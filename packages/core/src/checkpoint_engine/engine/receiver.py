@@ -7,14 +7,17 @@ import os
 import time
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 
 from checkpoint_engine.deadline import Deadline
 from checkpoint_engine.device import Device, Mapped
+from checkpoint_engine.device.base import Memory
 from checkpoint_engine.device.segments import MappedSegments
 from checkpoint_engine.dtypes import torch_dtype
-from checkpoint_engine.engine.adapter import Adapter, TensorSpec, Update, Verifiable
+from checkpoint_engine.engine.adapter import Adapter, Update, Verifiable
+from checkpoint_engine.engine.layouts import Layout, known_layouts, layout_of
 from checkpoint_engine.engine.mappings import mapped_staging
 from checkpoint_engine.errors import CheckpointEngineError, LinkError, LinkRefusedError, WorkerError
 from checkpoint_engine.link.channel import ReceiverChannel, connect
@@ -33,6 +36,7 @@ from checkpoint_engine.link.messages import (
     Loaded,
     TensorSlice,
 )
+from checkpoint_engine.reload.delivery import Delivery
 from checkpoint_engine.reload.regions import contiguous
 from checkpoint_engine.version import __version__
 
@@ -96,18 +100,28 @@ def receive_update(handle: str, adapter: Adapter, device: Device, *, timeout: fl
     """
     deadline = Deadline(timeout)
     channel, token = connect(handle, deadline)
+    known = known_layouts()
     with channel:
         channel.send(
-            Hello(PROTOCOL, token, device.identity, __version__, str(torch.__version__), os.getpid()), deadline
+            Hello(PROTOCOL, token, device.identity, __version__, str(torch.__version__), os.getpid(), tuple(known)),
+            deadline,
         )
-        return _Reception(channel, adapter, device, deadline).run()
+        return _Reception(channel, adapter, device, deadline, known).run()
 
 
 class _Reception:
     """One update under way."""
 
-    def __init__(self, channel: ReceiverChannel, adapter: Adapter, device: Device, deadline: Deadline) -> None:
+    def __init__(
+        self,
+        channel: ReceiverChannel,
+        adapter: Adapter,
+        device: Device,
+        deadline: Deadline,
+        known: Mapping[str, Layout],
+    ) -> None:
         self._channel = channel
+        self._known = known
         self._adapter = adapter
         self._device = device
         self._deadline = deadline
@@ -120,8 +134,9 @@ class _Reception:
         start = time.perf_counter()
         try:
             with self._mapped_staging() as (begin, staging), self._aborting_on_error():
-                self._begin(begin)
-                self._load_all(begin, staging)
+                layout = layout_of(begin, self._known)
+                self._begin(begin, layout)
+                self._load_all(begin, layout, staging)
                 details, seconds = self._finish()
         except Exception as error:
             self._say_goodbye(error)
@@ -131,8 +146,8 @@ class _Reception:
         return Received(
             version=begin.version,
             verified=begin.reload == "verify",
-            nbytes=sum(_nbytes(tensor) for bucket in begin.buckets for tensor in bucket),
-            tensors=sum(len(bucket) for bucket in begin.buckets),
+            nbytes=layout.nbytes,
+            tensors=len(layout.tensors),
             seconds=time.perf_counter() - start,
             load_seconds=self._load_seconds,
             details=details,
@@ -151,44 +166,45 @@ class _Reception:
         with mapped_staging(self._device, begin.staging, self._channel) as staging:
             yield begin, staging
 
-    def _begin(self, begin: Begin) -> None:
-        tensors = {
-            tensor.name: TensorSpec(torch_dtype(tensor.dtype), tensor.shape)
-            for bucket in begin.buckets
-            for tensor in bucket
-        }
-        if len(tensors) < sum(len(bucket) for bucket in begin.buckets):
-            raise LinkError("the parameter server announces a tensor twice")
+    def _begin(self, begin: Begin, layout: Layout) -> None:
         if begin.reload == "verify":
             self._adapter = _verifier_of(self._adapter)
         self._begun = True
-        self._adapter.begin(Update(begin.update_id, begin.checkpoint, begin.version, tensors, begin.reload))
+        self._adapter.begin(Update(begin.update_id, begin.checkpoint, begin.version, layout.tensors, begin.reload))
         self._send(Accepted())
 
-    def _load_all(self, begin: Begin, staging: Mapped) -> None:
+    def _load_all(self, begin: Begin, layout: Layout, staging: Mapped) -> None:
         self._phase = "load"
+        buckets = layout.buckets
+        deliveries = _deliveries_of(staging, begin.staging)
         done: set[int] = set()
         while True:
             message = self._receive("the next bucket")
             if isinstance(message, Finish):
                 break
-            if not isinstance(message, Load) or not 0 <= message.bucket < len(begin.buckets):
+            if not isinstance(message, Load) or not 0 <= message.bucket < len(buckets):
                 raise LinkError(f"expected a bucket, {message} came")
             if message.bucket in done:
                 raise LinkError(f"bucket {message.bucket} came twice")
             began = time.perf_counter()
             done.add(message.bucket)
-            self._adapter.load(
-                view_bucket(_part(staging, message.segment), begin.buckets[message.bucket], message.offset)
-            )
+            key = (layout.name, message)
+            delivery = deliveries.get(key)
+            if delivery is None:
+                delivery = view_bucket(
+                    _part(staging, message.segment), buckets[message.bucket], message.offset, stays=begin.staging.lease
+                )
+                if delivery.stays:
+                    deliveries[key] = delivery
+            self._adapter.load(delivery)
             # Staging is used again, lent memory is not: there the bus need not fall idle between buckets.
-            if not isinstance(staging, MappedSegments) or len(done) == len(begin.buckets):
+            if not isinstance(staging, MappedSegments) or len(done) == len(buckets):
                 self._device.synchronize()
             seconds = time.perf_counter() - began
             self._load_seconds += seconds
             self._send(Loaded(message.bucket, seconds, began))
-        if len(done) != len(begin.buckets):
-            raise LinkError(f"the parameter server finished after {len(done)} of {len(begin.buckets)} buckets")
+        if len(done) != len(buckets):
+            raise LinkError(f"the parameter server finished after {len(done)} of {len(buckets)} buckets")
 
     def _finish(self) -> tuple[Mapping[str, str | int | float], float]:
         self._phase = "finish"
@@ -246,8 +262,18 @@ def _part(mapped: Mapped, segment: int) -> torch.Tensor:
     return parts[segment]
 
 
-def view_bucket(staging: torch.Tensor, bucket: Sequence[TensorSlice], offset: int) -> list[tuple[str, torch.Tensor]]:
-    """The tensors of a bucket that lies `offset` bytes into the staging memory.
+_kept: WeakKeyDictionary[Mapped, dict[tuple[str, Load], Delivery]] = WeakKeyDictionary()
+"""What was delivered out of memory that may stay mapped after the update."""
+
+
+def _deliveries_of(mapped: Mapped, memory: Memory) -> dict[tuple[str, Load], Delivery]:
+    return _kept.setdefault(mapped, {}) if memory.lease else {}
+
+
+def view_bucket(
+    staging: torch.Tensor, bucket: Sequence[TensorSlice], offset: int, *, stays: object = False
+) -> Delivery:
+    """The tensors of a bucket that lies `offset` bytes into the staging memory, which `stays` or does not.
 
     A file used in place may hold tensors at addresses that their dtype does not allow; those are copied out.
 
@@ -269,11 +295,12 @@ def view_bucket(staging: torch.Tensor, bucket: Sequence[TensorSlice], offset: in
             views[entry.dtype] = view = staging[: staging.numel() // dtype.itemsize * dtype.itemsize].view(dtype)
         if begin % dtype.itemsize:
             tensor = staging[begin:end].clone().view(dtype).view(entry.shape)
+            stays = False
         else:
             place = int(view.storage_offset()) + begin // dtype.itemsize
             tensor = view.as_strided(entry.shape, contiguous(entry.shape), place)
         result.append((entry.name, tensor))
-    return result
+    return Delivery(result, staging, stays=bool(stays))
 
 
 def _nbytes(entry: TensorSlice) -> int:

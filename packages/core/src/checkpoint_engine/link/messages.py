@@ -20,6 +20,8 @@ sender may keep it open too. Neither says anything more: when one of them ends i
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable
 from typing import Literal
 
 import msgspec
@@ -41,6 +43,31 @@ class TensorSlice(msgspec.Struct, frozen=True, array_like=True):
     dtype: str
     shape: tuple[int, ...]
     offset: int
+
+
+Buckets = tuple[tuple[TensorSlice, ...], ...]
+"""The tensors of every bucket."""
+
+_BUCKETS = msgspec.msgpack.Decoder(Buckets)
+
+
+def encode_buckets(buckets: Iterable[Iterable[TensorSlice]]) -> msgspec.Raw:
+    """As `Begin` carries them."""
+    return msgspec.Raw(msgspec.msgpack.encode(tuple(tuple(bucket) for bucket in buckets)))
+
+
+def decode_buckets(buckets: msgspec.Raw) -> Buckets:
+    """What `encode_buckets` was given.
+
+    Raises:
+        msgspec.MsgspecError: it is something else.
+    """
+    return _BUCKETS.decode(buckets)
+
+
+def name_of_layout(buckets: msgspec.Raw) -> str:
+    """Names these very buckets."""
+    return hashlib.sha256(buckets).hexdigest()[:32]
 
 
 class HostMemory(msgspec.Struct, frozen=True, tag=True):
@@ -85,10 +112,15 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
     library: str
     torch: str
     pid: int
+    layouts: tuple[str, ...] = ()
+    """Names of buckets that it has been told of and need not be told again."""
 
 
 class Begin(msgspec.Struct, frozen=True, tag=True):
-    """Starts an update and says all that will come: `buckets[i]` lists the tensors of bucket i."""
+    """Starts an update and says all that will come.
+
+    `buckets` are `Buckets`, still encoded; empty if the receiver knows them by the name `layout`.
+    """
 
     protocol: int
     library: str
@@ -97,8 +129,9 @@ class Begin(msgspec.Struct, frozen=True, tag=True):
     checkpoint: str
     version: str
     staging: HostMemory | CudaMemory | SharedSegments
-    buckets: tuple[tuple[TensorSlice, ...], ...]
+    buckets: msgspec.Raw
     reload: ReloadMode = "auto"
+    layout: str = ""
 
 
 class Load(msgspec.Struct, frozen=True, tag=True):

@@ -10,6 +10,7 @@ import torch
 from checkpoint_engine.engine.adapter import TensorSpec
 from checkpoint_engine.errors import WeightsRejectedError, WorkerError
 from checkpoint_engine.link.messages import ReloadMode
+from checkpoint_engine.reload.delivery import Delivery
 from checkpoint_engine.reload.plan import ReloadPlan, make_plan
 from checkpoint_engine.reload.proof import Proof
 from checkpoint_engine.reload.recorder import Loader, record
@@ -84,16 +85,15 @@ class Reloader:
         """Loads a bucket."""
         if self._proof is not None:
             self._proof.expect(tensors, self._targets)
+        by_loader = tensors
         if self._by_plan and self._replay is not None:
             self._replay.load(tensors, {})
-            by_loader = [pair for pair in tensors if pair[0] not in self._planned]
-        else:
-            by_loader = list(tensors)
+            by_loader = self._left_to_loader(tensors)
         if by_loader:
             self._load(by_loader)
-        loaded = sum(tensor.nbytes for _, tensor in by_loader)
+        loaded = _nbytes(by_loader)
         self._nbytes[False] += loaded
-        self._nbytes[True] += sum(tensor.nbytes for _, tensor in tensors) - loaded
+        self._nbytes[True] += _nbytes(tensors) - loaded
 
     def finish(self) -> Mapping[str, str | int | float]:
         """Ends the update; returns how many bytes took which way.
@@ -120,6 +120,11 @@ class Reloader:
         """The update broke off: the plan is recorded and proved anew."""
         self._plan, self._tensors = None, {}
 
+    def _left_to_loader(self, tensors: Tensors) -> Tensors:
+        if isinstance(tensors, Delivery) and tensors.names <= self._planned:
+            return ()
+        return [pair for pair in tensors if pair[0] not in self._planned]
+
     def _plan_for(self, tensors: Mapping[str, TensorSpec]) -> ReloadPlan:
         if self._plan is None or self._tensors != tensors:
             load, targets = self._shadow()
@@ -133,3 +138,7 @@ class Reloader:
         if self._plan is not None:
             self._targets, self._planned = self._plan.covered(targets)
             self._replay = Replay(self._plan, {target: self._parameters[target] for target in self._targets})
+
+
+def _nbytes(tensors: Tensors) -> int:
+    return tensors.nbytes if isinstance(tensors, Delivery) else sum(tensor.nbytes for _, tensor in tensors)

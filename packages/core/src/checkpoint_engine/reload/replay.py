@@ -1,14 +1,20 @@
-"""Replays a reload plan: batched copies out of a bucket, with a few launches a bucket."""
+"""Replays a reload plan: batched copies out of a bucket, with a few launches a bucket.
+
+Out of host memory it is byte runs that are copied. They are worked out once for a bucket that comes again.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 
-from checkpoint_engine.device.host_copies import copy_from_host
+from checkpoint_engine.device.host_copies import HostCopies, prepare_copies
+from checkpoint_engine.planning.byte_runs import Copy, Layout, plan_byte_runs
+from checkpoint_engine.reload.delivery import Delivery
 from checkpoint_engine.reload.plan import Fill, Piece, ReloadPlan
 from checkpoint_engine.reload.regions import Region, contiguous
 
@@ -52,6 +58,7 @@ class Replay:
         }
         self._fills = plan.fills
         self._fixed = fixed
+        self._programs: WeakKeyDictionary[Delivery, _Program] = WeakKeyDictionary()
         self.nbytes = sum(step.piece.nbytes for steps in self._steps.values() for step in steps)
         """Bytes that one update reads."""
 
@@ -62,6 +69,9 @@ class Replay:
             tensors: Contiguous, by name; those that the plan does not have are passed over.
             moving: Target -> its memory, for those whose place is not fixed.
         """
+        if isinstance(tensors, Delivery) and _uses_host(tensors, self._fixed, moving):
+            self._program_for(tensors).run(self._fixed, moving)
+            return
         batches: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
         for name, tensor in tensors:
             for step in self._steps.get(name, ()):
@@ -78,6 +88,14 @@ class Replay:
         for targets, sources in batches.values():
             _copy_all(targets, sources)
 
+    def _program_for(self, delivery: Delivery) -> _Program:
+        program = self._programs.get(delivery)
+        if program is None:
+            program = _Program(self._steps, delivery)
+            if delivery.stays:
+                self._programs[delivery] = program
+        return program
+
     def fill(self, target: str, memory: torch.Tensor) -> None:
         """Writes the constants that belong into a target."""
         for fill in self._fills.get(target, ()):
@@ -90,29 +108,79 @@ class Replay:
                 self.fill(name, self._fixed[name])
 
 
+class _Program:
+    """What is to be copied out of one bucket in host memory."""
+
+    def __init__(self, steps: Mapping[str, Sequence[_Step]], delivery: Delivery) -> None:
+        found = [(step, tensor) for name, tensor in delivery for step in steps.get(name, ())]
+        device = next((step.target.device for step, _ in found if step.target is not None), None)
+        self._fixed = _Runs(delivery, [pair for pair in found if pair[0].target is not None], device)
+        self._moving = _Runs(delivery, [pair for pair in found if pair[0].target is None])
+
+    def run(self, fixed: Mapping[str, torch.Tensor], moving: Mapping[str, torch.Tensor]) -> None:
+        """Copies, on the current stream."""
+        self._fixed.run(fixed)
+        self._moving.run(moving)
+
+
+class _Runs:
+    """Copies into targets of one kind: those that stay where they are, or those that do not."""
+
+    def __init__(
+        self, delivery: Delivery, found: Sequence[tuple[_Step, torch.Tensor]], device: torch.device | None = None
+    ) -> None:
+        self._memory = delivery.memory
+        self._stay = device is not None
+        self._numbers: dict[str, int] = {}
+        """Target -> its number; each of them in this order."""
+        pieces = [(step.piece, tensor) for step, tensor in found]
+        self._others = [pair for pair in pieces if pair[0].source_dtype != pair[0].target_dtype]
+        same = [pair for pair in pieces if pair[0].source_dtype == pair[0].target_dtype]
+        self._runs = plan_byte_runs(self._copy(piece, delivery.place_of(tensor)) for piece, tensor in same)
+        self._others += [same[number] for number in self._runs.apart]
+        self._copies = None if device is None else self._prepare(device)
+
+    def run(self, targets: Mapping[str, torch.Tensor]) -> None:
+        """Copies into these targets."""
+        chosen = [targets[name] for name in self._numbers]
+        if chosen:
+            copies = self._copies or self._prepare(chosen[0].device)
+            copies.start(chosen)
+        for piece, tensor in self._others:
+            target = view_of(targets[piece.target], piece.place, piece.target_dtype)
+            _copy(target, view_of(tensor, piece.region, piece.source_dtype))
+
+    def _copy(self, piece: Piece, at: int) -> Copy:
+        item = piece.source_dtype.itemsize
+        target = self._numbers.setdefault(piece.target, len(self._numbers))
+        layout = Layout(piece.region.shape, piece.region.stride, piece.place.stride, item)
+        return Copy(0, at + piece.region.offset * item, target, piece.place.offset * item, layout)
+
+    def _prepare(self, device: torch.device) -> HostCopies:
+        return prepare_copies(self._runs, self._memory, device, stay=self._stay)
+
+
 def view_of(memory: torch.Tensor, region: Region, dtype: torch.dtype) -> torch.Tensor:
     """A region of a tensor, read as `dtype`, which is as wide as its own."""
     return region.view(memory if memory.dtype == dtype else memory.view(dtype))
 
 
+def _uses_host(delivery: Delivery, *targets: Mapping[str, torch.Tensor]) -> bool:
+    """Whether byte runs out of host memory are worth working out."""
+    if delivery.memory.device.type != "cpu":
+        return False
+    device = next((tensor.device.type for each in targets for tensor in each.values()), "cpu")
+    return delivery.stays or device != "cpu"
+
+
 def _copy_all(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
     """Many copies in one launch; torch has no public name for it, and its optimisers rely on this one."""
-    if _comes_from_host(targets[0], sources[0]):
-        for target, source in zip(targets, sources, strict=True):
-            target.copy_(source, non_blocking=True)
-        return
     cast("Any", torch)._foreach_copy_(targets, sources)
 
 
 def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
-    if _comes_from_host(target, source):
-        copy_from_host(target, source)
-    else:
-        target.copy_(source)
-
-
-def _comes_from_host(target: torch.Tensor, source: torch.Tensor) -> bool:
-    return source.device.type == "cpu" and target.device.type != "cpu"
+    """Elements that lie apart on one side, and casts: both are faster on the device."""
+    target.copy_(source.to(target.device, non_blocking=True))
 
 
 def _make_step(piece: Piece, target: torch.Tensor | None) -> _Step:

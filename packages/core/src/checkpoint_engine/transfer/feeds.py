@@ -14,8 +14,9 @@ from checkpoint_engine.device import Device
 from checkpoint_engine.errors import CheckpointStateError, PeerError
 from checkpoint_engine.host.p2p_store import P2PStore, Peer
 from checkpoint_engine.host.segment import Segment
-from checkpoint_engine.planning.buckets import Bucket, BucketPlan, plan_buckets
+from checkpoint_engine.planning.buckets import Bucket, BucketPlan
 from checkpoint_engine.planning.peers import PeerPlan, Route, plan_peer_reads, port_of
+from checkpoint_engine.transfer.announcement import PlanKeeper
 from checkpoint_engine.transfer.fetching import PeerSource
 from checkpoint_engine.transfer.sources import BucketSource, HostSource
 
@@ -56,9 +57,10 @@ class HostFeed:
 
     method = "broadcast"
 
-    def __init__(self, catalog: Catalog, ranks: int, find: FindBucket) -> None:
+    def __init__(self, catalog: Catalog, ranks: int, find: FindBucket, plans: PlanKeeper) -> None:
         self.receivers = tuple(range(ranks))
         self._catalog = catalog
+        self._plans = plans
         self._find = find
         self._buckets: tuple[Bucket, ...] = ()
 
@@ -68,7 +70,7 @@ class HostFeed:
     def plan(self, introductions: Sequence[Holding | None], bucket_size: int) -> BucketPlan:
         """Every rank sends what it holds."""
         del introductions
-        plan = plan_buckets(self._catalog, bucket_size)
+        plan = self._plans.plan(self._catalog, bucket_size)
         self._buckets = plan.buckets
         return plan
 

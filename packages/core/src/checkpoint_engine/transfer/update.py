@@ -23,6 +23,7 @@ from checkpoint_engine.link.messages import ReloadMode
 from checkpoint_engine.planning.buckets import BucketPlan
 from checkpoint_engine.planning.staging import StagingLayout, choose_layout, place_buckets
 from checkpoint_engine.settings import Settings
+from checkpoint_engine.transfer.announcement import PlanKeeper
 from checkpoint_engine.transfer.broadcast import BroadcastPipeline
 from checkpoint_engine.transfer.direct import DirectTransfer, LentSegments, Offer, find_obstacle, make_offer
 from checkpoint_engine.transfer.feeds import Feed
@@ -83,6 +84,7 @@ class UpdateRun:
         device: Device,
         settings: Settings,
         stagings: StagingKeeper,
+        plans: PlanKeeper,
         feed: Feed,
         progress: Progress,
         segments: Sequence[Segment] = (),
@@ -94,6 +96,7 @@ class UpdateRun:
         self._device = device
         self._settings = settings
         self._stagings = stagings
+        self._plans = plans
         self._feed = feed
         self._progress = progress
         self._segments = segments
@@ -215,7 +218,9 @@ class UpdateRun:
         listener.close()  # nobody else is expected, and a process that is killed leaves no socket behind
         order = self._order
         with self._clock.step("worker checks"):
-            link.begin(order.key, order.catalog.name, order.version, plan, memory, order.reload)
+            announced = self._plans.announce(plan)
+            link.announce(order.key, order.catalog.name, order.version, announced, memory, order.reload)
+            link.wait_until_ready()
         self._agree("connected")
         self._clock.lap("connect", connecting)
         self._progress.phase = "load"
@@ -227,7 +232,8 @@ class UpdateRun:
         self._progress.phase = "finish"
         finishing = time.perf_counter()
         with self._clock.step("worker finishes"):
-            finished = link.finish()
+            link.ask_to_finish()
+            finished = link.wait_until_finished()
         self._stagings.leave_with_worker(link.channel)
         self._agree("finished")
         with self._clock.step("engine answers"):
@@ -351,7 +357,7 @@ class UpdateRun:
         return UpdateReport(
             version=self._order.version,
             method=method or self._feed.method,
-            nbytes=self._order.catalog.nbytes,
+            nbytes=self._plans.announce(plan).nbytes,
             tensors=sum(len(bucket.tensors) for bucket in plan.buckets),
             buckets=len(plan.buckets),
             bucket_size=plan.bucket_size,

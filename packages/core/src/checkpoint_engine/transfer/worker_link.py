@@ -25,24 +25,28 @@ from checkpoint_engine.link.messages import (
     Finish,
     Finished,
     FromReceiver,
+    Hello,
     Load,
     Loaded,
     ReloadMode,
-    TensorSlice,
+    encode_buckets,
 )
 from checkpoint_engine.planning.buckets import BucketPlan
+from checkpoint_engine.transfer.announcement import Announcement
 from checkpoint_engine.transfer.trace import Span
 from checkpoint_engine.version import __version__
 
 _GOODBYE_SECONDS = 10.0
+_NO_BUCKETS = encode_buckets(())
 _Answer = TypeVar("_Answer", Accepted, Loaded, Finished)
 
 
 class WorkerLink:
     """Feeds one engine worker. Loads are answered in order, so `done` is the last bucket that is finished."""
 
-    def __init__(self, channel: SenderChannel, device: str, deadline: Deadline) -> None:
+    def __init__(self, channel: SenderChannel, hello: Hello, device: str, deadline: Deadline) -> None:
         self._channel = channel
+        self._hello = hello
         self._device = device
         self._deadline = deadline
         self._loading: deque[tuple[int, float]] = deque()
@@ -58,21 +62,14 @@ class WorkerLink:
         Raises:
             DeadlineError: it did not come.
         """
-        channel, _ = listener.accept(deadline, cancel, f"the engine worker on {device} connecting")
-        return cls(channel, device, deadline)
+        channel, hello = listener.accept(deadline, cancel, f"the engine worker on {device} connecting")
+        return cls(channel, hello, device, deadline)
 
-    def begin(
-        self, update_id: str, checkpoint: str, version: str, plan: BucketPlan, memory: Lendable, reload: ReloadMode
+    def announce(
+        self, update_id: str, checkpoint: str, version: str, what: Announcement, memory: Lendable, reload: ReloadMode
     ) -> None:
-        """Announces the update, and waits until the worker is ready for it.
-
-        Raises:
-            WorkerError: the worker refuses it.
-        """
-        buckets = tuple(
-            tuple(TensorSlice(t.name, t.dtype, t.shape, t.offset - bucket.start) for t in bucket.tensors)
-            for bucket in plan.buckets
-        )
+        """Announces the update; the worker then makes itself ready for it."""
+        known = what.layout in self._hello.layouts
         message = Begin(
             PROTOCOL,
             __version__,
@@ -81,10 +78,18 @@ class WorkerLink:
             checkpoint,
             version,
             memory.memory,
-            buckets,
+            _NO_BUCKETS if known else what.buckets,
             reload,
+            what.layout if known else "",
         )
         self._channel.send(message, self._deadline, memory.descriptors)
+
+    def wait_until_ready(self) -> None:
+        """Waits until the worker is ready for buckets.
+
+        Raises:
+            WorkerError: the worker refuses the update.
+        """
         self._expect(Accepted, "accepting the update")
 
     def load(self, bucket: int, offset: int, segment: int = 0) -> None:
@@ -114,13 +119,16 @@ class WorkerLink:
             for index, (began, seconds) in self.loads.items()
         ]
 
-    def finish(self) -> Finished:
-        """Completes the update in the worker.
+    def ask_to_finish(self) -> None:
+        """Has the worker complete the update; does not wait."""
+        self._channel.send(Finish(), self._deadline)
+
+    def wait_until_finished(self) -> Finished:
+        """Waits until it has.
 
         Raises:
             WorkerError: the worker failed.
         """
-        self._channel.send(Finish(), self._deadline)
         finished = self._expect(Finished, "finishing the update")
         self._over = True
         return finished

@@ -1,0 +1,137 @@
+"""Copies by the CUDA runtime that torch has loaded, given arrays of addresses instead of lists of Python numbers.
+
+`cuda-bindings` takes the same calls, but turns every address into a Python object first.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+from typing import Any
+
+import torch
+
+from checkpoint_engine.errors import CheckpointEngineError, MissingDependencyError
+
+logger = logging.getLogger(__name__)
+
+MOST_COPIES = 4096
+"""Of one call."""
+_HOST_TO_DEVICE = 1
+_IN_STREAM_ORDER = 1
+_WITHOUT_FAIL_INDEX = 13
+"""The major version from which on `cudaMemcpyBatchAsync` says no more which copy failed."""
+
+
+class _Attributes(ctypes.Structure):
+    """`cudaMemcpyAttributes`: the order of reading, two hints of place (kind, number), and flags."""
+
+    _fields_ = [(name, ctypes.c_int) for name in ("order", "source", "source_id", "target", "target_id", "flags")]
+
+
+class CopyCalls:
+    """What the runtime offers, found once a process."""
+
+    def __init__(self, library: ctypes.CDLL, major: int) -> None:
+        """Takes the functions of a loaded library; `major` is the version of CUDA that it is of."""
+        pointer, size = ctypes.c_void_p, ctypes.c_size_t
+        self._copy = _function(library, "cudaMemcpyAsync", pointer, pointer, size, ctypes.c_int, pointer)
+        self._copy_rows = _function(
+            library, "cudaMemcpy2DAsync", pointer, size, pointer, size, size, size, ctypes.c_int, pointer
+        )
+        self._last_error = _function(library, "cudaGetLastError")
+        self._describe = _function(library, "cudaGetErrorString", ctypes.c_int, result=ctypes.c_char_p)
+        fail_index = () if major >= _WITHOUT_FAIL_INDEX else (pointer,)
+        self._batch: Any = None
+        if hasattr(library, "cudaMemcpyBatchAsync"):  # CUDA 12.8 and newer
+            types = (pointer, pointer, pointer, size, pointer, pointer, size, *fail_index, pointer)
+            self._batch = _function(library, "cudaMemcpyBatchAsync", *types)
+        self._failed = ctypes.c_size_t()
+        self._fail_index = (ctypes.addressof(self._failed),) if fail_index else ()
+
+    def copy(self, targets: torch.Tensor, sources: torch.Tensor, sizes: torch.Tensor, stream: int) -> None:
+        """Queues copies of bytes; addresses and sizes are contiguous 1-D int64 on the CPU.
+
+        Args:
+            targets: Addresses on the GPU.
+            sources: Addresses in the host's memory.
+            sizes: Bytes of each.
+            stream: The runtime's handle; not that of the default stream, which takes no batches.
+
+        Raises:
+            CheckpointEngineError: the runtime refuses.
+        """
+        for begin in range(0, len(sizes), MOST_COPIES):
+            part = slice(begin, begin + MOST_COPIES)
+            if not self._copy_batch(targets[part], sources[part], sizes[part], stream):
+                self._copy_each(targets[part], sources[part], sizes[part], stream)
+
+    def copy_rows(self, table: torch.Tensor, stream: int) -> None:
+        """Queues copies of rows; `table` is int64 (n, 6): target, its pitch, source, its pitch, width, height.
+
+        Raises:
+            CheckpointEngineError: the runtime refuses.
+        """
+        rows: Any = table
+        for row in rows.tolist():
+            self._check(self._copy_rows(*row, _HOST_TO_DEVICE, stream), "copying rows to the GPU")
+
+    def _copy_batch(self, targets: torch.Tensor, sources: torch.Tensor, sizes: torch.Tensor, stream: int) -> bool:
+        """Whether the runtime, and the driver below it, can do it."""
+        if self._batch is None:
+            return False
+        attributes = _Attributes(order=_IN_STREAM_ORDER)
+        first = ctypes.c_size_t(0)
+        error = self._batch(
+            targets.data_ptr(),
+            sources.data_ptr(),
+            sizes.data_ptr(),
+            len(sizes),
+            ctypes.addressof(attributes),
+            ctypes.addressof(first),
+            1,
+            *self._fail_index,
+            stream,
+        )
+        if error:
+            # A real fault, such as memory that is not there, shows again when the copies are done one by one.
+            logger.info("no batches of copies with this driver (%s)", self._text(error))
+            self._batch = None
+            self._last_error()
+        return not error
+
+    def _copy_each(self, targets: torch.Tensor, sources: torch.Tensor, sizes: torch.Tensor, stream: int) -> None:
+        table: Any = torch.stack((targets, sources, sizes), 1)
+        for target, source, nbytes in table.tolist():
+            self._check(self._copy(target, source, nbytes, _HOST_TO_DEVICE, stream), f"copying {nbytes} bytes")
+
+    def _check(self, error: int, doing: str) -> None:
+        if error:
+            self._last_error()  # the error is sticky and would be blamed on the next kernel
+            raise CheckpointEngineError(f"CUDA failed while {doing}: {self._text(error)}")
+
+    def _text(self, error: int) -> str:
+        return f"error {error}: {self._describe(error).decode()}"
+
+
+@functools.cache
+def load_copy_calls() -> CopyCalls:
+    """Those of this process.
+
+    Raises:
+        MissingDependencyError: torch is not for CUDA, or brings no runtime that can be found.
+    """
+    major = int((torch.version.cuda or "0").partition(".")[0])
+    name = f"libcudart.so.{major}"
+    try:
+        library = ctypes.CDLL(name)  # the one that is loaded already, by its name
+    except OSError as error:
+        raise MissingDependencyError(f"torch {torch.__version__} comes without {name}, which copies need") from error
+    return CopyCalls(library, major)
+
+
+def _function(library: ctypes.CDLL, name: str, *types: type, result: type = ctypes.c_int) -> Any:  # noqa: ANN401 - ctypes does not type them
+    function = getattr(library, name)
+    function.argtypes, function.restype = types, result
+    return function
