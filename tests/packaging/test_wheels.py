@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[2]
 PACKAGES = {
     "checkpoint-engine-core": "checkpoint_engine",
@@ -45,6 +47,13 @@ def test_a_wheel_holds_its_package_types_and_licence_only(wheels: dict[str, Path
     assert f"{package}/py.typed" in names
     assert any(entry.endswith("licenses/LICENSE") for entry in names)
     assert {entry.split("/")[0] for entry in names} == {package, wheels[name].name.rsplit("-", 3)[0] + ".dist-info"}
+
+
+def test_the_vllm_wheel_holds_the_patches(wheels: dict[str, Path]) -> None:
+    patches = ROOT / "patches" / "vllm"
+    with zipfile.ZipFile(wheels["checkpoint-engine-vllm"]) as wheel:
+        for path in patches.iterdir():
+            assert wheel.read(f"checkpoint_engine_vllm/patches/{path.name}") == path.read_bytes()
 
 
 @pytest.mark.timeout(900)
