@@ -1,23 +1,15 @@
-"""Parameter servers as processes of their own, to be killed, halted and moved on: seeds, and one that joins.
-
-python p2p_processes.py seed SIZE    prints its catalog; a line "move" makes it hold other values
-python p2p_processes.py join         reads a catalog, joins, and says when the first bucket is there
-"""
+"""Parameter servers as processes of their own, to be killed, halted and moved on: seeds, and one that joins."""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import signal
-import subprocess
-import sys
 import threading
 import time
-from pathlib import Path
-from types import TracebackType
+from multiprocessing.connection import Connection
+from typing import cast
 
 import torch
-from typing_extensions import Self
+from cluster import Cluster
+from forked import Forked
 
 from checkpoint_engine.catalog import Catalog
 
@@ -36,47 +28,11 @@ def tensors_of(seed: int) -> dict[str, torch.Tensor]:
     return {f"layer.{i}": torch.randn(10_000 + i, generator=generator) for i in range(40)}
 
 
-class _Process:
-    def __init__(self, *arguments: str) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, __file__, *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **ENVIRONMENT},
-        )
-
-    @property
-    def alive(self) -> bool:
-        return self._process.poll() is None
-
-    def say(self, line: str) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.write(line + "\n")
-        self._process.stdin.flush()
-
-    def hear(self) -> str:
-        assert self._process.stdout is not None
-        return self._process.stdout.readline().rstrip("\n")
-
-    def signal(self, name: str) -> None:
-        os.kill(self._process.pid, signal.Signals[name])
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._process.kill()
-        self._process.communicate(timeout=10)
-
-
-class Seed(_Process):
+class Seed(Forked):
     """A parameter server of `ranks` ranks in one process; holds `tensors_of(1)` as "a"."""
 
     def __init__(self, ranks: int = 1) -> None:
-        super().__init__("seed", str(ranks))
+        super().__init__(_seed, ranks, environment=ENVIRONMENT)
         self.catalog = self._hear_catalog()
 
     def move(self) -> Catalog:
@@ -85,60 +41,53 @@ class Seed(_Process):
         return self._hear_catalog()
 
     def _hear_catalog(self) -> Catalog:
-        return Catalog.from_json(Path(self.hear()).read_bytes())
+        return Catalog.from_json(cast("bytes", self.hear()))
 
 
-class Joiner(_Process):
+class Joiner(Forked):
     """A parameter server that joins, and takes its time over every bucket."""
 
-    def __init__(self, catalog: Catalog, directory: Path) -> None:
-        super().__init__("join")
-        catalog.save(directory / "metas.json")
-        self.say(str(directory / "metas.json"))
+    def __init__(self, catalog: Catalog) -> None:
+        super().__init__(_join, catalog.to_json(), environment=ENVIRONMENT)
 
     def wait_until_it_loads(self) -> None:
         assert self.hear() == "loading"
 
 
-def _seed(ranks: int) -> None:
-    import tempfile
-
-    from cluster import Cluster
-
+def _seed(pipe: Connection, ranks: int) -> None:
+    """Says its catalog; whatever it hears makes it hold other values."""
     cluster = Cluster(ranks)
-    with tempfile.TemporaryDirectory() as directory:
 
-        def show(version: int) -> None:
-            cluster.register("a", tensors_of(version))
-            path = Path(directory, f"{version}.json")
-            cluster.servers[0].catalog("a").save(path)
-            print(path, flush=True)
+    def show(version: int) -> None:
+        cluster.register("a", tensors_of(version))
+        pipe.send(cluster.servers[0].catalog("a").to_json())
 
-        show(1)
-        for _ in sys.stdin:
-            for server in cluster.servers:
-                server.unregister_checkpoint("a")
-            show(2)
+    show(1)
+    while _hears(pipe):
+        for server in cluster.servers:
+            server.unregister_checkpoint("a")
+        show(2)
 
 
-def _join() -> None:
-    from cluster import Cluster
+def _hears(pipe: Connection) -> bool:
+    try:
+        pipe.recv()
+    except EOFError:
+        return False
+    return True
 
+
+def _join(pipe: Connection, catalog: bytes) -> None:
+    """Joins, and says when the first bucket is there."""
     cluster = Cluster(1)
     said = threading.Event()
 
     def dawdle() -> None:
         if not said.is_set():
             said.set()
-            print("loading", flush=True)
+            pipe.send("loading")
         time.sleep(0.2)
 
     cluster.recorders[0].on_load = dawdle
-    cluster.servers[0].load_catalogs([Catalog.load(Path(sys.stdin.readline().strip()))])
+    cluster.servers[0].load_catalogs([Catalog.from_json(catalog)])
     cluster.servers[0].update("a", cluster.asker(0))
-
-
-if __name__ == "__main__":
-    with contextlib.suppress(KeyboardInterrupt):
-        _seed(int(sys.argv[2])) if sys.argv[1] == "seed" else _join()
-    os._exit(0)

@@ -91,6 +91,10 @@ def assert_holds(engine: ReferenceProcess, directory: Path) -> None:
         assert result["ok"], result
 
 
+def set_fault(engine: ReferenceProcess, name: str) -> None:
+    ReferenceClient(engine.endpoint).endpoint.call("POST", "/fault", Deadline(10), query={"name": name})
+
+
 def error_of(answer: httpx.Response) -> str:
     body = answer.json()
     assert body["message"]
@@ -169,8 +173,9 @@ def test_progress_is_told_while_an_update_runs_and_it_can_be_aborted(
     ranks: HttpRanks, engine: ReferenceProcess, checkpoints: Path
 ) -> None:
     register(ranks, checkpoints / "a", "slow")
-    with ReferenceProcess(SPEC.to_json(), 2, fault="hang") as hanging, ThreadPoolExecutor(1) as pool:
-        started = pool.submit(update, ranks, "slow", rpc(hanging))
+    set_fault(engine, "hang")
+    with ThreadPoolExecutor(1) as pool:
+        started = pool.submit(update, ranks, "slow", rpc(engine))
         running = wait_until_running(ranks.clients[0])
         assert running["name"] == "slow"
         assert running["nbytes"] > 0
@@ -210,15 +215,14 @@ def test_engine_failures_are_502_and_deadlines_504(
     ranks: HttpRanks, engine: ReferenceProcess, checkpoints: Path
 ) -> None:
     register(ranks, checkpoints / "b", "fails")
-    with ReferenceProcess(SPEC.to_json(), 2, fault="error500") as failing:
-        url = rpc(failing)
-        answers = update(ranks, "fails", url)
-        assert answers[0].status_code == 502, answers[0].text
-        assert answers[0].json()["error"] == "UpdateError"
-        assert answers[0].json()["rank"] == 0
-        assert "500" in answers[0].json()["message"]
-        assert answers[1].status_code == 502
-    unreachable = update(ranks, "fails", url)
+    set_fault(engine, "error500")
+    answers = update(ranks, "fails", rpc(engine))
+    assert answers[0].status_code == 502, answers[0].text
+    assert answers[0].json()["error"] == "UpdateError"
+    assert answers[0].json()["rank"] == 0
+    assert "500" in answers[0].json()["message"]
+    assert answers[1].status_code == 502
+    unreachable = update(ranks, "fails", "http://127.0.0.1:9/collective_rpc")
     assert unreachable[0].status_code == 502
     started = time.monotonic()
     late = update(ranks, "fails", None, timeout=1)

@@ -1,11 +1,8 @@
-"""Engine workers and ranks as processes of their own that start at once: they are forked from one that has torch."""
+"""Engine workers and ranks as processes of their own."""
 
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
-import os
-import signal
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
@@ -14,13 +11,11 @@ from pathlib import Path
 
 import torch
 from cluster import TIMEOUT, Recorder
+from forked import Forked
 
 from checkpoint_engine.device import open_device
 from checkpoint_engine.engine.receiver import receive_update
 from checkpoint_engine.server import ParameterServer
-
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["checkpoint_engine.server", "checkpoint_engine.engine.receiver"])
 
 
 def digests(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
@@ -31,18 +26,7 @@ def digests(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
     }
 
 
-class _Process:
-    def __init__(self, target: object, *arguments: object) -> None:
-        self._pipe, theirs = _context.Pipe()
-        self._process = _context.Process(target=target, args=(theirs, *arguments), daemon=True)  # pyright: ignore[reportArgumentType]
-        self._process.start()
-        theirs.close()
-
-    @property
-    def pid(self) -> int:
-        assert self._process.pid is not None
-        return self._process.pid
-
+class _Process(Forked):
     def stagings(self) -> set[str]:
         """Staging memory that it has mapped, as inode numbers."""
         return stagings_of(self.pid)
@@ -58,25 +42,6 @@ class _Process:
         ]
         return set(states) == {"T"}
 
-    def kill(self) -> None:
-        os.kill(self.pid, signal.SIGKILL)
-        self._process.join(10)
-
-    def close(self) -> None:
-        """May be called again."""
-        self._pipe.close()
-        self._process.join(10)
-        if self._process.exitcode is None:
-            self.kill()
-
-    def answer(self) -> object:
-        if not self._pipe.poll(TIMEOUT):
-            raise TimeoutError(f"process {self.pid} did not answer")
-        answer = self._pipe.recv()
-        if isinstance(answer, BaseException):
-            raise answer
-        return answer
-
 
 class Worker(_Process):
     """An engine worker. Call it with a handle: it takes the update and returns digests of what came."""
@@ -85,8 +50,8 @@ class Worker(_Process):
         super().__init__(_work, rank, device)
 
     def __call__(self, handle: str) -> dict[str, str]:
-        self._pipe.send(handle)
-        return self.answer()  # pyright: ignore[reportReturnType]
+        self.say(handle)
+        return self.hear()  # pyright: ignore[reportReturnType]
 
 
 class Rank(_Process):
@@ -96,11 +61,11 @@ class Rank(_Process):
         super().__init__(_serve, {name: tensor.tolist() for name, tensor in tensors.items()}, staging)
 
     def update(self, worker: Worker) -> dict[str, str]:
-        self._pipe.send("update")
-        handle = self.answer()
+        self.say("update")
+        handle = self.hear()
         with ThreadPoolExecutor(1) as pool:
             loaded: Future[dict[str, str]] = pool.submit(worker, handle)  # pyright: ignore[reportArgumentType]
-            self.answer()
+            self.hear()
             return loaded.result(TIMEOUT)
 
 
