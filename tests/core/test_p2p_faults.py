@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from p2p_processes import ENVIRONMENT, Joiner, Seed, tensors_of
 
 from checkpoint_engine.catalog import Catalog
 from checkpoint_engine.errors import DeadlineError, UpdateError
-from checkpoint_engine.pulling import pull_tensors
+from checkpoint_engine.host.p2p_store import ByteRange, P2PStore, Peer
+from checkpoint_engine.pulling import Pull
 
 pytestmark = needs_mooncake
 
@@ -108,8 +110,8 @@ def test_versions_are_not_mixed_when_a_seed_moves_on(here: Cluster) -> None:
         assert_holds(here, 2)
 
 
-def test_two_join_at_once_and_one_of_them_is_killed(here: Cluster, survivor: Seed, tmp_path: Path) -> None:
-    with Joiner(survivor.catalog, tmp_path) as victim:
+def test_two_join_at_once_and_one_of_them_is_killed(here: Cluster, survivor: Seed) -> None:
+    with Joiner(survivor.catalog) as victim:
         victim.wait_until_it_loads()
         join(here, [survivor.catalog], 3, lambda: victim.signal("SIGKILL"))
         assert_holds(here, 1)
@@ -118,9 +120,49 @@ def test_two_join_at_once_and_one_of_them_is_killed(here: Cluster, survivor: See
 
 
 def test_a_process_pulls_tensors_without_ranks_or_engine(survivor: Seed) -> None:
-    pulled = dict(pull_tensors([survivor.catalog], timeout=TIMEOUT))
+    pulled = dict(Pull([survivor.catalog], timeout=TIMEOUT).tensors())
     expected = tensors_of(1)
     assert pulled.keys() == expected.keys()
     assert all(torch.equal(pulled[name], tensor) for name, tensor in expected.items())
     with pytest.raises(DeadlineError, match=r"within 0\.001 s"):
-        dict(pull_tensors([survivor.catalog], timeout=0.001))
+        dict(Pull([survivor.catalog], timeout=0.001).tensors())
+
+
+class Pair:
+    """One of two threads that share the reading; what one hands on is copied by the other."""
+
+    size = 2
+    device = torch.device("cpu")
+
+    def __init__(self, rank: int, meeting: threading.Barrier, table: list[torch.Tensor]) -> None:
+        self.rank, self._meeting, self._table = rank, meeting, table
+
+    def hand_on(self, memory: torch.Tensor, source: int) -> None:
+        if self.rank == source:
+            self._table[:] = [memory]
+        self._meeting.wait(TIMEOUT)
+        if self.rank != source:
+            memory.copy_(self._table[0])
+        self._meeting.wait(TIMEOUT)
+
+
+def test_two_processes_that_need_the_same_read_it_once(survivor: Seed, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    plain = P2PStore.read
+
+    def counting(store: P2PStore, peer: Peer, ranges: Sequence[ByteRange], check: Callable[[], None]) -> None:
+        read.extend(part.nbytes for part in ranges)
+        plain(store, peer, ranges, check)
+
+    monkeypatch.setattr(P2PStore, "read", counting)
+    meeting, table = threading.Barrier(2), []
+    pulls = [Pull([survivor.catalog], timeout=TIMEOUT, team=Pair(rank, meeting, table)) for rank in (0, 1)]
+    with ThreadPoolExecutor(2) as pool:
+        pulled = [dict(tensors) for tensors in pool.map(lambda pull: list(pull.tensors()), pulls)]
+    expected = tensors_of(1)
+    for tensors in pulled:
+        assert tensors.keys() == expected.keys()
+        assert all(torch.equal(tensors[name], tensor) for name, tensor in expected.items())
+    shares = [pull.nbytes for pull in pulls]
+    assert sum(read) == sum(shares) < 1.01 * survivor.catalog.nbytes  # gaps of alignment are read along
+    assert min(shares) > 0.4 * survivor.catalog.nbytes

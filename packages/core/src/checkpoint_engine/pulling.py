@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import torch
 
@@ -23,54 +24,120 @@ from checkpoint_engine.transfer.feeds import peers_of
 from checkpoint_engine.transfer.fetching import PeerSource
 
 
-def pull_tensors(
-    replicas: Sequence[Catalog], *, rank: int = 0, ranks: int = 1, timeout: float = 600.0
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of a checkpoint, on the CPU, in memory of its own; the reads run ahead of the caller.
+class Team(Protocol):
+    """Processes that need the same checkpoint: each reads a share of it, and they hand it to each other."""
 
-    Args:
-        replicas: Who holds it; one takes over where another fails.
-        rank: Which GPU of those that this process sees is meant; it decides on the network card.
-        ranks: How many processes of this host pull at the same time.
-        timeout: Seconds until the last tensor.
+    @property
+    def rank(self) -> int:
+        """Place of this process among them."""
+        ...
 
-    Raises:
-        PeerError: a tensor cannot be read from any holder, or a holder has moved on to another version.
-        CheckpointStateError: the catalogs are not of the same checkpoint.
-        MissingDependencyError: Mooncake is not installed.
-        DeadlineError: the time is over.
-    """
-    cancel = Cancel()
-    store = open_p2p_store(P2PSettings.from_environment(), get_ip(), rank, ranks)
-    # A single receiver: how it is connected makes no difference.
-    plan = plan_peer_reads(replicas, Settings.from_environment().bucket_size, [Port("this process")])
-    expired = threading.Timer(timeout, cancel.set, [DeadlineError(f"the checkpoint did not come within {timeout:g} s")])
-    expired.daemon = True
-    expired.start()
-    with contextlib.closing(
-        PeerSource(
-            plan,
-            0,
-            peers=peers_of(plan),
+    @property
+    def size(self) -> int:
+        """How many they are."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where what is handed on must lie, and where tensors will."""
+        ...
+
+    def hand_on(self, memory: torch.Tensor, source: int) -> None:
+        """Fills `memory` with that of process `source`; all call it in the same order."""
+        ...
+
+
+class Alone:
+    """A team of one."""
+
+    rank = 0
+    size = 1
+    device = torch.device("cpu")
+
+    def hand_on(self, memory: torch.Tensor, source: int) -> None:
+        """Nobody else needs it."""
+
+
+class Pull:
+    """One process's part in pulling a checkpoint."""
+
+    def __init__(
+        self,
+        replicas: Sequence[Catalog],
+        *,
+        rank: int = 0,
+        ranks: int = 1,
+        timeout: float = 600.0,
+        team: Team | None = None,
+    ) -> None:
+        """Plans; nothing is read yet.
+
+        Args:
+            replicas: Who holds it, the same for the whole team; one takes over where another fails.
+            rank: Which GPU of those that this process sees is meant; it decides on the network card.
+            ranks: How many GPUs this process sees.
+            timeout: Seconds until the last tensor.
+            team: With whom this process shares the reading.
+
+        Raises:
+            CheckpointStateError: the catalogs are not of the same checkpoint.
+        """
+        self._team = team or Alone()
+        self._place = rank, ranks
+        self._timeout = timeout
+        # How the others are connected is not known here: they share alike.
+        ports = [Port(f"process {number}") for number in range(self._team.size)]
+        self._plan = plan_peer_reads(replicas, Settings.from_environment().bucket_size, ports)
+
+    @property
+    def nbytes(self) -> int:
+        """What this process reads itself."""
+        return sum(bucket.nbytes for bucket in self._plan.plan.buckets if bucket.owner == self._team.rank)
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every tensor of the checkpoint, in memory that is not used again; the reads run ahead of the caller.
+
+        Raises:
+            PeerError: a tensor cannot be read from any holder, or a holder has moved on to another version.
+            MissingDependencyError: Mooncake is not installed.
+            DeadlineError: the time is over.
+        """
+        cancel = Cancel()
+        late = DeadlineError(f"the checkpoint did not come within {self._timeout:g} s")
+        expired = threading.Timer(self._timeout, cancel.set, [late])
+        expired.daemon = True
+        expired.start()
+        with contextlib.closing(self._open(cancel)) as source:
+            try:
+                for index, bucket in enumerate(self._plan.plan.buckets):
+                    cancel.check()
+                    memory = torch.empty(bucket.nbytes, dtype=torch.uint8, device=self._team.device)
+                    if bucket.owner == self._team.rank:
+                        memory.copy_(source.read(index))
+                        source.release(index)
+                    self._team.hand_on(memory, bucket.owner)
+                    yield from _tensors_of(bucket, memory)
+            finally:
+                expired.cancel()
+
+    def _open(self, cancel: Cancel) -> PeerSource:
+        return PeerSource(
+            self._plan,
+            self._team.rank,
+            peers=peers_of(self._plan),
             local=lambda _bucket, _route: None,
-            store=store,
-            device=CpuDevice(rank),
+            store=open_p2p_store(P2PSettings.from_environment(), get_ip(), *self._place),
+            device=CpuDevice(self._place[0]),
             cancel=cancel,
             keep=False,
         )
-    ) as source:
-        try:
-            for index, bucket in enumerate(plan.plan.buckets):
-                cancel.check()
-                yield from _tensors_of(bucket, source.read(index))
-                source.release(index)
-        finally:
-            expired.cancel()
 
 
 def _tensors_of(bucket: Bucket, memory: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
     for tensor in bucket.tensors:
         start = tensor.offset - bucket.start
-        # A copy: whoever loads may keep a tensor, and the bucket's memory is used again.
-        piece = memory[start : start + tensor.nbytes].clone()
-        yield tensor.name, piece.view(torch_dtype(tensor.dtype)).view(tensor.shape)
+        dtype = torch_dtype(tensor.dtype)
+        piece = memory[start : start + tensor.nbytes]
+        if start % dtype.itemsize:  # a file that was registered in place aligns nothing
+            piece = piece.clone()
+        yield tensor.name, piece.view(dtype).view(tensor.shape)

@@ -21,14 +21,14 @@ from checkpoint_engine.catalog import Catalog
 from checkpoint_engine.errors import SettingError, WeightsRejectedError
 from checkpoint_engine.metas import read_metas
 from checkpoint_engine.planning.peers import check_same
-from checkpoint_engine.pulling import pull_tensors
+from checkpoint_engine.pulling import Pull
 
 LOAD_FORMAT = "checkpoint_engine"
 METAS_VARIABLE = "CHECKPOINT_ENGINE_METAS"
 _TOKEN_VARIABLE = "CHECKPOINT_ENGINE_TOKEN"  # noqa: S105 - its name, not its value
 _TIMEOUT = 600.0
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"vllm.{__name__}")  # below vLLM's own, which decides on what its users see
 
 
 def announce(load_config: object) -> None:
@@ -96,9 +96,11 @@ class _Loading:
             WeightsRejectedError: they do not fill the model.
         """
         started = time.perf_counter()
-        replicas = _catalogs(self._sources)
+        team = _Team()
+        replicas = team.agree(self._sources)
         local = int(os.environ.get("LOCAL_RANK", "0"))
-        loaded = _load(model, pull_tensors(replicas, rank=local, ranks=torch.cuda.device_count(), timeout=_TIMEOUT))
+        pull = Pull(replicas, rank=local, ranks=torch.cuda.device_count(), timeout=_TIMEOUT, team=team)
+        loaded = _load(model, pull.tensors())
         if loaded is not None and getattr(model_config, "quantization", None) is None:
             missing = sorted({name for name, _ in model.named_parameters()} - loaded)
             if missing:
@@ -107,12 +109,38 @@ class _Loading:
                     + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")  # noqa: PLR2004
                 )
         logger.info(
-            "took %.2f GB of %r from %s in %.2f s",
+            "took %.6g GB of %r from %s in %.2f s; this worker read %.6g GB of them",
             replicas[0].nbytes / 1e9,
             replicas[0].name,
             ", ".join(self._sources),
             time.perf_counter() - started,
+            pull.nbytes / 1e9,
         )
+
+
+class _Team:
+    """The tensor-parallel workers: they load at the same time, and all need every tensor, of which they keep parts."""
+
+    def __init__(self) -> None:
+        self._group: Any = importlib.import_module("vllm.distributed.parallel_state").get_tp_group()
+        self.rank: int = self._group.rank_in_group
+        self.size: int = self._group.world_size
+        self.device: torch.device = self._group.device if self.size > 1 else torch.device("cpu")
+
+    def hand_on(self, memory: torch.Tensor, source: int) -> None:
+        """A broadcast, over NCCL between GPUs; a worker that fails ends them all, so that nobody waits for it."""
+        self._group.broadcast(memory, source)
+
+    def agree(self, found: Sequence[str]) -> list[Catalog]:
+        """The catalogs that the first worker reads: seeds may move on while the workers start."""
+        read = b"\0".join(catalog.to_json() for catalog in _catalogs(found)) if self.rank == 0 else b""
+        length = torch.tensor([len(read)], dtype=torch.int64, device=self.device)
+        self.hand_on(length, 0)
+        text = torch.empty(int(length.item()), dtype=torch.uint8, device=self.device)
+        if self.rank == 0:
+            text.copy_(torch.frombuffer(bytearray(read), dtype=torch.uint8))
+        self.hand_on(text, 0)
+        return [Catalog.from_json(line) for line in text.cpu().numpy().tobytes().split(b"\0")]
 
 
 def _catalogs(found: Sequence[str]) -> list[Catalog]:
