@@ -13,6 +13,8 @@ from p2p_help import needs_mooncake
 
 from checkpoint_engine.cli.timeline_data import load_timeline
 
+pytestmark = pytest.mark.long
+
 
 def run_demo(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "checkpoint_engine.cli.main", "demo", *arguments]

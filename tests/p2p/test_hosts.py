@@ -20,7 +20,7 @@ from checkpoint_engine.engine.client import ReferenceClient
 from checkpoint_engine.engine.reference import ModelSpec, make_checkpoint
 from checkpoint_engine.engine.reference_process import ReferenceProcess
 
-pytestmark = [needs_mooncake, pytest.mark.skipif(bool(why_not()), reason=why_not())]
+pytestmark = [pytest.mark.long, needs_mooncake, pytest.mark.skipif(bool(why_not()), reason=why_not())]
 
 SPEC = ModelSpec(experts=2)
 
