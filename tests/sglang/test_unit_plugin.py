@@ -24,7 +24,8 @@ from checkpoint_engine_sglang.gate import Gate, GateMiddleware
 from checkpoint_engine_sglang.load import Load
 from checkpoint_engine_sglang.messages import Order, Report, describe_failures, pack, unpack
 from checkpoint_engine_sglang.places import Place
-from checkpoint_engine_sglang.trial import Trials
+from checkpoint_engine_sglang.plans import Plans
+from checkpoint_engine_sglang.trial import Trial, try_out
 
 Weights = Iterable[tuple[str, torch.Tensor]]
 
@@ -76,15 +77,20 @@ def runner(model: nn.Module, **config: Any) -> Runner:
     return Runner("target", model, SimpleNamespace(hf_config=SimpleNamespace(**config)), torch.device("cpu"))
 
 
+def trial_of(model: nn.Module, given: dict[str, torch.Tensor]) -> Trial:
+    trial = try_out(runner(model), specs(given))
+    assert trial is not None
+    return trial
+
+
 def test_a_trial_sees_everything_and_changes_nothing() -> None:
     model, given = Model(), tensors()
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    trial = Trials().of(runner(model), specs(given))
-    assert trial is not None
+    trial = trial_of(model, given)
     assert trial.placed == given.keys()
     assert trial.missing(runner(model), frozenset(), quantised=False) == []
     assert trial.too_large(specs(given), 2) == []
-    assert trial.joined == dict.fromkeys(("half.0", "half.1"), frozenset({"half.0", "half.1"}))
+    assert trial.recording.joined == dict.fromkeys(("half.0", "half.1"), frozenset({"half.0", "half.1"}))
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name])
 
@@ -95,20 +101,18 @@ def test_a_trial_names_what_does_not_fit() -> None:
     del given["fused.1"], given["plain"]
     given["nonsense"] = torch.ones(1)
     given["shard"] = torch.ones(9, 6)
-    trial = Trials().of(runner(model), specs(given))
-    assert trial is not None
+    trial = trial_of(model, given)
     assert trial.unplaced(specs(given), runner(model)) == {"nonsense"}
     missing = trial.missing(runner(model), frozenset(), quantised=False)
     assert missing == ["plain (nothing)", "fused (24 of 48 elements, from fused.0)"]
     assert trial.too_large(specs(given), 2) == ["shard (shape [9, 6], 18 elements taken)"]
     for name, shape in (("plain", (4, 7)), ("fused.0", (1, 6))):
         with pytest.raises(WeightsRejectedError, match=name):
-            Trials().of(runner(Model()), specs({**tensors(), name: torch.ones(shape)}))
+            try_out(runner(Model()), specs({**tensors(), name: torch.ones(shape)}))
 
 
 def test_tensors_that_checkpoints_may_have_for_nothing() -> None:
-    trial = Trials().of(runner(Model()), specs(tensors()))
-    assert trial is not None
+    trial = trial_of(Model(), tensors())
     spare = [
         "model.layers.0.self_attn.rotary_emb.inv_freq",
         "lm_head.weight",
@@ -138,7 +142,7 @@ def test_a_loader_that_cannot_be_tried_is_let_through_and_its_model_stays_whole(
     for kind in (Reads, Replaces):
         model = kind()
         parameters = dict(model.named_parameters())
-        assert Trials().of(runner(model), specs({"plain": torch.ones(4, 6)})) is None
+        assert try_out(runner(model), specs({"plain": torch.ones(4, 6)})) is None
         assert dict(model.named_parameters()).keys() == parameters.keys()
         for name, parameter in model.named_parameters():
             assert parameter is parameters[name]
@@ -147,8 +151,7 @@ def test_a_loader_that_cannot_be_tried_is_let_through_and_its_model_stays_whole(
 
 def test_tensors_that_are_joined_reach_the_loader_together_whatever_the_buckets() -> None:
     model, given = Model(), tensors()
-    trial = Trials().of(runner(model), specs(given))
-    load = Load(runner(model), {name: name for name in given}, trial)
+    load = Load(Plans().of(runner(model), specs(given)), {name: name for name in given}, planned=False)
     model.calls.clear()
     for name, tensor in given.items():
         passing = tensor.clone()

@@ -12,10 +12,10 @@ import torch
 
 from checkpoint_engine.engine.adapter import TensorSpec, Update
 from checkpoint_engine.errors import CheckpointEngineError, CheckpointStateError, WeightsRejectedError, WorkerError
-from checkpoint_engine_sglang import places, postprocess
+from checkpoint_engine_sglang import places, quantised
 from checkpoint_engine_sglang.compat import Runner
 from checkpoint_engine_sglang.load import Load
-from checkpoint_engine_sglang.trial import Trials
+from checkpoint_engine_sglang.plans import Plans
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class SGLangAdapter:
         self.version = ""
         """Of the weights held, as far as they came through here."""
         self.agree: Agree = lambda verdict: [verdict]
-        self._trials = Trials()
+        self._plans = Plans()
         self._update: Update | None = None
         self._loads: list[Load] = []
         self._touched = False
@@ -70,8 +70,6 @@ class SGLangAdapter:
         self._seconds = dict.fromkeys(self._seconds, 0.0)
         start = time.perf_counter()
         try:
-            if update.reload == "plan":
-                raise WorkerError("SGLang's weights go through its own loader: --reload loader, or auto")
             self._loads = self._check(update)
         except CheckpointEngineError as error:
             self.agree(Verdict(error=str(error)))
@@ -80,9 +78,7 @@ class SGLangAdapter:
         self._judge(self.agree(Verdict(unplaced=sorted(unplaced))))
         self._seconds["check"] = time.perf_counter() - start
         for load in self._loads:
-            if postprocess.is_quantised(load.runner):
-                self._touched = True
-                postprocess.prepare(load.runner)
+            load.begin()
 
     def load(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
         """Gives tensors to SGLang's loaders."""
@@ -114,12 +110,16 @@ class SGLangAdapter:
             "sglang": places.version(),
             "tensors": len(update.tensors),
             "models": len(self._loads),
+            **self._ways(),
             **{f"{step}_seconds": round(seconds, 6) for step, seconds in self._seconds.items()},
         }
 
     def abort(self) -> bool:
         """Gives the update up; SGLang loads in place, so what was written stays written."""
+        for load in self._loads:
+            load.abort()
         self._update, self._loads = None, []
+        self._plans.forget()
         self.dirty = self.dirty or self._touched
         return not self.dirty
 
@@ -132,27 +132,40 @@ class SGLangAdapter:
             names = self._meant_for(runner, update.tensors)
             if not names:
                 continue
-            unsafe = postprocess.find_unsafe(runner)
+            unsafe = quantised.find_unsafe(runner)
             if unsafe:
                 raise WorkerError(
                     f"the {runner.role} model has layers that cannot be updated while it serves ({unsafe}); start "
-                    f"SGLang anew with the new weights, or set {postprocess.QUANTISED}=1 in its environment to try"
+                    f"SGLang anew with the new weights, or set {quantised.QUANTISED}=1 in its environment to try"
                 )
             specs = {own: update.tensors[name] for name, own in names.items()}
-            trial = self._trials.of(runner, specs)
-            if trial is not None:
-                quantised = postprocess.is_quantised(runner)
+            model = self._plans.of(runner, specs)
+            if model.trial is not None:
                 refuse(
                     "the checkpoint does not fill these parameters of the model",
-                    trial.missing(runner, frozenset(owned), quantised=quantised),
+                    model.trial.missing(runner, frozenset(owned), quantised=quantised.is_quantised(runner)),
                 )
                 refuse(
                     "these tensors are larger than the model's parameters",
-                    trial.too_large(specs, self._tensor_parallel_size),
+                    model.trial.too_large(specs, self._tensor_parallel_size),
                 )
+            model.prepare(update.reload)
             owned.update(tensor.untyped_storage().data_ptr() for tensor in runner.model.parameters())
-            loads.append(Load(runner, names, trial))
+            loads.append(Load(model, names, planned=update.reload != "loader"))
         return loads
+
+    def _ways(self) -> dict[str, str | int | float]:
+        """How the served model's weights were taken over."""
+        load = self._loads[0]
+        flaws = {} if load.way == "loader" else load.model.flaws()
+        why = "; ".join(f"{name}: {reason}" for name, reason in list(flaws.items())[:_MOST_NAMED])
+        return {
+            "reload": load.way,
+            "plan_bytes": load.nbytes["plan"],
+            "loader_bytes": load.nbytes["loader"],
+            "loader_reason": "the first update proves the plan" if load.way == "proof" else why,
+            "rebuilt_layers": len(load.model.rebuilt),
+        }
 
     def _meant_for(self, runner: Runner, tensors: Mapping[str, TensorSpec]) -> dict[str, str]:
         """Name of a tensor -> its name in this model.
@@ -171,9 +184,10 @@ class SGLangAdapter:
         """Tensors that no model of this worker takes; none if that is not known of one of them."""
         found = set(update.tensors)
         for load in self._loads:
-            if load.trial is None:
+            trial, runner = load.model.trial, load.model.runner
+            if trial is None:
                 return set()
-            left = load.trial.unplaced({own: update.tensors[name] for name, own in load.names.items()}, load.runner)
+            left = trial.unplaced({own: update.tensors[name] for name, own in load.names.items()}, runner)
             found -= {name for name, own in load.names.items() if own not in left}
         return found
 

@@ -210,6 +210,38 @@ def named_modules(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module
     yield from cast("Iterator[tuple[str, torch.nn.Module]]", model.named_modules())
 
 
+def tensors_of(module: torch.nn.Module) -> tuple[dict[str, torch.Tensor | None], dict[str, torch.Tensor | None]]:
+    """A module's own parameters and buffers as they are registered, None included."""
+    held: dict[str, Any] = vars(module)
+    return held["_parameters"], held["_buffers"]
+
+
+def own_tensor(module: torch.nn.Module, name: str) -> torch.Tensor | None:
+    """A module's own parameter or buffer."""
+    parameters, buffers = tensors_of(module)
+    found = parameters.get(name)
+    found = buffers.get(name) if found is None else found
+    return None if found is None else found.data
+
+
+def processed_modules(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, Any]]:
+    """The layers whose weights SGLang processes after loading, and what does so."""
+    for name, module in named_modules(model):
+        method = cast("Any", getattr(module, "quant_method", None))
+        if hasattr(method, "process_weights_after_loading") and not is_lora_wrapper(module):
+            yield name, module, method
+
+
+def is_unquantised(method: object) -> bool:
+    """Whether a layer computes with the weights as they come."""
+    return type(method).__name__.startswith("Unquantized")
+
+
+def forget_parameters(model: torch.nn.Module) -> None:
+    """A few models keep a list of their parameters from their first load on."""
+    vars(model).pop("_cached_params_dict", None)
+
+
 def is_lora_wrapper(module: torch.nn.Module) -> bool:
     """Whether a module only stands before the one that owns the weights."""
     layers = _module("sglang.srt.lora.layers")
@@ -219,7 +251,7 @@ def is_lora_wrapper(module: torch.nn.Module) -> bool:
 
 def is_reloading_by_itself(model: torch.nn.Module) -> bool:
     """Whether the model was started with `--load-format flash_rl`, which quantises within its own loader."""
-    loader = getattr(_loader(), "QuantizedRLModelLoader", None)
+    loader = getattr(_module("sglang.srt.model_loader.loader"), "QuantizedRLModelLoader", None)
     return loader is not None and bool(loader.is_reload_scenario(model))
 
 

@@ -37,6 +37,11 @@ PLACES = (
         "settings under which the server could not be closed are not refused",
     ),
     Place(
+        "model",
+        ("sglang.srt.model_loader.loader._initialize_model",),
+        "quantised models cannot be updated",
+    ),
+    Place(
         "front",
         (f"{_MANAGERS}.tokenizer_manager.TokenizerManager.init_weight_update",),
         "no routes of ours, and nothing closes the server while it lacks weights",

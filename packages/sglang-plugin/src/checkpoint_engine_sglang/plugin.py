@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from checkpoint_engine.errors import SettingError
-from checkpoint_engine_sglang import front, places, scheduler
+from checkpoint_engine_sglang import front, layouts, places, scheduler
 
 logger = logging.getLogger(__name__)
 
@@ -66,9 +66,17 @@ def check_settings(original: Callable[..., Any], arguments: Any, *args: Any, **k
     return done
 
 
+def remember_layouts(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    """Around the making of a model: what its loader fills is known only now."""
+    model = original(*args, **kwargs)
+    layouts.remember(model)
+    return model
+
+
 _HOOKS: dict[str, Callable[..., Any]] = {
     "alias": add_alias,
     "settings": check_settings,
+    "model": remember_layouts,
     "front": front.make_front,
     "request": front.update_weights_from_ipc,
     "workers": scheduler.update_workers,
