@@ -102,12 +102,12 @@ def test_two_pipeline_stages(serve: Serve, update_command: Update, checkpoints: 
 
     # A request under way is waited for: SGLang cannot stop stages between two steps.
     server.fault(slow=0.02)
-    stream = Stream(server, 60)
+    stream = Stream(server, 30)
     stream.wait_for(5)
     push(server, weights["qwen3-b"], "qwen3-b")
     stream.join()
     server.fault()
-    assert len(stream.tokens) == 60
+    assert len(stream.tokens) == 30
     assert server.tokens() == first
 
     broken = {name: tensor for name, tensor in weights["qwen3-b"].items() if name != "lm_head.weight"}
