@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from checkpoint_engine.errors import SettingError
-from checkpoint_engine.host.network_cards import Card, cards_for_gpu, find_cards, gpu_of_host, select_cards
+from checkpoint_engine.host.network_cards import Card, cards_for_gpu, find_cards, find_gpus, gpu_of_host, select_cards
 
 MLX = [Card(f"mlx5_{i}", 1, True, 50e9) for i in range(12)]
 TWO_PORTS = [Card("mlx5_0", 1, True, 50e9), Card("mlx5_0", 2, True, 50e9), Card("bnxt_re0", 1, True, 12.5e9)]
@@ -84,21 +84,36 @@ def test_cards_that_do_not_exist_serve_nobody() -> None:
         cards_for_gpu(MLX, 8, 8)
 
 
+GPUS = [f"GPU-{letter}{letter}-1234" for letter in "abcdefgh"]
+
+
 @pytest.mark.parametrize(
-    ("local", "visible", "present", "seen", "expected"),
+    ("local", "visible", "gpus", "seen", "expected"),
     [
-        (0, None, 8, 8, (0, 8)),
-        (1, "4,6", 8, 2, (6, 8)),
-        (1, "4,6", 0, 2, (6, 7)),
-        (1, "GPU-aa,GPU-bb", 8, 2, (1, 2)),
-        (0, "", 0, 0, (0, 1)),
-        (3, "0,1", 0, 0, (3, 4)),
+        (0, None, GPUS, 8, (0, 8)),
+        (1, "4,6", GPUS, 2, (6, 8)),
+        (1, "4,6", [], 2, (6, 7)),
+        (1, "GPU-aa-1234,GPU-CC", GPUS, 2, (2, 8)),
+        (0, "GPU-hh", GPUS, 1, (7, 8)),
+        (0, "GPU-", GPUS, 1, (0, 1)),
+        (1, "GPU-aa,GPU-bb", [], 2, (1, 2)),
+        (0, "MIG-0", GPUS, 1, (0, 1)),
+        (0, "", [], 0, (0, 1)),
+        (3, "0,1", [], 0, (3, 4)),
     ],
 )
 def test_the_gpu_of_the_host(
-    local: int, visible: str | None, present: int, seen: int, expected: tuple[int, int]
+    local: int, visible: str | None, gpus: list[str], seen: int, expected: tuple[int, int]
 ) -> None:
-    assert gpu_of_host(local, visible, present, seen) == expected
+    assert gpu_of_host(local, visible, gpus, seen) == expected
+
+
+def test_gpus_are_read_from_the_drivers_files(tmp_path: Path) -> None:
+    assert find_gpus(tmp_path / "nothing") == []
+    for bus, uuid in (("0000:4b:00.0", "GPU-bb-1"), ("0000:0f:00.0", "GPU-aa-1"), ("0000:99:00.0", "")):
+        (tmp_path / bus).mkdir()
+        (tmp_path / bus / "information").write_text(f"Model: \t\t NVIDIA\nGPU UUID: \t {uuid}\nDevice Minor: \t 2\n")
+    assert find_gpus(tmp_path) == ["GPU-aa-1", "GPU-bb-1"]
 
 
 def test_cards_are_read_from_the_kernels_files(tmp_path: Path) -> None:

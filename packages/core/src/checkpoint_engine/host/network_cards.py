@@ -12,6 +12,7 @@ from checkpoint_engine.errors import SettingError
 DEVICES_VARIABLE = "PS_P2P_STORE_RDMA_DEVICES"
 NCCL_VARIABLE = "NCCL_IB_HCA"
 _SYSTEM = Path("/sys/class/infiniband")
+_DRIVER = Path("/proc/driver/nvidia/gpus")
 _AMAZON = "0x1d0f"
 _GIGABIT = 1e9 / 8
 
@@ -76,23 +77,32 @@ def cards_for_gpu(cards: Sequence[Card], gpu: int, gpus: int) -> list[Card]:
     return list(cards[gpu * len(cards) // gpus : (gpu + 1) * len(cards) // gpus])
 
 
-def gpu_of_host(local: int, visible: str | None, present: int, seen: int) -> tuple[int, int]:
+def gpu_of_host(local: int, visible: str | None, gpus: Sequence[str], seen: int) -> tuple[int, int]:
     """Which GPU of the host a process uses, and how many there are.
 
     Processes that see different GPUs (`CUDA_VISIBLE_DEVICES`) must not all take the first card.
 
     Args:
         local: Place among the GPUs that this process sees.
-        visible: `CUDA_VISIBLE_DEVICES`.
-        present: GPUs of the host; 0 if unknown.
+        visible: `CUDA_VISIBLE_DEVICES`: numbers, or UUIDs, which may be cut short.
+        gpus: UUIDs of all GPUs of the host in their order; none if unknown.
         seen: GPUs that this process sees.
     """
     seen = max(seen, local + 1)
-    numbers = [part.strip() for part in (visible or "").split(",")]
-    if local < len(numbers) and numbers[local].isdecimal():
-        number = int(numbers[local])
-        return number, max(present, number + 1, seen)
+    names = [part.strip() for part in (visible or "").split(",")]
+    name = names[local] if local < len(names) else ""
+    if name.isdecimal():
+        return int(name), max(len(gpus), int(name) + 1, seen)
+    matching = [number for number, uuid in enumerate(gpus) if name and uuid.lower().startswith(name.lower())]
+    if len(matching) == 1:
+        return matching[0], len(gpus)
     return local, seen
+
+
+def find_gpus(driver: Path = _DRIVER) -> list[str]:
+    """UUIDs of all GPUs of this host in the order of the bus, also of those that this process does not see."""
+    uuids = (_line_of(gpu / "information", "GPU UUID") for gpu in sorted(_entries(driver)))
+    return [uuid for uuid in uuids if uuid]
 
 
 def _by_name(cards: Sequence[Card], devices: str) -> list[Card]:
@@ -153,6 +163,11 @@ def _natural(name: str) -> tuple[str, int]:
     """`mlx5_10` comes after `mlx5_9`."""
     stem = name.rstrip("0123456789")
     return stem, int(name[len(stem) :] or 0)
+
+
+def _line_of(file: Path, key: str) -> str:
+    pairs = (line.partition(":") for line in _text(file).splitlines())
+    return next((value.strip() for name, _, value in pairs if name.strip() == key), "")
 
 
 def _entries(directory: Path) -> list[Path]:

@@ -19,6 +19,7 @@ from checkpoint_engine.host.network_cards import (
     Card,
     cards_for_gpu,
     find_cards,
+    find_gpus,
     gpu_of_host,
     select_cards,
 )
@@ -27,7 +28,6 @@ from checkpoint_engine.settings import P2PSettings
 
 _LEAST_MEMLOCK = 1 << 30
 _PEER_MEMORY = ("nvidia_peermem", "nv_peer_mem")
-_GPUS = Path("/proc/driver/nvidia/gpus")
 _MODULES = Path("/sys/module")
 
 logger = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ def way_of_this_process(settings: P2PSettings, local_gpu: int, gpus_seen: int) -
         HostMemoryError: the memlock limit is too low for RDMA.
     """
     allowed = select_cards(find_cards(), os.environ.get(DEVICES_VARIABLE), os.environ.get(NCCL_VARIABLE))
-    gpu, gpus = gpu_of_host(local_gpu, os.environ.get("CUDA_VISIBLE_DEVICES"), _gpus_present(), gpus_seen)
+    gpu, gpus = gpu_of_host(local_gpu, os.environ.get("CUDA_VISIBLE_DEVICES"), find_gpus(), gpus_seen)
     memlock = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     return choose_way(settings.transport, cards_for_gpu(allowed, gpu, gpus), memlock)
 
@@ -135,10 +135,3 @@ def advice_on_old_version(version: tuple[int, ...]) -> str:
 def can_reach_gpus() -> bool:
     """Whether the kernel lets RDMA devices write into GPU memory."""
     return any((_MODULES / name).exists() for name in _PEER_MEMORY)
-
-
-def _gpus_present() -> int:
-    try:
-        return len(list(_GPUS.iterdir()))
-    except OSError:
-        return 0
