@@ -245,6 +245,18 @@ def test_command_updates_and_saves_the_catalog(engine: ReferenceProcess, checkpo
     assert [holding.rank for holding in catalog.holdings] == [0, 1]
 
 
+def test_command_needs_but_one_rank_for_a_direct_update(engine: ReferenceProcess, checkpoints: Path) -> None:
+    finished = run_command(
+        *(checkpoints / "b", "--engine", "reference", "--endpoint", engine.endpoint),
+        *("-tp", TP, "--method", "direct", "--ranks", 1, "--json"),
+    )
+    assert finished.returncode == 0, finished.stderr
+    report = json.loads(finished.stdout)
+    assert report["method"] == "direct"
+    assert len(report["engine"]) == 1, "one rank reports for both workers"
+    assert_holds(engine, checkpoints / "b")
+
+
 def test_command_uses_the_ranks_of_torchrun(engine: ReferenceProcess, checkpoints: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(TP)]
     arguments = ["--engine", "reference", "--endpoint", engine.endpoint, "-tp", str(TP), "--device", "cpu"]
@@ -311,6 +323,22 @@ def test_command_names_a_truncated_file(engine: ReferenceProcess, checkpoints: P
         ([".", "--engine", "nosuch", "--endpoint", "http://h:1"], "pip install checkpoint-engine-nosuch"),
         ([".", "--engine", "reference", "--endpoint", "h:1"], "SettingError: 'h:1' is no endpoint"),
         ([".", "--engine", "reference", "--endpoint", "http://h:1", "--ranks", "3"], "need 1: each rank feeds"),
+        (
+            [
+                ".",
+                "--engine",
+                "reference",
+                "--endpoint",
+                "http://h:1",
+                "-tp",
+                "4",
+                "--ranks",
+                "3",
+                "--method",
+                "direct",
+            ],
+            "4 workers cannot be shared out evenly",
+        ),
     ],
 )
 def test_command_refuses_at_once_what_cannot_work(

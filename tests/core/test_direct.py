@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import gc
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import pytest
 import torch
-from cluster import Cluster, assert_no_threads_left, check
+from cluster import TIMEOUT, Cluster, Recorder, assert_no_threads_left, check
 from safetensors.torch import save_file
 
 from checkpoint_engine.deadline import Deadline
 from checkpoint_engine.device import CpuDevice
 from checkpoint_engine.engine.layouts import known_layouts, layout_of
+from checkpoint_engine.engine.receiver import pick_handle, receive_update
 from checkpoint_engine.errors import LinkError, RankError, SettingError, UpdateError
 from checkpoint_engine.host.segment import Segment
 from checkpoint_engine.link.messages import PROTOCOL, Begin, HostMemory, SharedSegments, TensorSlice, encode_buckets
@@ -202,6 +207,46 @@ def test_a_worker_that_fails_ends_the_update_everywhere(pair: Cluster) -> None:
     assert holds(pair, noise(1))
 
 
+def test_one_rank_feeds_all_workers_of_its_host() -> None:
+    alone = Cluster(1)
+    try:
+        alone.register("v1", noise(1))
+        workers = [Recorder() for _ in range(3)]
+
+        def update() -> None:
+            with ThreadPoolExecutor(3) as pool:
+
+                def ask(handles: list[tuple[str, str]]) -> None:
+                    assert [name for name, _ in handles] == ["worker:0", "worker:1", "worker:2"]
+                    devices = [CpuDevice(rank) for rank in range(3)]
+                    chosen = [pick_handle(dict(handles), device, rank, 3) for rank, device in enumerate(devices)]
+                    taken = [
+                        pool.submit(receive_update, handle, worker, device, timeout=TIMEOUT)
+                        for handle, worker, device in zip(chosen, workers, devices, strict=True)
+                    ]
+                    for each in taken:
+                        each.result()
+
+                alone.servers[0].update("v1", ask, method="direct", workers=3)
+
+        gpu = SimpleNamespace(torch_device=torch.device("cuda", 0), identity="GPU-1")
+        assert pick_handle({"worker:0": "a", "worker:1": "b"}, gpu, 1, 2) == "b", "a rank without a GPU knows none"  # type: ignore[arg-type]
+        update()
+        assert all(worker.loaded.keys() == noise(1).keys() for worker in workers)
+        workers[2].fail_in = "load"
+        with pytest.raises(UpdateError, match="worker on worker:2 failed in load"):
+            update()
+        assert [worker.aborts for worker in workers] == [1, 1, 1]
+        assert [worker.finishes for worker in workers] == [1, 1, 1]
+        workers[2].fail_in = ""
+        update()
+        assert [worker.finishes for worker in workers] == [2, 2, 2]
+        with pytest.raises(SettingError, match="only in a direct update"):
+            alone.servers[0].update("v1", lambda _: None, workers=3)
+    finally:
+        alone.close()
+
+
 def test_methods_take_turns(pair: Cluster) -> None:
     pair.register("v1", noise(1))
     for method in ("direct", "broadcast", "direct"):
@@ -264,3 +309,23 @@ def test_what_could_shrink_is_not_mapped(tmp_path: Path) -> None:
 def test_a_descriptor_too_few() -> None:
     with pytest.raises(LinkError, match="2 segments were announced, 0 file descriptors"):
         CpuDevice(0).map(SharedSegments((4096, 4096)), ())
+
+
+_WITHOUT_CONTEXT = """
+import torch
+from checkpoint_engine.server import ParameterServer
+
+with ParameterServer(rank=0, world_size=1, device="cpu") as server:
+    server.register_checkpoint("a", named_tensors={"t": torch.ones(1 << 20)})
+    server.gather_metas("a")
+    try:
+        server.update("a", lambda _: (_ for _ in ()).throw(RuntimeError("nobody is there")), method="direct")
+    except Exception as error:
+        assert "nobody is there" in str(error), error
+    assert not torch.cuda.is_initialized()
+"""
+
+
+@pytest.mark.gpu
+def test_a_rank_of_a_direct_update_takes_no_memory_of_a_gpu() -> None:
+    subprocess.run([sys.executable, "-c", _WITHOUT_CONTEXT], check=True, timeout=120)

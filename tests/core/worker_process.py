@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -76,6 +77,7 @@ def stagings_of(pid: int) -> set[str]:
 
 def mapped_by(pid: int, name: str) -> set[str]:
     """Anonymous files of that name that a process has mapped, as inode numbers."""
+    gc.collect()  # errors of earlier tests hold on to what their frames had mapped
     lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
     return {line.split()[4] for line in lines if f"memfd:{name}" in line}
 

@@ -315,6 +315,7 @@ class ParameterServer:
         reload: ReloadMode = "auto",
         keep: bool = False,
         method: Method = "broadcast",
+        workers: int = 1,
     ) -> None:
         """Brings a checkpoint to the engine workers of all ranks, or of some, and returns once they have it.
 
@@ -336,6 +337,8 @@ class ParameterServer:
                 that these ranks can serve it in turn.
             method: How bytes get from these ranks to the workers: by `broadcast`; `direct`, where each worker copies
                 its own slices out of the host memory of all ranks of its host; or `auto`, direct where possible.
+            workers: How many engine workers each rank feeds. In a direct update one rank can feed all workers of its
+                host, and needs no GPU (`device="cpu"`): rank r feeds the engine's workers `r * workers` and following.
 
         Raises:
             CheckpointStateError: not gathered, or another update is running.
@@ -347,6 +350,8 @@ class ParameterServer:
             raise SettingError("keep=True keeps what is read from other parameter servers; these ranks hold it already")
         if method == "direct" and (known.elsewhere or len(receivers) < self._world_size):
             raise SettingError("a direct update goes to all ranks, out of their own memory; leave ranks and metas out")
+        if workers < 1 or (workers > 1 and method != "direct"):
+            raise SettingError(f"workers={workers}: only in a direct update does a rank feed more than its own worker")
         if keep and name in self._store.names():
             raise CheckpointStateError(f"{name!r} is registered on this rank; unregister it, or leave keep out")
         if not self._busy.acquire(blocking=False):
@@ -354,7 +359,16 @@ class ParameterServer:
         try:
             call = self._membership.group.next_call()
             order = UpdateOrder(
-                call, known.replicas[0], known.digest, version or name, req_func, timeout, trace, reload, method
+                call,
+                known.replicas[0],
+                known.digest,
+                version or name,
+                req_func,
+                timeout,
+                trace=trace,
+                reload=reload,
+                method=method,
+                workers=workers,
             )
             self._run(name, order, known, receivers, keep=keep)
         finally:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Generator
-from concurrent.futures import Future, wait
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
@@ -92,6 +92,32 @@ class EngineLead:
         return f"{self._endpoint} has not answered yet; whether it serves is unknown"
 
 
+class EngineLeads:
+    """The engine instances that a rank leads: mostly one, or none."""
+
+    def __init__(self, job: Job, instances: Sequence[int]) -> None:
+        self._leads = [EngineLead(job, instance) for instance in instances]
+
+    def wait_ready(self) -> None:
+        """See `EngineLead`."""
+        for lead in self._leads:
+            lead.wait_ready()
+
+    def ask(self, addresses: list[tuple[str, str]]) -> None:
+        """Asks all of them at the same time."""
+        if len(self._leads) <= 1:
+            for lead in self._leads:
+                lead.ask(addresses)
+            return
+        with ThreadPoolExecutor(len(self._leads)) as pool:
+            for asked in as_completed([pool.submit(lead.ask, addresses) for lead in self._leads]):
+                asked.result()
+
+    def outcome(self) -> str:
+        """See `EngineLead`."""
+        return "\n".join(filter(None, (lead.outcome() for lead in self._leads)))
+
+
 class Rank:
     """One rank, for one job after the other."""
 
@@ -99,7 +125,7 @@ class Rank:
         self._server = server
         self._report = report
         self._seconds: dict[str, float] = {}
-        self._lead: EngineLead | None = None
+        self._leads: EngineLeads | None = None
         self.updating = False
         """Whether the job has come to the update itself; it ends with its own report then, whatever happens."""
 
@@ -111,10 +137,11 @@ class Rank:
         """
         self._seconds = {}
         self.updating = False
-        rank, ranks = self._server.rank, self._server.world_size
-        check_ranks(ranks, job)
-        self._lead = EngineLead(job, rank // job.workers) if rank % job.workers == 0 else None
-        ready = _in_background(self._lead.wait_ready) if self._lead else None
+        rank, each = self._server.rank, workers_of_each(self._server.world_size, job)
+        first = [instance * job.workers for instance in range(len(job.endpoints))]
+        led = [instance for instance, worker in enumerate(first) if worker // each == rank]
+        self._leads = EngineLeads(job, led)
+        ready = _in_background(self._leads.wait_ready) if led else None
         self._wait_for(ready, _QUICK_ANSWER_SECONDS)
         name = self._load_metas(job) if job.metas else self._read(job)
         self._wait_for(ready, None)
@@ -122,16 +149,16 @@ class Rank:
             self._gather(job, name)
         self.updating = True
         with self._watched():
-            ask = self._lead.ask if self._lead else _ask_nobody
             self._server.update(
                 name,
-                ask,
+                self._leads.ask,
                 timeout=timedelta(seconds=job.timeout),
                 version=job.version,
                 trace=job.trace is not None,
                 reload=job.reload,
                 method=job.method,
                 keep=job.keep,
+                workers=each,
             )
         done = self._done(job)
         if job.keep:
@@ -140,7 +167,7 @@ class Rank:
 
     def engine_outcome(self) -> str:
         """After a failed update: what became of the engine that this rank leads, if it leads one."""
-        return self._lead.outcome() if self._lead else ""
+        return self._leads.outcome() if self._leads else ""
 
     def _load_metas(self, job: Job) -> str:
         self._drop_old()
@@ -220,22 +247,20 @@ class Rank:
             thread.join()
 
 
-def check_ranks(ranks: int, job: Job) -> None:
-    """Raises unless every worker of every engine instance has a rank.
+def workers_of_each(ranks: int, job: Job) -> int:
+    """How many workers each rank feeds.
 
     Raises:
         SettingError: there are too few or too many ranks.
     """
-    needed = job.workers * len(job.endpoints)
-    if ranks != needed:
+    workers = job.workers * len(job.endpoints)
+    expected = job.ranks or workers
+    if ranks != expected or workers % ranks:
         raise SettingError(
-            f"{len(job.endpoints)} engine instance(s) of {job.workers} worker(s) are fed by {needed} ranks, not {ranks}"
-            ": each rank feeds the worker on its own device"
+            f"{len(job.endpoints)} engine instance(s) of {job.workers} worker(s) are fed by {expected} ranks, not "
+            f"{ranks}: each rank feeds the worker on its own device (several workers only with --method direct)"
         )
-
-
-def _ask_nobody(addresses: list[tuple[str, str]]) -> None:
-    """This rank leads no engine."""
+    return workers // ranks
 
 
 def _in_background(function: Callable[[], None]) -> Future[None]:

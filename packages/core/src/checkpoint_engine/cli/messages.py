@@ -16,7 +16,9 @@ class Job(msgspec.Struct, frozen=True, tag=True):
     engine: str
     endpoints: tuple[str, ...]
     workers: int
-    """Workers of each engine instance; instance i is fed by ranks `[i * workers, (i + 1) * workers)`."""
+    """Workers of each engine instance; they are fed in order, those of the first instance first."""
+    ranks: int = 0
+    """Ranks that feed them all, each of them as many; 0 for one rank a worker."""
     pause: str = "keep"
     reset_caches: bool = True
     timeout: float = 600.0

@@ -44,7 +44,8 @@ def run_job(
 
 
 def _run_with_own_ranks(job: Job, device: str, keep_serving: float, show: Show, *, as_json: bool) -> list[Done]:
-    with Ranks(job.workers * len(job.endpoints), device=device, verbose=verbose()) as ranks:
+    count = job.ranks or job.workers * len(job.endpoints)
+    with Ranks(count, device=_device_of(job, device), verbose=verbose()) as ranks:
         with UpdateView(notes) as view:
             reports = ranks.run(job, view)
         show(job, reports, as_json=as_json)
@@ -54,11 +55,16 @@ def _run_with_own_ranks(job: Job, device: str, keep_serving: float, show: Show, 
     return reports
 
 
+def _device_of(job: Job, device: str) -> str:
+    """What the ranks need of it: in a direct update nothing, so that they take no memory of a GPU."""
+    return "cpu" if job.method == "direct" else device
+
+
 def _run_as_rank(job: Job, device: str, keep_serving: float, show: Show, *, as_json: bool) -> list[Done]:
     from checkpoint_engine.cli.job import Rank  # noqa: PLC0415 - brings torch, which --help does not need
     from checkpoint_engine.server import ParameterServer  # noqa: PLC0415
 
-    with ParameterServer(device=device) as server:
+    with ParameterServer(device=_device_of(job, device)) as server:
         first = server.rank == 0
         with UpdateView(notes) as view:
             rank = Rank(server, view if first else _ignore)

@@ -63,7 +63,11 @@ def update(
     ] = Method.BROADCAST,
     ranks: Annotated[
         int | None,
-        typer.Option(min=1, help="Ranks that hold and send the checkpoint: one for each worker.", rich_help_panel=_HOW),
+        typer.Option(
+            min=1,
+            help="Ranks that hold and send the checkpoint: one for each worker; with --method direct, 1 is enough.",
+            rich_help_panel=_HOW,
+        ),
     ] = None,
     pause: Annotated[
         Pause,
@@ -153,10 +157,12 @@ def update(
     if method is Method.P2P:
         raise SettingError("P2P brings a checkpoint that other ranks hold: use the command join; update reads files")
     needed = tensor_parallel_size * len(endpoint)
-    if ranks is not None and ranks != needed:
+    if method is Method.DIRECT and ranks is not None and needed % ranks:
+        raise SettingError(f"--ranks is {ranks}, but {needed} workers cannot be shared out evenly among so many")
+    if ranks not in (None, needed) and method is not Method.DIRECT:
         raise SettingError(
             f"--ranks is {ranks}, but {len(endpoint)} endpoint(s) with --tensor-parallel-size {tensor_parallel_size} "
-            f"need {needed}: each rank feeds the worker on its own device"
+            f"need {needed}: each rank feeds the worker on its own device (--method direct does with fewer)"
         )
     if not directory.is_dir():
         raise CheckpointFormatError(f"{directory} is not a directory")
@@ -171,6 +177,7 @@ def update(
         engine=engine,
         endpoints=tuple(endpoint),
         workers=tensor_parallel_size,
+        ranks=ranks or 0,
         pause=pause.value,
         reset_caches=reset_caches,
         timeout=timeout,

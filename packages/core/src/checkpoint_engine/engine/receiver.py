@@ -23,6 +23,7 @@ from checkpoint_engine.errors import CheckpointEngineError, LinkError, LinkRefus
 from checkpoint_engine.link.channel import ReceiverChannel, connect
 from checkpoint_engine.link.messages import (
     PROTOCOL,
+    WORKER_NAME,
     Abort,
     Aborted,
     Accepted,
@@ -60,10 +61,11 @@ class Received:
 def pick_handle(handles: Mapping[str, str], device: Device, rank: int, world_size: int) -> str:
     """The handle meant for this worker.
 
-    A GPU is found by its identity. CPU workers have none that both sides know, so there the order of ranks counts.
+    A GPU is found by its identity. CPU workers have none that both sides know, and a sender without a GPU does not know
+    that of the workers' GPUs: there the order of ranks counts.
 
     Args:
-        handles: Device identity -> handle, for the workers of one engine, in order of rank.
+        handles: Device identity, or `worker:` and a number -> handle, for the workers of one engine, in order of rank.
         device: The worker's device.
         rank: The worker's rank in its engine.
         world_size: Number of workers of the engine.
@@ -76,7 +78,7 @@ def pick_handle(handles: Mapping[str, str], device: Device, rank: int, world_siz
             f"the update brings weights for {len(handles)} workers, this engine has {world_size}: "
             f"pass --tensor-parallel-size {world_size} (or give this engine's ranks only)"
         )
-    if device.torch_device.type == "cpu":
+    if device.torch_device.type == "cpu" or all(name.startswith(WORKER_NAME) for name in handles):
         return list(handles.values())[rank]
     if device.identity not in handles:
         raise WorkerError(

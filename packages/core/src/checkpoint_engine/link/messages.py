@@ -29,6 +29,8 @@ import msgspec
 PROTOCOL = 1
 """Raised whenever a message changes its meaning; both sides must state the same."""
 
+WORKER_NAME = "worker:"
+"""With its place among the engine's workers, names a worker whose device the sender does not know."""
 
 ReloadMode = Literal["auto", "plan", "loader", "verify"]
 """How tensors get from a bucket into the engine: by the reload plan as far as it reaches (`auto`), by nothing but the

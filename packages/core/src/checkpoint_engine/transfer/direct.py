@@ -107,44 +107,47 @@ class LentSegments:
 
 
 class DirectTransfer:
-    """One rank's part: tells its worker where every bucket lies, and waits until it has taken them."""
+    """One rank's part: tells its workers where every bucket lies, and waits until they have taken them."""
 
     def __init__(
         self,
         *,
         plan: BucketPlan,
         lent: LentSegments,
-        link: WorkerLink,
+        links: Sequence[WorkerLink],
         cancel: Cancel,
         progress: Progress,
         clock: StageClock,
     ) -> None:
         self._plan = plan
         self._lent = lent
-        self._link = link
+        self._links = links
         self._cancel = cancel
         self._progress = progress
         self._clock = clock
 
     def run(self) -> None:
-        """Returns once the worker has taken everything.
+        """Returns once the workers have taken everything.
 
         Raises:
-            CheckpointEngineError: the worker failed, another rank did, or the deadline is over.
+            CheckpointEngineError: a worker failed, another rank did, or the deadline is over.
         """
         for index, bucket in enumerate(self._plan.buckets):
             self._cancel.check()
-            self._link.wait_until_done(index - _BUCKETS_AHEAD)
-            self._link.load(index, bucket.start, self._lent.number(bucket.owner, bucket.segment))
+            for link in self._links:
+                link.wait_until_done(index - _BUCKETS_AHEAD)
+                link.load(index, bucket.start, self._lent.number(bucket.owner, bucket.segment))
             self._note_progress()
-        self._link.wait_until_done(len(self._plan.buckets) - 1)
+        for link in self._links:
+            link.wait_until_done(len(self._plan.buckets) - 1)
         self._note_progress()
-        self._clock.add("load", sum(seconds for _, seconds in self._link.loads.values()))
+        self._clock.add("load", max(sum(seconds for _, seconds in link.loads.values()) for link in self._links))
         if self._clock.trace is not None:
-            self._clock.trace.spans += self._link.spans(self._plan)
+            for link in self._links:
+                self._clock.trace.spans += link.spans(self._plan)
 
     def _note_progress(self) -> None:
-        done = self._link.done + 1
+        done = min(link.done for link in self._links) + 1
         self._progress.bytes_done += sum(b.nbytes for b in self._plan.buckets[self._progress.buckets_done : done])
         self._progress.buckets_done = done
 

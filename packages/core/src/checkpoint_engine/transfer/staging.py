@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -39,7 +39,7 @@ class StagingKeeper:
         self._keep = keep
         self._allocated: _Allocated | None = None
         self._lent: Lendable | None = None
-        self._lease: Lease | None = None
+        self._leases: list[Lease] = []
 
     @property
     def kept(self) -> int:
@@ -90,15 +90,15 @@ class StagingKeeper:
         if self._lent is not None:
             self.release()
 
-    def leave_with_worker(self, channel: SenderChannel) -> None:
-        """After an update: the worker keeps its mapping until this side of the channel ends."""
+    def leave_with_workers(self, channels: Sequence[SenderChannel]) -> None:
+        """After an update: the workers keep their mappings until this side of the channels ends."""
         if self._keep or self._lent is not None:
-            self._end_lease()  # of another worker, perhaps; this one has none from before any more
-            self._lease = Lease(channel.duplicate())
+            self._end_leases()  # of others, perhaps; these have none from before any more
+            self._leases = [Lease(channel.duplicate()) for channel in channels]
 
     def release(self) -> None:
         """Makes the worker unmap what is kept, and frees it."""
-        self._end_lease()
+        self._end_leases()
         if self._allocated is not None:
             allocated, self._allocated = self._allocated, None
             allocated.staging.close()
@@ -113,13 +113,14 @@ class StagingKeeper:
             staging.memory = msgspec.structs.replace(staging.memory, lease=secrets.token_hex(16))
         return _Allocated(device.identity, staging)
 
-    def _end_lease(self) -> None:
+    def _end_leases(self) -> None:
         """Memory that another process has mapped must not be freed."""
-        if self._lease is not None:
-            lease, self._lease = self._lease, None
-            if not lease.end(Deadline(_UNMAP_SECONDS)):
-                logger.warning(
-                    "the engine's worker has not unmapped the staging memory within %g s; the device may not get it "
-                    "back before that worker goes on or ends",
-                    _UNMAP_SECONDS,
-                )
+        leases, self._leases = self._leases, []
+        deadline = Deadline(_UNMAP_SECONDS)
+        ended = [lease.end(deadline) for lease in leases]
+        if not all(ended):
+            logger.warning(
+                "an engine's worker has not unmapped the staging memory within %g s; the device may not get it "
+                "back before that worker goes on or ends",
+                _UNMAP_SECONDS,
+            )

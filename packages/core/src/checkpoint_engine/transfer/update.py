@@ -19,7 +19,7 @@ from checkpoint_engine.device import CpuDevice, Device, Lendable
 from checkpoint_engine.errors import CheckpointEngineError, DeviceMemoryError, RankError, UpdateError
 from checkpoint_engine.host.segment import Segment
 from checkpoint_engine.link.channel import Listener
-from checkpoint_engine.link.messages import ReloadMode
+from checkpoint_engine.link.messages import WORKER_NAME, ReloadMode
 from checkpoint_engine.planning.buckets import BucketPlan
 from checkpoint_engine.planning.staging import StagingLayout, choose_layout, place_buckets
 from checkpoint_engine.settings import Settings
@@ -31,7 +31,7 @@ from checkpoint_engine.transfer.report import Method, Progress, StageClock, Upda
 from checkpoint_engine.transfer.staging import StagingKeeper
 from checkpoint_engine.transfer.trace import Trace
 from checkpoint_engine.transfer.watch import EngineRequest, Watch
-from checkpoint_engine.transfer.worker_link import WorkerLink
+from checkpoint_engine.transfer.workers import Workers
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,8 @@ class _Introduction(msgspec.Struct, frozen=True):
     """What a rank tells the others at the start of an update."""
 
     device: str
-    handle: str
+    handles: tuple[str, ...]
+    """Where the workers that it feeds are to connect."""
     available: int
     digest: str
     generation: str
@@ -71,6 +72,8 @@ class UpdateOrder:
     trace: bool = False
     reload: ReloadMode = "auto"
     method: Method = "broadcast"
+    workers: int = 1
+    """Engine workers that each rank feeds; several in a direct update only."""
 
 
 class UpdateRun:
@@ -102,7 +105,7 @@ class UpdateRun:
         self._segments = segments
         self._deadline = Deadline(order.timeout.total_seconds())
         self._clock = StageClock(Trace() if order.trace else None)
-        self._link: WorkerLink | None = None
+        self._workers = Workers()
         self.cancel = Cancel()
 
     def run(self) -> UpdateReport:
@@ -129,15 +132,16 @@ class UpdateRun:
     def _run(self, stack: ExitStack) -> UpdateReport:
         if self._board.rank not in self._feed.receivers:
             return self._stand_by()
-        listener = Listener()
-        stack.callback(listener.close)
+        listeners = [Listener() for _ in range(self._order.workers)]
+        for listener in listeners:
+            stack.callback(listener.close)
         with self._clock.step("introduce"):
-            ranks = self._introduce(listener.handle)
+            ranks = self._introduce([listener.handle for listener in listeners])
         with self._clock.step("plan"):
             plan = self._plan(ranks)
         offers = self._accept_offers(ranks)
         if offers:
-            return self._run_direct(stack, listener, ranks, plan, offers)
+            return self._run_direct(stack, listeners, ranks, plan, offers)
         receivers = self._feed.receivers
         place = receivers.index(self._board.rank)
         source = self._feed.open(place, self.cancel)
@@ -156,7 +160,7 @@ class UpdateRun:
 
         with self._clock.step("staging"):
             staging = self._stagings.take(staging_device, layout.nbytes)
-        link, request = self._meet_worker(stack, listener, ranks, plan, staging)
+        request = self._meet_workers(stack, listeners, ranks, plan, staging)
         BroadcastPipeline(
             rank=place,
             plan=plan,
@@ -164,28 +168,38 @@ class UpdateRun:
             staging=staging,
             device=staging_device,
             communicator=communicator,
-            link=link,
+            link=self._workers.links[0],
             source=source,
             cancel=self.cancel,
             progress=self._progress,
             clock=self._clock,
         ).run()
-        details = self._complete(link, request)
+        details = self._complete(request)
         where = "host" if staging_device is not self._device else staging_device.torch_device.type
         rings = "one ring" if layout.shared else "two rings"
         return self._report(plan, f"{layout.nbytes / 1e6:.1f} MB on {where}, {rings}", details)
 
     def _run_direct(
-        self, stack: ExitStack, listener: Listener, ranks: list[_Introduction], plan: BucketPlan, offers: list[Offer]
+        self,
+        stack: ExitStack,
+        listeners: list[Listener],
+        ranks: list[_Introduction],
+        plan: BucketPlan,
+        offers: list[Offer],
     ) -> UpdateReport:
         with self._clock.step("lend"):
             lent = LentSegments(offers)
             self._stagings.lend(lent)
-        link, request = self._meet_worker(stack, listener, ranks, plan, lent)
+        request = self._meet_workers(stack, listeners, ranks, plan, lent)
         DirectTransfer(
-            plan=plan, lent=lent, link=link, cancel=self.cancel, progress=self._progress, clock=self._clock
+            plan=plan,
+            lent=lent,
+            links=self._workers.links,
+            cancel=self.cancel,
+            progress=self._progress,
+            clock=self._clock,
         ).run()
-        details = self._complete(link, request)
+        details = self._complete(request)
         return self._report(plan, f"none: workers read {len(lent.descriptors)} segments", details, method="direct")
 
     def _accept_offers(self, ranks: list[_Introduction]) -> list[Offer]:
@@ -204,47 +218,63 @@ class UpdateRun:
             logger.info("by broadcast, since a direct update is not possible: %s", obstacle)
         return [] if obstacle else offers
 
-    def _meet_worker(
-        self, stack: ExitStack, listener: Listener, ranks: list[_Introduction], plan: BucketPlan, memory: Lendable
-    ) -> tuple[WorkerLink, EngineRequest]:
-        """Asks the engine to update, and begins with its worker as soon as that has come."""
+    def _meet_workers(
+        self,
+        stack: ExitStack,
+        listeners: list[Listener],
+        ranks: list[_Introduction],
+        plan: BucketPlan,
+        memory: Lendable,
+    ) -> EngineRequest:
+        """Asks the engine to update, and begins with its workers as soon as they have come."""
         self._progress.phase = "connect"
         connecting = time.perf_counter()
-        addresses = [(rank.device, rank.handle) for rank in ranks]
+        addresses = self._addresses(ranks)
         request = EngineRequest(lambda: self._order.ask_engine(addresses), self.cancel)
+        stack.callback(self._workers.close)
+        first = self._board.rank * len(listeners)
+        names = [name for name, _ in addresses[first : first + len(listeners)]]
         with self._clock.step("wait for the worker"):
-            link = stack.enter_context(WorkerLink.accept(listener, self._deadline, self.cancel, self._device.identity))
-        self._link = link
-        listener.close()  # nobody else is expected, and a process that is killed leaves no socket behind
+            self._workers.accept(listeners, self._deadline, self.cancel, names)
         order = self._order
         with self._clock.step("worker checks"):
             announced = self._plans.announce(plan)
-            link.announce(order.key, order.catalog.name, order.version, announced, memory, order.reload)
-            link.wait_until_ready()
+            for link in self._workers.links:
+                link.announce(order.key, order.catalog.name, order.version, announced, memory, order.reload)
+            self._workers.wait_until_ready()
         self._agree("connected")
         self._clock.lap("connect", connecting)
         self._progress.phase = "load"
-        return link, request
+        return request
 
-    def _complete(self, link: WorkerLink, request: EngineRequest) -> dict[str, str | int | float]:
+    def _addresses(self, ranks: list[_Introduction]) -> list[tuple[str, str]]:
+        """What every worker is called, and where it is to connect; in the order of the workers.
+
+        A rank of a direct update needs no device, and then cannot name a worker by it.
+        """
+        if self._order.method == "direct" and self._device.torch_device.type == "cpu":
+            handles = [handle for rank in ranks for handle in rank.handles]
+            return [(f"{WORKER_NAME}{place}", handle) for place, handle in enumerate(handles)]
+        return [(rank.device, handle) for rank in ranks for handle in rank.handles]
+
+    def _complete(self, request: EngineRequest) -> dict[str, str | int | float]:
         """Has the worker finish once all ranks' workers have loaded everything; returns what it tells of itself."""
         self._agree("loaded")
         self._progress.phase = "finish"
         finishing = time.perf_counter()
         with self._clock.step("worker finishes"):
-            link.ask_to_finish()
-            finished = link.wait_until_finished()
-        self._stagings.leave_with_worker(link.channel)
+            details = self._workers.finish()
+        self._stagings.leave_with_workers(self._workers.channels)
         self._agree("finished")
         with self._clock.step("engine answers"):
             request.join(self._deadline.remaining)
         self._feed.finished()
         self._clock.lap("finish", finishing)
-        return finished.details
+        return details
 
     def _stand_by(self) -> UpdateReport:
         """This rank's engine keeps its weights; its host memory must stay as it is until the others have theirs."""
-        plan = self._plan(self._introduce(""))
+        plan = self._plan(self._introduce(()))
         for phase, agreed in (("connect", "connected"), ("load", "loaded"), ("finish", "finished")):
             self._progress.phase = phase
             self._agree(agreed)
@@ -256,7 +286,7 @@ class UpdateRun:
         self._progress.buckets_done = self._progress.bytes_done = 0
         return plan
 
-    def _introduce(self, handle: str) -> list[_Introduction]:
+    def _introduce(self, handles: Sequence[str]) -> list[_Introduction]:
         self._progress.phase = "introduce"
         free = self._device.memory()[0] + self._stagings.held(self._device)
         access: Holding | None = None
@@ -267,7 +297,7 @@ class UpdateRun:
             refusal = error
         mine = _Introduction(
             self._device.identity,
-            handle,
+            tuple(handles),
             int(free * self._settings.mem_fraction),
             self._order.digest,
             self._group.generation_of(self._feed.receivers),
@@ -327,10 +357,9 @@ class UpdateRun:
 
     def _explain(self, error: Exception, watch: Watch) -> UpdateError:
         """Finds the first cause, tells the other ranks, and makes this rank's worker give up."""
-        own = (self._link and self._link.failure()) or error
+        own = self._workers.failure() or error
         failure = self._first_failure(own, watch)
-        if self._link is not None:
-            self._link.abort(f"rank {failure.rank}: {failure.message}")
+        self._workers.abort(f"rank {failure.rank}: {failure.message}")
         where = "" if self._board.world_size == 1 else f" on rank {failure.rank}"
         return UpdateError(
             f"the update to {self._order.version!r} failed{where} in phase {failure.phase!r}: {failure.message}",

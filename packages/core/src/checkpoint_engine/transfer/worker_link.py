@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from types import TracebackType
 from typing import TypeVar
 
 import torch
-from typing_extensions import Self
 
 from checkpoint_engine.deadline import Cancel, Deadline
 from checkpoint_engine.device import Lendable
@@ -36,7 +34,7 @@ from checkpoint_engine.transfer.announcement import Announcement
 from checkpoint_engine.transfer.trace import Span
 from checkpoint_engine.version import __version__
 
-_GOODBYE_SECONDS = 10.0
+GOODBYE_SECONDS = 10.0
 _NO_BUCKETS = encode_buckets(())
 _Answer = TypeVar("_Answer", Accepted, Loaded, Finished)
 
@@ -148,29 +146,25 @@ class WorkerLink:
                     return self._as_error(answer)
         return None
 
-    def abort(self, reason: str) -> None:
-        """Makes the worker give the update up; never raises for a worker that is gone."""
+    def tell_to_abort(self, reason: str, deadline: Deadline) -> bool:
+        """Makes the worker give the update up, if it has not done so; returns whether it was told."""
         if self._over:
-            return
-        deadline = Deadline(_GOODBYE_SECONDS)
+            return False
         self._over = True
         self._channel.cancel = Cancel()  # the one that ended the update must not end this wait as well
         with contextlib.suppress(LinkError, CheckpointEngineError):  # the cause of the abort is what counts
             self._channel.send(Abort(reason), deadline)
+        return True
+
+    def wait_until_aborted(self, deadline: Deadline) -> None:
+        """Waits until it has; never raises for a worker that is gone."""
+        with contextlib.suppress(LinkError, CheckpointEngineError):  # the cause of the abort is what counts
             while not isinstance(self._channel.receive(deadline, "the worker giving up"), Aborted | Failed):
                 pass
 
     def close(self) -> None:
         """Closes the link; a worker in the middle of an update gives it up."""
         self._channel.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _take_loaded(self) -> None:
         bucket, told = self._loading[0]
