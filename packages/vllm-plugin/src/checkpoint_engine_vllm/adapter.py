@@ -79,6 +79,8 @@ class VllmAdapter:
                 self._repairs(),
             )
             self._draft = draft
+            if not self.version:
+                compat.forget_dummy_scales(self._worker, compat.target_model(self._worker))
             self._target.begin()
             if draft is not None:
                 draft.begin(self._repairs())

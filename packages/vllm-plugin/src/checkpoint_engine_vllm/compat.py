@@ -13,7 +13,7 @@ import inspect
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
 from typing import Any, cast
 
 import torch
@@ -133,7 +133,7 @@ def version() -> str:
 
 @contextlib.contextmanager
 def engine_context(worker: Worker) -> Generator[None]:
-    """What vLLM's loaders expect around them; as at its start, down to the default dtype, which some processing takes."""
+    """What vLLM has around its loaders when it starts; some processing takes the default dtype."""
     set_config = importlib.import_module("vllm.config").set_current_vllm_config
     with (
         torch.no_grad(),
@@ -215,6 +215,36 @@ def process_attention(layer: torch.nn.Module, model_config: ModelConfig) -> None
     cast("Any", layer).process_weights_after_loading(model_config.dtype)
 
 
+def keep_scales_of_packed_weights() -> None:
+    """Has each int8 weight that is packed for the CPU keep its scales alive: it knows them by their address only."""
+    operators = importlib.import_module("vllm._custom_ops")
+    pack: Callable[..., object] | None = getattr(operators, "create_onednn_scaled_mm", None)
+    if pack is None or hasattr(pack, "__wrapped__"):
+        return
+
+    @wraps(pack)
+    def create_onednn_scaled_mm(weight: torch.Tensor, scales: torch.Tensor, *arguments: object) -> object:
+        packed: Any = pack(weight, scales, *arguments)
+        packed.checkpoint_engine_scales = scales
+        return packed
+
+    cast("Any", operators).create_onednn_scaled_mm = create_onednn_scaled_mm
+
+
+def forget_dummy_scales(worker: Worker, model: torch.nn.Module) -> None:
+    """Gives attention its default scales back where a start with dummy weights made them up.
+
+    A checkpoint that brings scales overwrites them; one that brings none would leave them.
+    """
+    if worker.vllm_config.load_config.load_format != "dummy":
+        return
+    attention = importlib.import_module("vllm.model_executor.layers.attention.attention")
+    reset: Callable[..., None] | None = getattr(attention, "set_default_quant_scales", None)
+    for layer in model.modules() if reset is not None else ():
+        if is_attention(layer) and isinstance(getattr(layer, "_k_scale", None), torch.Tensor):
+            reset(layer)
+
+
 # -- MTP ------------------------------------------------------------------------------------------------------------
 
 
@@ -264,6 +294,16 @@ def build_without_data(config: VllmConfig, model_config: ModelConfig) -> torch.n
         torch.device("meta"),
     ):
         return initialize(vllm_config=config, model_config=model_config)
+
+
+def load_without_processing(parameter: torch.Tensor) -> None:
+    """Takes from a parameter that vLLM quantises while it loads what does so: there is no data to quantise."""
+    loader: Any = getattr(parameter, "weight_loader", None)
+    if getattr(loader, "__name__", "") != "online_process_loader":
+        return
+    while getattr(loader, "__name__", "") == "online_process_loader":
+        loader = loader.__wrapped__
+    cast("Any", parameter).weight_loader = loader
 
 
 def lend_tables(live: torch.nn.Module, model: torch.nn.Module) -> None:

@@ -17,7 +17,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from checkpoint_engine.engine.adapter import TensorSpec
 from checkpoint_engine.errors import CheckpointEngineError, WeightsRejectedError
-from checkpoint_engine.reload.plan import ReloadPlan, make_plan
+from checkpoint_engine.reload.plan import Recording, ReloadPlan, make_plan
 from checkpoint_engine.reload.recorder import LoaderError, record
 from checkpoint_engine_vllm import compat
 from checkpoint_engine_vllm.protocols import ModelConfig, VllmConfig
@@ -171,14 +171,14 @@ def _make_plan(
     except Exception as error:  # noqa: BLE001 - any model may fail in any way without data; the checks at the end remain
         logger.warning("cannot check weights beforehand, the model cannot be built without data: %r", error)
         return None
-    if any(_is_quantised_while_loading(parameter) for parameter in model.parameters()):
-        logger.warning("cannot check weights beforehand: this model is quantised while it loads")
-        return None
+    for parameter in model.parameters():
+        compat.load_without_processing(parameter)
     try:
         with compat.bucketed_load():
             recording = record(cast("Any", model).load_weights, _targets(model), tensors)
     except LoaderError as failure:
         raise rejection(failure.name, tensors.get(failure.name), failure.error) from failure.error
+    _keep_last_shapes(recording)
     for name, reason in recording.unreadable.items():
         logger.info("tensor %r is loaded by vLLM: %s", name, reason)
     targets = _targets(model)
@@ -233,5 +233,9 @@ def _is_lazy(parameter: torch.Tensor) -> bool:
     return isinstance(parameter, (UninitializedParameter, UninitializedBuffer))
 
 
-def _is_quantised_while_loading(parameter: torch.Tensor) -> bool:
-    return getattr(getattr(parameter, "weight_loader", None), "__name__", "") == "online_process_loader"
+def _keep_last_shapes(recording: Recording) -> None:
+    """Packed weights come with their shape, and a fused layer gets one of each part: vLLM keeps one, and needs none."""
+    last = {(piece.target, piece.place): piece for piece in recording.pieces if piece.target.endswith("weight_shape")}
+    recording.pieces = {
+        piece: None for piece in recording.pieces if last.get((piece.target, piece.place), piece) is piece
+    }

@@ -65,6 +65,8 @@ class PlannedReload:
         )
         """Pieces that a layer still waits for."""
         self._open: dict[str, Layer] = {}
+        self._in_place: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        """Open layer -> tensors of it that stay where they are, such as biases, and their old values."""
         self._moving: dict[str, torch.Tensor] = {}
         self._done: list[Layer] = []
         self._written = False
@@ -122,6 +124,8 @@ class PlannedReload:
         """Puts the old weights back into layers that are not complete; returns whether those were all."""
         intact = not self._written and not self._done
         for layer in self._open.values():
+            for tensor, old in self._in_place[layer.name]:
+                tensor.data.copy_(old)
             info = self._layerwise.info(layer.module)
             info.loaded_weights.clear()
             info.load_numel = 0
@@ -145,6 +149,11 @@ class PlannedReload:
                     continue
                 self._open[layer.name] = layer
                 self._layerwise.initialize(compat.Scope([layer.module]))
+                self._in_place[layer.name] = [
+                    (tensor, tensor.detach().clone())
+                    for tensor in (*layer.module.parameters(recurse=False), *layer.module.buffers(recurse=False))
+                    if not tensor.is_meta
+                ]
                 self._layerwise.materialize(layer.module)
                 for target in layer.targets:
                     tensor = layer.tensor(target)
@@ -175,7 +184,7 @@ class PlannedReload:
             raise WorkerError(
                 f"vLLM could not process layer {layer.name!r}: {type(error).__name__}: {error}"
             ) from error
-        del self._open[layer.name]
+        del self._open[layer.name], self._in_place[layer.name]
         self._done.append(layer)
 
     def _compare(self, proof: Proof) -> None:

@@ -22,6 +22,7 @@ class VllmConfig(Protocol):
     compilation_config: Any
     speculative_config: Any
     quant_config: Any
+    load_config: Any
 
 
 class Worker(Protocol):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -65,7 +65,7 @@ class ProvingReload:
         for layer in self._planned.values():
             if layer.name not in self._seen:
                 self._find(layer)
-        wrong = self._proof.differing(self._targets)
+        wrong = self._wrong()
         for layer in self._planned.values():
             differing = [target for target in layer.targets if target in wrong]
             if differing:
@@ -103,10 +103,22 @@ class ProvingReload:
         while self._patched:
             del self._patched.pop().process_weights_after_loading
 
-    def _find(self, layer: Layer) -> None:
+    def _wrong(self) -> Mapping[str, str]:
+        """Targets that hold something else than planned, both when their layer was processed and now."""
+        wrong = self._proof.differing(self._targets)
+        for layer in self._planned.values():
+            # Some are loaded in place, maybe after their layer was processed.
+            self._find(layer, wrong)
+        return self._proof.differing(wrong)
+
+    def _find(self, layer: Layer, only: Container[str] | None = None) -> None:
         for target in layer.targets:
+            if only is not None and target not in only:
+                continue
             tensor, planned = layer.tensor(target), self._layers.plan.targets[target]
-            if tensor is not None and not tensor.is_meta and tensor.shape == planned.shape:
+            if tensor is None or tensor.is_meta:
+                continue
+            if (tensor.shape, tensor.dtype) == (planned.shape, planned.dtype):
                 self._proof.find(target, tensor)
 
     def _state(self, layer: Layer, method: object) -> object:

@@ -7,6 +7,8 @@ from typing import Any, cast
 
 import torch
 
+from checkpoint_engine_vllm import compat
+
 
 class Repairs:
     """Nothing to repair."""
@@ -22,11 +24,12 @@ class Repairs:
 
 
 class CpuRepairs(Repairs):
-    """Two things are packed only at the first load, so that a reload would go on with the old weights.
+    """What only the first load does, so that a reload would go on with old weights, or with none.
 
     - Experts: `moe_kernel` holds their packed copy and is made only while it is None. (On a GPU it must stay: captured
       CUDA graphs point into it.)
     - An output layer tied to the embedding: it gets no weights of its own, so its packed copy is never renewed.
+    - int8: the packed weight points at the scales that it was made with, which a reload lets go of.
     """
 
     def __init__(self) -> None:
@@ -34,6 +37,7 @@ class CpuRepairs(Repairs):
 
     def before(self, model: torch.nn.Module) -> None:
         """Forgets the packed experts, so that they are packed again."""
+        compat.keep_scales_of_packed_weights()
         for layer in model.modules():
             method: Any = getattr(layer, "quant_method", None)
             kernel = getattr(method, "moe_kernel", None)
