@@ -212,7 +212,7 @@ class _Reload:
             )
         served, before, state, done = dict(params), dict(vars(layer)), dict(vars(method)), False
         params.clear()
-        params.update({**{name: served[name] for name in self.others}, **self.staged})
+        params.update({**{name: served.get(name) for name in self.others}, **self.staged})
         vars(layer).update(self.attributes)
         self._forget_marks()
         try:
