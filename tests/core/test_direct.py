@@ -18,6 +18,7 @@ import torch
 from cluster import TIMEOUT, Cluster, Recorder, assert_no_threads_left, check
 from safetensors.torch import save_file
 
+from checkpoint_engine.catalog import Catalog, Holding, SegmentEntry, TensorEntry
 from checkpoint_engine.deadline import Deadline
 from checkpoint_engine.device import CpuDevice
 from checkpoint_engine.engine.layouts import known_layouts, layout_of
@@ -267,8 +268,11 @@ def test_a_part_of_the_ranks_is_not_updated_directly(pair: Cluster) -> None:
 
 def test_ranks_on_other_hosts_stand_in_the_way() -> None:
     here = make_offer([])
-    assert find_obstacle([here, here]) == ""
-    assert "different hosts" in find_obstacle([here, replace_host(here)])
+    silent = Holding(0, "here", "cpu:0", (SegmentEntry(8, (TensorEntry("t", "int8", (8,), 0),)),))
+    heard = msgspec.structs.replace(silent, p2p_address="here:1", generation=5)
+    assert find_obstacle([here, here], Catalog("a", (silent,))) == ""
+    assert "different hosts" in find_obstacle([here, replace_host(here)], Catalog("a", (silent,)))
+    assert find_obstacle([here, replace_host(here)], Catalog("a", (heard,))) == ""
 
 
 def replace_host(offer: object) -> object:
@@ -280,12 +284,12 @@ def test_memory_that_was_given_up_is_not_lent() -> None:
     offer = make_offer([segment])
     segment.close()
     with pytest.raises(RankError, match=r"cannot open the host memory of rank 0|has given up"):
-        LentSegments([offer])
+        LentSegments({0: offer})
 
 
 def test_a_lease_names_the_very_segments() -> None:
     one, other = Segment.create(4096), Segment.create(4096)
-    lent = [LentSegments([make_offer(segments)]) for segments in ([one], [other], [one], [one, other])]
+    lent = [LentSegments({0: make_offer(segments)}) for segments in ([one], [other], [one], [one, other])]
     leases = [each.memory.lease for each in lent]
     assert leases[0] == leases[2]
     assert len(set(leases)) == 3

@@ -28,6 +28,7 @@ from checkpoint_engine.settings import Settings, rank_from_environment
 from checkpoint_engine.sharing import Sharing
 from checkpoint_engine.transfer.announcement import PlanKeeper
 from checkpoint_engine.transfer.feeds import Feed, HostFeed, PeerFeed
+from checkpoint_engine.transfer.remote import RingKeeper
 from checkpoint_engine.transfer.report import Method, Progress, UpdateReport
 from checkpoint_engine.transfer.staging import StagingKeeper
 from checkpoint_engine.transfer.trace import RankTrace
@@ -95,6 +96,7 @@ class ParameterServer:
         self._sharing = Sharing(
             self._rank, self._device, _device_index(self._rank, gpu_count), gpu_count or torch.cuda.device_count()
         )
+        self._rings = RingKeeper(self._sharing.store)
         self._gathered = Gathered()
         self._plans = PlanKeeper()
         self._busy = threading.Lock()
@@ -221,6 +223,7 @@ class ParameterServer:
             with self._device.active():
                 freed = self._stagings.kept
                 self._stagings.release()
+                self._rings.close()
                 return freed
         finally:
             self._busy.release()
@@ -230,6 +233,7 @@ class ParameterServer:
         with self._device.active():
             self._stagings.release()
         self._membership.leave()
+        self._rings.close()
         self._sharing.close()
         self._store.close()
 
@@ -398,6 +402,7 @@ class ParameterServer:
                 device=self._device,
                 settings=self._settings,
                 stagings=self._stagings,
+                rings=self._rings,
                 plans=self._plans,
                 feed=feed,
                 progress=self.progress,

@@ -66,6 +66,19 @@ class Adapter(Protocol):
 
 
 @runtime_checkable
+class Selective(Protocol):
+    """An adapter that knows which bytes it will read, so that others need not come from other hosts."""
+
+    def wanted(self, bucket: Sequence[tuple[str, int]]) -> tuple[tuple[int, int], ...] | None:
+        """Ranges (start, bytes) of a bucket that `load` will read in the update begun; None for all of it.
+
+        Args:
+            bucket: Names of its tensors, and where in it each begins.
+        """
+        ...
+
+
+@runtime_checkable
 class Verifiable(Protocol):
     """An adapter whose engine can be compared with a checkpoint."""
 

@@ -16,7 +16,7 @@ from checkpoint_engine.device import Device, Mapped
 from checkpoint_engine.device.base import Memory
 from checkpoint_engine.device.segments import MappedSegments
 from checkpoint_engine.dtypes import torch_dtype
-from checkpoint_engine.engine.adapter import Adapter, Update, Verifiable
+from checkpoint_engine.engine.adapter import Adapter, Selective, Update, Verifiable
 from checkpoint_engine.engine.layouts import Layout, known_layouts, layout_of
 from checkpoint_engine.engine.mappings import mapped_staging
 from checkpoint_engine.errors import CheckpointEngineError, LinkError, LinkRefusedError, WorkerError
@@ -36,6 +36,7 @@ from checkpoint_engine.link.messages import (
     Load,
     Loaded,
     TensorSlice,
+    Wanted,
 )
 from checkpoint_engine.reload.delivery import Delivery
 from checkpoint_engine.reload.regions import contiguous
@@ -173,7 +174,7 @@ class _Reception:
             self._adapter = _verifier_of(self._adapter)
         self._begun = True
         self._adapter.begin(Update(begin.update_id, begin.checkpoint, begin.version, layout.tensors, begin.reload))
-        self._send(Accepted())
+        self._send(Accepted(tuple(_wanted(self._adapter, layout.buckets[index]) for index in begin.away)))
 
     def _load_all(self, begin: Begin, layout: Layout, staging: Mapped) -> None:
         self._phase = "load"
@@ -200,7 +201,7 @@ class _Reception:
                     deliveries[key] = delivery
             self._adapter.load(delivery)
             # Staging is used again, lent memory is not: there the bus need not fall idle between buckets.
-            if not isinstance(staging, MappedSegments) or len(done) == len(buckets):
+            if not isinstance(staging, MappedSegments) or message.again or len(done) == len(buckets):
                 self._device.synchronize()
             seconds = time.perf_counter() - began
             self._load_seconds += seconds
@@ -255,6 +256,13 @@ def _verifier_of(adapter: Adapter) -> Adapter:
             f"this engine's plugin ({type(adapter).__module__}) cannot compare weights with a checkpoint; upgrade it"
         )
     return adapter.verifier()
+
+
+def _wanted(adapter: Adapter, bucket: Sequence[TensorSlice]) -> Wanted:
+    """Ranges of a bucket that the adapter will read; whoever does not know that gets all of it."""
+    if not isinstance(adapter, Selective):
+        return None
+    return adapter.wanted([(entry.name, entry.offset) for entry in bucket])
 
 
 def _part(mapped: Mapped, segment: int) -> torch.Tensor:

@@ -176,6 +176,10 @@ class ReferenceAdapter:
         self.engine.check_complete(update.tensors)
         self._reloader.begin(update.tensors, update.reload)
 
+    def wanted(self, bucket: Sequence[tuple[str, int]]) -> tuple[tuple[int, int], ...] | None:
+        """Only what the plan copies, once it is trusted."""
+        return self._reloader.wanted(bucket)
+
     def load(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
         """Loads a bucket.
 

@@ -105,6 +105,10 @@ class SharedSegments(msgspec.Struct, frozen=True, tag=True):
         return sum(self.sizes)
 
 
+Wanted = tuple[tuple[int, int], ...] | None
+"""Ranges (start, bytes) of a bucket that a receiver will read; None for all of it."""
+
+
 class Hello(msgspec.Struct, frozen=True, tag=True):
     """The receiver introduces itself."""
 
@@ -134,6 +138,8 @@ class Begin(msgspec.Struct, frozen=True, tag=True):
     buckets: msgspec.Raw
     reload: ReloadMode = "auto"
     layout: str = ""
+    away: tuple[int, ...] = ()
+    """Buckets that are to be fetched from other hosts: the receiver says what it wants of them."""
 
 
 class Load(msgspec.Struct, frozen=True, tag=True):
@@ -142,6 +148,8 @@ class Load(msgspec.Struct, frozen=True, tag=True):
     bucket: int
     offset: int
     segment: int = 0
+    again: bool = False
+    """Whether this part of lent memory is used again as soon as the bucket is loaded, as staging always is."""
 
 
 class Finish(msgspec.Struct, frozen=True, tag=True):
@@ -155,7 +163,9 @@ class Abort(msgspec.Struct, frozen=True, tag=True):
 
 
 class Accepted(msgspec.Struct, frozen=True, tag=True):
-    """The receiver is ready for buckets."""
+    """The receiver is ready for buckets; `wanted` is in the order of `Begin.away`."""
+
+    wanted: tuple[Wanted, ...] = ()
 
 
 class Loaded(msgspec.Struct, frozen=True, tag=True):

@@ -81,6 +81,11 @@ class Reloader:
         self._by_plan = self._trust > Trust.RECORDED
         self._proof = Proof(plan, next(iter(self._parameters.values())).device) if self._trust < Trust.CHECKED else None
 
+    def wanted(self, bucket: Sequence[tuple[str, int]]) -> tuple[tuple[int, int], ...] | None:
+        """See `Selective`."""
+        by_plan = self._by_plan and self._proof is None and all(name in self._planned for name, _ in bucket)
+        return self._replay.spans(bucket) if by_plan and self._replay is not None else None
+
     def load(self, tensors: Tensors) -> None:
         """Loads a bucket."""
         if self._proof is not None:

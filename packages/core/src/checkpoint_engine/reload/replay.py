@@ -5,7 +5,7 @@ Out of host memory it is byte runs that are copied. They are worked out once for
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -13,10 +13,13 @@ from weakref import WeakKeyDictionary
 import torch
 
 from checkpoint_engine.device.host_copies import HostCopies, prepare_copies
-from checkpoint_engine.planning.byte_runs import Copy, Layout, plan_byte_runs
+from checkpoint_engine.planning.byte_runs import Copy, Layout, box_of, plan_byte_runs
 from checkpoint_engine.reload.delivery import Delivery
 from checkpoint_engine.reload.plan import Fill, Piece, ReloadPlan
 from checkpoint_engine.reload.regions import Region, contiguous
+
+_GAP = 16 << 10
+"""Bytes that are fetched from another host although nobody reads them, rather than in two reads."""
 
 
 @dataclass
@@ -88,6 +91,13 @@ class Replay:
         for targets, sources in batches.values():
             _copy_all(targets, sources)
 
+    def spans(self, bucket: Iterable[tuple[str, int]]) -> tuple[tuple[int, int], ...]:
+        """Ranges (start, bytes) of a bucket that are read; `bucket` says where in it each tensor begins."""
+        copies = (
+            _read_of(step.piece, at) for name, at in bucket for step in self._steps.get(name, ()) if step.piece.nbytes
+        )
+        return tuple((start, nbytes) for _, start, nbytes in plan_byte_runs(copies).spans(_GAP))
+
     def _program_for(self, delivery: Delivery) -> _Program:
         program = self._programs.get(delivery)
         if program is None:
@@ -158,6 +168,16 @@ class _Runs:
 
     def _prepare(self, device: torch.device) -> HostCopies:
         return prepare_copies(self._runs, self._memory, device, stay=self._stay)
+
+
+def _read_of(piece: Piece, at: int) -> Copy:
+    """What a piece reads, as if it were copied to a place of its own; as one row where its elements lie apart."""
+    item, region = piece.source_dtype.itemsize, piece.region
+    layout = Layout(region.shape, region.stride, contiguous(region.shape), item)
+    if box_of(layout) is None:
+        last = sum((size - 1) * step for size, step in zip(region.shape, region.stride, strict=True))
+        layout = Layout((last + 1,), (1,), (1,), item)
+    return Copy(0, at + region.offset * item, 0, 0, layout)
 
 
 def view_of(memory: torch.Tensor, region: Region, dtype: torch.dtype) -> torch.Tensor:

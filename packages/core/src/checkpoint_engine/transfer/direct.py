@@ -8,22 +8,27 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
 
+from checkpoint_engine.catalog import Catalog
 from checkpoint_engine.deadline import Cancel
 from checkpoint_engine.device.base import Memory
 from checkpoint_engine.errors import RankError
 from checkpoint_engine.host.segment import Segment
 from checkpoint_engine.link.messages import SharedSegments
 from checkpoint_engine.planning.buckets import BucketPlan
+from checkpoint_engine.transfer.remote import RemoteBuckets
 from checkpoint_engine.transfer.report import Progress, StageClock
 from checkpoint_engine.transfer.worker_link import WorkerLink
 
 MOST_SEGMENTS = 200
 """File descriptors that one message may carry, with room to spare (the kernel's limit is 253)."""
+
+RING = -1
+"""Stands for a rank where the ring's number is asked for."""
 
 _BUCKETS_AHEAD = 8
 """Buckets that a worker is told of before it has answered; more would only fill the socket."""
@@ -60,22 +65,36 @@ def make_offer(segments: Sequence[Segment]) -> Offer:
     return Offer(_this_host(), os.getpid(), lent, obstacle)
 
 
-def find_obstacle(offers: Sequence[Offer]) -> str:
-    """What keeps these ranks from a direct update; empty if nothing does. Alike on all ranks."""
+def find_obstacle(offers: Sequence[Offer], catalog: Catalog) -> str:
+    """What keeps these ranks from a direct update; empty if nothing does. Alike on all ranks.
+
+    Between hosts, ranks fetch what their workers lack; `catalog` says whether the others' memory can be read.
+    """
+    silent = [
+        holding.rank
+        for holding in catalog.holdings
+        if any(segment.tensors for segment in holding.segments) and not (holding.p2p_address and holding.generation)
+    ]
     for rank, offer in enumerate(offers):
         if offer.obstacle:
             return f"rank {rank}: {offer.obstacle}"
-        if offer.host != offers[0].host:
-            return f"ranks 0 and {rank} are on different hosts, or in containers that do not see each other's processes"
-    count = sum(len(offer.segments) for offer in offers)
+        if offer.host != offers[0].host and silent:
+            return (
+                f"ranks 0 and {rank} are on different hosts, or in containers that do not see each other's processes, "
+                f"and rank {silent[0]} does not let others read its memory (CHECKPOINT_ENGINE_P2P=1, or --share)"
+            )
+    of_host: dict[str, int] = {}
+    for offer in offers:
+        of_host[offer.host] = of_host.get(offer.host, 1) + len(offer.segments)
+    count = max(of_host.values(), default=0)
     return f"{count} segments are more than the {MOST_SEGMENTS} that can be lent" if count > MOST_SEGMENTS else ""
 
 
 class LentSegments:
-    """All segments of all ranks, ready to go over a link; behaves like staging memory."""
+    """All segments of all ranks of this host, ready to go over a link; behaves like staging memory."""
 
-    def __init__(self, offers: Sequence[Offer]) -> None:
-        """Opens them; `offers` are those of all ranks, in their order.
+    def __init__(self, offers: Mapping[int, Offer]) -> None:
+        """Opens them; `offers` are by rank, and by `RING` what others' buckets are fetched into.
 
         Raises:
             RankError: another rank's memory cannot be opened.
@@ -84,7 +103,7 @@ class LentSegments:
         self.descriptors: tuple[int, ...] = ()
         self._numbers: dict[tuple[int, int], int] = {}
         try:
-            for rank, offer in enumerate(offers):
+            for rank, offer in offers.items():
                 for index, segment in enumerate(offer.segments):
                     self._numbers[rank, index] = len(opened)
                     opened.append(_open(rank, offer, segment))
@@ -92,8 +111,8 @@ class LentSegments:
             self.descriptors = tuple(opened)
             if len(self._numbers) > len(opened):
                 self.close()
-        sizes = tuple(segment.nbytes for offer in offers for segment in offer.segments)
-        self.memory: Memory = SharedSegments(sizes, _lease(offers))
+        sizes = tuple(segment.nbytes for offer in offers.values() for segment in offer.segments)
+        self.memory: Memory = SharedSegments(sizes, _lease(offers.values()))
 
     def number(self, rank: int, segment: int) -> int:
         """Which of the lent segments a rank's own segment is."""
@@ -115,6 +134,7 @@ class DirectTransfer:
         plan: BucketPlan,
         lent: LentSegments,
         links: Sequence[WorkerLink],
+        remote: RemoteBuckets | None,
         cancel: Cancel,
         progress: Progress,
         clock: StageClock,
@@ -122,6 +142,10 @@ class DirectTransfer:
         self._plan = plan
         self._lent = lent
         self._links = links
+        self._remote = remote
+        self._sent: list[int] = []
+        """Buckets in the order in which the workers were told of them."""
+        self._released = 0
         self._cancel = cancel
         self._progress = progress
         self._clock = clock
@@ -132,24 +156,48 @@ class DirectTransfer:
         Raises:
             CheckpointEngineError: a worker failed, another rank did, or the deadline is over.
         """
-        for index, bucket in enumerate(self._plan.buckets):
+        away = list(self._remote.away) if self._remote is not None else []
+        near = [index for index in range(len(self._plan.buckets)) if index not in set(away)]
+        while away or near:
             self._cancel.check()
-            for link in self._links:
-                link.wait_until_done(index - _BUCKETS_AHEAD)
-                link.load(index, bucket.start, self._lent.number(bucket.owner, bucket.segment))
-            self._note_progress()
-        for link in self._links:
-            link.wait_until_done(len(self._plan.buckets) - 1)
-        self._note_progress()
+            self._settle(len(self._sent) - _BUCKETS_AHEAD)
+            # Whatever comes from other hosts is passed on as it comes; in between, what lies here.
+            if away and self._remote is not None and (not near or self._remote.source.ready(away[0])):
+                self._pass_on(self._remote, away.pop(0))
+            else:
+                self._send(near.pop(0))
+        self._settle(len(self._sent))
         self._clock.add("load", max(sum(seconds for _, seconds in link.loads.values()) for link in self._links))
         if self._clock.trace is not None:
             for link in self._links:
                 self._clock.trace.spans += link.spans(self._plan)
+            self._clock.trace.spans += self._remote.spans() if self._remote is not None else []
 
-    def _note_progress(self) -> None:
-        done = min(link.done for link in self._links) + 1
-        self._progress.bytes_done += sum(b.nbytes for b in self._plan.buckets[self._progress.buckets_done : done])
-        self._progress.buckets_done = done
+    def _send(self, index: int) -> None:
+        bucket = self._plan.buckets[index]
+        for link in self._links:
+            link.load(index, bucket.start, self._lent.number(bucket.owner, bucket.segment))
+        self._sent.append(index)
+
+    def _pass_on(self, remote: RemoteBuckets, index: int) -> None:
+        if not remote.source.ready(index):
+            self._settle(len(self._sent))  # it may wait for memory that the workers hold
+        place = remote.place_of(index)
+        for link in self._links:
+            link.load(index, place, self._lent.number(RING, 0), again=True)
+        self._sent.append(index)
+
+    def _settle(self, count: int) -> None:
+        """Waits until all workers have loaded so many of the buckets, and gives back what those were in."""
+        for link in self._links:
+            link.wait_until_loaded(count)
+        done = self._sent[self._released : min(len(link.loads) for link in self._links)]
+        for index in done:
+            self._progress.bytes_done += self._plan.buckets[index].nbytes
+            if self._remote is not None and index in self._remote.away:
+                self._remote.source.release(index)
+        self._released += len(done)
+        self._progress.buckets_done = self._released
 
 
 def _this_host() -> str:
@@ -173,7 +221,7 @@ def _open(rank: int, offer: Offer, segment: LentSegment) -> int:
     return descriptor
 
 
-def _lease(offers: Sequence[Offer]) -> str:
+def _lease(offers: Iterable[Offer]) -> str:
     """Names these very segments: an inode number is not given out again while somebody holds the inode."""
     digest = hashlib.sha256()
     for offer in offers:

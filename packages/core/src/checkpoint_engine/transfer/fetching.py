@@ -64,6 +64,7 @@ class PeerSource:
         device: Device,
         cancel: Cancel,
         keep: bool,
+        ring: Segment | None = None,
     ) -> None:
         """Starts to fetch.
 
@@ -76,6 +77,8 @@ class PeerSource:
             device: Where buckets are copied to later.
             cancel: Thrown when the update has failed.
             keep: Whether everything that is fetched stays in host memory, for `kept`.
+            ring: Registered memory of the caller's that everything must go through; a bucket that does not arrive at
+                the first attempt is then lost, since there is no fresh memory for a second.
 
         Raises:
             HostMemoryError: there is no room for the berths.
@@ -86,6 +89,7 @@ class PeerSource:
         self._device = device
         self._cancel = cancel
         self._keep = keep
+        self._ring = ring
         self._local: dict[int, torch.Tensor] = {}
         self._own = [i for i, bucket in enumerate(plan.plan.buckets) if bucket.owner == place]
         for index in self._own:
@@ -171,7 +175,11 @@ class PeerSource:
         nbytes = [align_up(self._plan.plan.buckets[index].nbytes) for index in self._away]
         readers = READS_AHEAD if max(nbytes) < _LARGE else READS_AHEAD // 2
         readers = min(readers, len(nbytes))
-        for berth in self._berths(nbytes if self._keep else [max(nbytes)] * readers):
+        if self._ring is not None:
+            berths = [_Berth(self._ring, number * max(nbytes), max(nbytes)) for number in range(readers)]
+        else:
+            berths = self._berths(nbytes if self._keep else [max(nbytes)] * readers)
+        for berth in berths:
             self._free.put(berth)
         for number in range(readers):
             thread = threading.Thread(target=self._fetch_all, name=f"checkpoint-engine-fetch-{number}", daemon=True)
@@ -239,6 +247,8 @@ class PeerSource:
                 try:
                     self._read(route, berth)
                 except PeerError as error:
+                    if self._ring is not None:
+                        raise
                     failures[route] = error
                     berth = self._replace(berth)
                     self._judge(route)

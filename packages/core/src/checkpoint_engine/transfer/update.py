@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -19,14 +19,15 @@ from checkpoint_engine.device import CpuDevice, Device, Lendable
 from checkpoint_engine.errors import CheckpointEngineError, DeviceMemoryError, RankError, UpdateError
 from checkpoint_engine.host.segment import Segment
 from checkpoint_engine.link.channel import Listener
-from checkpoint_engine.link.messages import WORKER_NAME, ReloadMode
+from checkpoint_engine.link.messages import WORKER_NAME, ReloadMode, Wanted
 from checkpoint_engine.planning.buckets import BucketPlan
 from checkpoint_engine.planning.staging import StagingLayout, choose_layout, place_buckets
 from checkpoint_engine.settings import Settings
 from checkpoint_engine.transfer.announcement import PlanKeeper
 from checkpoint_engine.transfer.broadcast import BroadcastPipeline
-from checkpoint_engine.transfer.direct import DirectTransfer, LentSegments, Offer, find_obstacle, make_offer
+from checkpoint_engine.transfer.direct import RING, DirectTransfer, LentSegments, Offer, find_obstacle, make_offer
 from checkpoint_engine.transfer.feeds import Feed
+from checkpoint_engine.transfer.remote import RemoteBuckets, RingKeeper, unite
 from checkpoint_engine.transfer.report import Method, Progress, StageClock, UpdateReport
 from checkpoint_engine.transfer.staging import StagingKeeper
 from checkpoint_engine.transfer.trace import Trace
@@ -87,6 +88,7 @@ class UpdateRun:
         device: Device,
         settings: Settings,
         stagings: StagingKeeper,
+        rings: RingKeeper,
         plans: PlanKeeper,
         feed: Feed,
         progress: Progress,
@@ -99,6 +101,7 @@ class UpdateRun:
         self._device = device
         self._settings = settings
         self._stagings = stagings
+        self._rings = rings
         self._plans = plans
         self._feed = feed
         self._progress = progress
@@ -106,6 +109,7 @@ class UpdateRun:
         self._deadline = Deadline(order.timeout.total_seconds())
         self._clock = StageClock(Trace() if order.trace else None)
         self._workers = Workers()
+        self._wanted: list[tuple[Wanted, ...]] = []
         self.cancel = Cancel()
 
     def run(self) -> UpdateReport:
@@ -188,19 +192,38 @@ class UpdateRun:
         offers: list[Offer],
     ) -> UpdateReport:
         with self._clock.step("lend"):
-            lent = LentSegments(offers)
+            host = offers[self._board.rank].host
+            here = {rank: offer for rank, offer in enumerate(offers) if offer.host == host}
+            remote = self._open_remote(stack, plan, here)
+            ring = {} if remote is None else {RING: make_offer([remote.ring])}
+            lent = LentSegments({**here, **ring})
             self._stagings.lend(lent)
-        request = self._meet_workers(stack, listeners, ranks, plan, lent)
+        away = () if remote is None else remote.away
+        request = self._meet_workers(stack, listeners, ranks, plan, lent, away)
+        if remote is not None:
+            remote.start(unite(self._wanted), self.cancel)
         DirectTransfer(
             plan=plan,
             lent=lent,
             links=self._workers.links,
+            remote=remote,
             cancel=self.cancel,
             progress=self._progress,
             clock=self._clock,
         ).run()
+        if remote is not None:
+            remote.complete = True
         details = self._complete(request)
         return self._report(plan, f"none: workers read {len(lent.descriptors)} segments", details, method="direct")
+
+    def _open_remote(self, stack: ExitStack, plan: BucketPlan, here: Mapping[int, Offer]) -> RemoteBuckets | None:
+        """What is to be fetched from other hosts; None if this one has everything."""
+        away = [index for index, bucket in enumerate(plan.buckets) if bucket.owner not in here]
+        if not away:
+            return None
+        remote = RemoteBuckets(plan, self._order.catalog, away, self._rings)
+        stack.callback(remote.close)
+        return remote
 
     def _accept_offers(self, ranks: list[_Introduction]) -> list[Offer]:
         """What the ranks lend if the update is to be direct, and empty if it is not; alike on all ranks.
@@ -211,7 +234,7 @@ class UpdateRun:
         offers = [rank.offer for rank in ranks if rank.offer is not None]
         if len(offers) < len(ranks):
             return []
-        obstacle = find_obstacle(offers)
+        obstacle = find_obstacle(offers, self._order.catalog)
         if obstacle and self._order.method == "direct":
             raise RankError(f"a direct update is not possible: {obstacle}; --method broadcast does without")
         if obstacle:
@@ -225,6 +248,7 @@ class UpdateRun:
         ranks: list[_Introduction],
         plan: BucketPlan,
         memory: Lendable,
+        away: Sequence[int] = (),
     ) -> EngineRequest:
         """Asks the engine to update, and begins with its workers as soon as they have come."""
         self._progress.phase = "connect"
@@ -240,8 +264,8 @@ class UpdateRun:
         with self._clock.step("worker checks"):
             announced = self._plans.announce(plan)
             for link in self._workers.links:
-                link.announce(order.key, order.catalog.name, order.version, announced, memory, order.reload)
-            self._workers.wait_until_ready()
+                link.announce(order.key, order.catalog.name, order.version, announced, memory, order.reload, away)
+            self._wanted = self._workers.wait_until_ready()
         self._agree("connected")
         self._clock.lap("connect", connecting)
         self._progress.phase = "load"

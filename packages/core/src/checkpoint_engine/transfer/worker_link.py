@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
+from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
@@ -27,6 +28,7 @@ from checkpoint_engine.link.messages import (
     Load,
     Loaded,
     ReloadMode,
+    Wanted,
     encode_buckets,
 )
 from checkpoint_engine.planning.buckets import BucketPlan
@@ -64,9 +66,19 @@ class WorkerLink:
         return cls(channel, hello, device, deadline)
 
     def announce(
-        self, update_id: str, checkpoint: str, version: str, what: Announcement, memory: Lendable, reload: ReloadMode
+        self,
+        update_id: str,
+        checkpoint: str,
+        version: str,
+        what: Announcement,
+        memory: Lendable,
+        reload: ReloadMode,
+        away: Sequence[int] = (),
     ) -> None:
-        """Announces the update; the worker then makes itself ready for it."""
+        """Announces the update; the worker then makes itself ready for it.
+
+        Of the buckets in `away` it says what it wants.
+        """
         known = what.layout in self._hello.layouts
         message = Begin(
             PROTOCOL,
@@ -79,20 +91,21 @@ class WorkerLink:
             _NO_BUCKETS if known else what.buckets,
             reload,
             what.layout if known else "",
+            tuple(away),
         )
         self._channel.send(message, self._deadline, memory.descriptors)
 
-    def wait_until_ready(self) -> None:
-        """Waits until the worker is ready for buckets.
+    def wait_until_ready(self) -> tuple[Wanted, ...]:
+        """Waits until the worker is ready for buckets; returns what it wants of those that are away.
 
         Raises:
             WorkerError: the worker refuses the update.
         """
-        self._expect(Accepted, "accepting the update")
+        return self._expect(Accepted, "accepting the update").wanted
 
-    def load(self, bucket: int, offset: int, segment: int = 0) -> None:
+    def load(self, bucket: int, offset: int, segment: int = 0, *, again: bool = False) -> None:
         """Tells the worker that a bucket lies at `offset`; does not wait."""
-        self._channel.send(Load(bucket, offset, segment), self._deadline)
+        self._channel.send(Load(bucket, offset, segment, again), self._deadline)
         self._loading.append((bucket, time.perf_counter()))
 
     def wait_until_done(self, bucket: int) -> None:
@@ -103,6 +116,16 @@ class WorkerLink:
             LinkError: it is gone.
         """
         while self._loading and self.done < bucket:
+            self._take_loaded()
+
+    def wait_until_loaded(self, count: int) -> None:
+        """Waits until so many buckets are loaded, whichever those are.
+
+        Raises:
+            WorkerError: the worker failed.
+            LinkError: it is gone.
+        """
+        while self._loading and len(self.loads) < count:
             self._take_loaded()
 
     def poll(self) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from checkpoint_engine.deadline import Cancel, Deadline
 from checkpoint_engine.errors import CheckpointEngineError
 from checkpoint_engine.link.channel import Listener, SenderChannel
+from checkpoint_engine.link.messages import Wanted
 from checkpoint_engine.transfer.worker_link import GOODBYE_SECONDS, WorkerLink
 
 
@@ -31,14 +32,13 @@ class Workers:
         """What they talk over."""
         return [link.channel for link in self.links]
 
-    def wait_until_ready(self) -> None:
-        """Waits until all are ready for buckets.
+    def wait_until_ready(self) -> list[tuple[Wanted, ...]]:
+        """Waits until all are ready for buckets; returns what each wants of those that are away.
 
         Raises:
             WorkerError: one refuses the update.
         """
-        for link in self.links:
-            link.wait_until_ready()
+        return [link.wait_until_ready() for link in self.links]
 
     def finish(self) -> dict[str, str | int | float]:
         """Has all complete the update side by side; returns what the first tells of itself.
