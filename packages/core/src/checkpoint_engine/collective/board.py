@@ -38,13 +38,13 @@ class Board:
             self._store.set(f"{key}/all", "1")
         pause = _SHORTEST_PAUSE
         while not self._store.check([f"{key}/all"]):
+            if deadline.expired:  # before `cancel`, which the end of the time may have set too: this says more
+                absent = [str(r) for r in range(self.world_size) if not self._store.check([f"{key}/{r}"])]
+                deadline.check(f"{waiting_for} (rank {', '.join(absent)} did not come)")
             cancel.check()
             time.sleep(pause)
             # However many ranks wait, the store is asked no more than so often.
             pause = min(2 * pause, _SHORTEST_PAUSE * self.world_size, _LONGEST_PAUSE)
-            if deadline.expired:
-                absent = [str(r) for r in range(self.world_size) if not self._store.check([f"{key}/{r}"])]
-                deadline.check(f"{waiting_for} (rank {', '.join(absent)} did not come)")
         gathered = [self._store.get(f"{key}/{rank}") for rank in range(self.world_size)]
         if self.rank == 0:
             if not self._last:
