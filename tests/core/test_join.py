@@ -89,6 +89,7 @@ def running(*arguments: str) -> Iterator[dict[str, Any]]:
         process.communicate(timeout=20)
 
 
+@pytest.mark.long
 @needs_mooncake
 def test_a_joiner_is_the_seed_of_the_next(joining: ReferenceProcess, checkpoint: Path, tmp_path: Path) -> None:
     """Files reach an engine; one of another size takes them from its ranks, and the next from that one's ranks."""
@@ -108,6 +109,7 @@ def test_a_joiner_is_the_seed_of_the_next(joining: ReferenceProcess, checkpoint:
             assert_holds(joining, checkpoint)
 
 
+@pytest.mark.long
 @needs_mooncake
 def test_joins_over_http_and_tries_again_until_a_killed_seed_is_back(
     joining: ReferenceProcess, checkpoint: Path, tmp_path: Path
