@@ -15,7 +15,7 @@ from sglang_server import SHARED_MEMORY, Server
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 CHECKPOINTS = ("qwen3", "qwen3-b", "moe", "moe-b")
-PLUGINS = ("faults", "cpu_identity", "second_model")
+PLUGINS = ("faults", "cpu_identity", "second_model", "plain_kernels")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -78,7 +78,7 @@ def serving(
     servers: list[Server] = []
 
     def start(
-        model: str,
+        model: str | Path,
         *options: str,
         ours: bool = True,
         extra_plugins: str = "",

@@ -1,6 +1,7 @@
 """Runs in SGLang's environment: gives models new weights in place, and compares them with ones loaded afresh.
 
-quantised_process.py DIRECTORY NAME...     NAME: a checkpoint there, beside another one, NAME-b
+quantised_process.py DIRECTORY NAME...     NAME: a checkpoint there, beside another one, NAME-b; with +METHOD, one that
+                                           SGLang quantises itself when it has loaded it
 
 Prints JSON: for each name what differs after each update, and what else a test wants to know.
 """
@@ -43,14 +44,14 @@ def start(model: Path) -> None:
     bootstrap.init_layer_runtime(model_config=ModelConfig.from_server_args(arguments))
 
 
-def load(directory: Path, load_format: str = "auto") -> tuple[torch.nn.Module, Any]:
+def load(directory: Path, method: str, load_format: str = "auto") -> tuple[torch.nn.Module, Any]:
     """A model as SGLang loads it when it starts."""
     from sglang.srt.configs.device_config import DeviceConfig
     from sglang.srt.configs.load_config import LoadConfig
     from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.model_loader import get_model
 
-    config = ModelConfig(str(directory), dtype="bfloat16", quantization=None)
+    config = ModelConfig(str(directory), dtype="bfloat16", quantization=method or None)
     loading = LoadConfig(load_format=load_format)
     with torch.inference_mode(mode=False):
         return get_model(model_config=config, load_config=loading, device_config=DeviceConfig("cpu", 0)), config
@@ -136,10 +137,11 @@ def check(parent: Path, name: str) -> dict[str, Any]:
     from checkpoint_engine_sglang.adapter import SGLangAdapter
     from checkpoint_engine_sglang.compat import Runner
 
+    name, _, method = name.partition("+")
     directories = {"a": parent / name, "b": parent / f"{name}-b"}
-    fresh = {key: load(directory)[0] for key, directory in directories.items()}
+    fresh = {key: load(directory, method)[0] for key, directory in directories.items()}
     weights = {key: read(directory) for key, directory in directories.items()}
-    model, config = load(directories["a"], "dummy")
+    model, config = load(directories["a"], method, "dummy")
     places = {key: tensor.data_ptr() for key, tensor in tensors_of(model)}
     objects = {key: id(tensor) for key, tensor in tensors_of(model)}
     result: dict[str, Any] = {"a is b": not differing(fresh["a"], fresh["b"]), "ways": [], "reasons": []}
@@ -165,6 +167,6 @@ def check(parent: Path, name: str) -> dict[str, Any]:
 if __name__ == "__main__":
     directory = Path(sys.argv[1])
     os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
-    start(directory / sys.argv[2])
+    start(directory / sys.argv[2].partition("+")[0])
     with torch.inference_mode():
         print(json.dumps({name: check(directory, name) for name in sys.argv[2:]}))

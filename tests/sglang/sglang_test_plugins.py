@@ -28,6 +28,16 @@ def faults() -> None:
     HookRegistry.register(f"{linear}.process_weights_after_loading", _process, HookType.AROUND)
 
 
+def plain_kernels() -> None:
+    """Lets FP8 models run; and fails at their processing on demand."""
+    import plain_kernels as kernels
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    kernels.install()
+    method = "sglang.srt.layers.quantization.fp8.Fp8LinearMethod"
+    HookRegistry.register(f"{method}.process_weights_after_loading", _process, HookType.AROUND)
+
+
 def cpu_identity() -> None:
     """Gives SGLang's own worker the identity that a parameter server on the CPU knows it by."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType

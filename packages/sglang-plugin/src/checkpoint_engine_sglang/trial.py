@@ -28,8 +28,8 @@ logger = logging.getLogger(__name__)
 
 _LONGEST_REASON = 300
 """Characters."""
-_NEVER_LOADED = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
-"""Tensors that old checkpoints have and no model takes."""
+_NEVER_LOADED = re.compile(r"(rotary_emb\.(inv_freq|cos_cached|sin_cached)|\.(k|v|kv)_scale)$")
+"""Tensors that old checkpoints have and no model takes; and scales of an FP8 cache, which SGLang may run without."""
 
 
 @dataclass(frozen=True)
