@@ -1,13 +1,18 @@
 from __future__ import annotations
 
+import resource
 import sys
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 from p2p_help import needs_mooncake
 
+from checkpoint_engine.cli import checks_p2p
 from checkpoint_engine.cli.checks import Finding, look_everywhere
 from checkpoint_engine.cli.checks_p2p import check_p2p
+from checkpoint_engine.host import p2p_open
+from checkpoint_engine.host.network_cards import Card
 
 
 def found() -> dict[str, Finding]:
@@ -58,3 +63,23 @@ def test_what_stands_in_the_way_is_named(
     monkeypatch.setenv(variable, value)
     assert found()[name].status == "problem"
     assert words in found()[name].advice
+
+
+@needs_mooncake
+def test_rdma_with_a_low_memlock_or_without_the_way_into_gpus_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Stand-ins for a network card and a GPU, which machines that run tests lack."""
+    limits = [resource.RLIM_INFINITY]
+    monkeypatch.setattr(p2p_open, "find_cards", lambda: [Card("mlx5_0", 1, True, 50e9)])
+    monkeypatch.setattr(p2p_open, "_MODULES", tmp_path)
+    monkeypatch.setattr(p2p_open.resource, "getrlimit", lambda _: (limits[-1], limits[-1]))
+    monkeypatch.setattr(checks_p2p, "_gpus_seen", lambda: 1)
+    assert found()["transport"].value == "rdma: there are RDMA devices (mlx5_0)"
+    assert found()["GPU memory"].status == "note"
+    assert "modprobe nvidia_peermem" in found()["GPU memory"].advice
+    (tmp_path / "nvidia_peermem").mkdir()
+    assert "GPU memory" not in found()
+    limits.append(64 << 10)
+    assert found()["transport"].status == "problem"
+    assert "ulimit -l unlimited" in found()["transport"].advice
