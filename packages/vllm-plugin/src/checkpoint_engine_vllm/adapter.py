@@ -12,7 +12,7 @@ import torch
 
 from checkpoint_engine.engine.adapter import TensorSpec, Update
 from checkpoint_engine.errors import CheckpointStateError, WeightsRejectedError
-from checkpoint_engine_vllm import compat
+from checkpoint_engine_vllm import compat, formats
 from checkpoint_engine_vllm.draft import NAME, DraftReload, open_draft
 from checkpoint_engine_vllm.layers import Way
 from checkpoint_engine_vllm.loadplan import LoadPlan, Planner, missing_parameters
@@ -30,6 +30,8 @@ LENIENT = "CHECKPOINT_ENGINE_VLLM_LENIENT"
 
 _SERVED = "served"
 """The served model, among a worker's plans."""
+_UNFIT = "is the checkpoint complete, and of the served model?"
+_STALE = "this vLLM cannot reload what it keeps beside its parameters while CUDA graphs are captured"
 _MISSING = "the checkpoint does not fill these parameters of the model"
 _MOST_NAMED = 8
 
@@ -161,6 +163,9 @@ class VllmAdapter:
         """Refuses what would not fit, before anything has changed."""
         config, model_config = self._worker.vllm_config, self._worker.model_config
         served = compat.target_model(self._worker)
+        if not self.version:
+            graphs = compat.captures_graphs(self._worker)
+            self._refuse(_STALE, formats.unreloadable(served, graphs=graphs), "captured graphs would read freed memory")
         self._plan = plan = self._planner.plan(_SERVED, config, model_config, tensors, served)
         if plan is not None and plan.is_complete:
             quantised = config.quant_config is not None
@@ -179,7 +184,7 @@ class VllmAdapter:
             if taken * workers < math.prod(tensors[name].shape)
         ]
 
-    def _refuse(self, problem: str, names: Sequence[str]) -> None:
+    def _refuse(self, problem: str, names: Sequence[str], hint: str = _UNFIT) -> None:
         if not names:
             return
         message = f"{problem}: {_listed(names)}"
@@ -187,8 +192,8 @@ class VllmAdapter:
             logger.warning("%s (accepted, %s=1)", message, LENIENT)
             return
         raise WeightsRejectedError(
-            f"{message}; is the checkpoint complete, and of the served model? ({LENIENT}=1 in the engine's environment "
-            "accepts it as far as vLLM does; parameters without weights then keep what they hold)"
+            f"{message}; {hint} ({LENIENT}=1 in the engine's environment accepts it as far as vLLM does; parameters "
+            "without weights then keep what they hold)"
         )
 
     def _after_new_weights(self) -> None:

@@ -149,6 +149,12 @@ def on_cpu(worker: Worker) -> bool:
     return worker.device.type == "cpu"
 
 
+def captures_graphs(worker: Worker) -> bool:
+    """Whether the worker may have captured CUDA graphs, which read weights at the addresses that those had then."""
+    mode = getattr(worker.vllm_config.compilation_config, "cudagraph_mode", None)
+    return not on_cpu(worker) and not worker.model_config.enforce_eager and getattr(mode, "name", "") != "NONE"
+
+
 # -- models ---------------------------------------------------------------------------------------------------------
 
 
@@ -240,7 +246,9 @@ def forget_dummy_scales(worker: Worker, model: torch.nn.Module) -> None:
         return
     attention = importlib.import_module("vllm.model_executor.layers.attention.attention")
     reset: Callable[..., None] | None = getattr(attention, "set_default_quant_scales", None)
-    for layer in model.modules() if reset is not None else ():
+    if reset is None:
+        return
+    for layer in model.modules():
         if is_attention(layer) and isinstance(getattr(layer, "_k_scale", None), torch.Tensor):
             reset(layer)
 

@@ -13,6 +13,7 @@ class ModelConfig(Protocol):
 
     model: str
     dtype: torch.dtype
+    enforce_eager: bool
 
 
 class VllmConfig(Protocol):

@@ -1,0 +1,63 @@
+"""Which layers captured graphs would read stale: pure, with classes that hold what vLLM's hold."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from checkpoint_engine_vllm.formats import HELD, unreloadable
+
+
+class Linear(torch.nn.Linear):
+    def __init__(self, method: object) -> None:
+        super().__init__(2, 2)
+        self.quant_method = method
+
+
+def model(method: object) -> torch.nn.Module:
+    return torch.nn.Sequential(torch.nn.Identity(), Linear(method))
+
+
+def test_what_a_kernel_makes_anew_is_named_with_the_version_and_the_option_that_avoid_it() -> None:
+    marlin = SimpleNamespace(scheme=SimpleNamespace(kernel=SimpleNamespace(workspace=torch.zeros(4))))
+    (said,) = unreloadable(model(marlin), graphs=True)
+    assert "layer '1': the work space of Marlin kernels (vllm#48438; use vLLM 0.32 or newer" in said
+    experts = SimpleNamespace(moe_kernel=SimpleNamespace(impl=SimpleNamespace(experts=SimpleNamespace())))
+    experts.moe_kernel.impl.experts.ab_strides1 = torch.zeros(4)
+    (said,) = unreloadable(model(experts), graphs=True)
+    assert "--moe-backend triton" in said
+
+
+def test_without_graphs_nothing_is_in_the_way() -> None:
+    assert unreloadable(model(SimpleNamespace(workspace=torch.zeros(4))), graphs=False) == []
+
+
+def test_what_is_a_parameter_or_shares_its_memory_is_kept_by_a_reload() -> None:
+    made = model(SimpleNamespace())
+    layer = made[1]
+    layer.W_UV = torch.nn.Parameter(torch.zeros(2, 2))
+    layer.quant_method.workspace = layer.W_UV.data
+    assert unreloadable(made, graphs=True) == []
+    del layer.W_UV
+    layer.W_UV = torch.zeros(2, 2)
+    assert len(unreloadable(made, graphs=True)) == 2
+
+
+def test_what_no_reload_touches_is_left_alone() -> None:
+    norm = torch.nn.LayerNorm(2)
+    norm.workspace = torch.zeros(4)
+    assert unreloadable(torch.nn.Sequential(norm), graphs=True) == []
+
+
+def test_other_modules_and_endless_references_are_not_followed() -> None:
+    method = SimpleNamespace(model=Linear(SimpleNamespace(workspace=torch.zeros(4))))
+    method.itself = method
+    assert unreloadable(model(method), graphs=True) == []
+
+
+@pytest.mark.parametrize("held", HELD.values(), ids=list(HELD))
+def test_each_entry_says_where_it_comes_from(held: object) -> None:
+    assert held.source.startswith("vllm#")
+    assert held.instead.startswith("--")
