@@ -298,7 +298,7 @@ class UpdateRun:
 
     def _stand_by(self) -> UpdateReport:
         """This rank's engine keeps its weights; its host memory must stay as it is until the others have theirs."""
-        plan = self._plan(self._introduce(()))
+        plan = self._plan(self._introduce([""]))
         for phase, agreed in (("connect", "connected"), ("load", "loaded"), ("finish", "finished")):
             self._progress.phase = phase
             self._agree(agreed)
