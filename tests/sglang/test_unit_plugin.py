@@ -17,6 +17,7 @@ from torch import nn
 
 from checkpoint_engine.deadline import Deadline
 from checkpoint_engine.engine.adapter import TensorSpec
+from checkpoint_engine.engine.auto import AutoClient
 from checkpoint_engine.errors import DeadlineError, EngineRequestError, WeightsRejectedError
 from checkpoint_engine_sglang import SGLangClient, places, routes
 from checkpoint_engine_sglang.compat import Runner
@@ -247,12 +248,16 @@ def engine() -> Iterator[Callable[..., SGLangClient]]:
     """A client whose server gives prepared answers."""
     servers: list[ThreadingHTTPServer] = []
 
-    def serve(answers: dict[str, Answer], asked: list[str] | None = None) -> SGLangClient:
+    def serve(
+        answers: dict[str, Answer], asked: list[str] | None = None, keys: list[str] | None = None
+    ) -> SGLangClient:
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 length = int(self.headers.get("Content-Length", 0))
                 if asked is not None:
                     asked.append(f"{self.path} {self.rfile.read(length).decode()}".strip())
+                if keys is not None:
+                    keys.append(self.headers.get("Authorization", ""))
                 status, content = answers.get(self.path, (404, {}))
                 body = json.dumps(content).encode()
                 self.send_response(status)
@@ -354,3 +359,23 @@ def test_without_its_hooks_no_worker_is_asked(monkeypatch: pytest.MonkeyPatch) -
     assert "no such place" in problem
     with pytest.raises(EngineRequestError, match="no such place"):
         asyncio.run(fronted.status())
+
+
+def test_the_client_sends_a_key_and_says_when_it_is_asked_for_one(
+    engine: Callable[..., SGLangClient], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused: dict[str, Answer] = {routes.STATUS: (401, {"error": "Unauthorized"}), "/model_info": (401, {})}
+    client = engine(refused)
+    with pytest.raises(EngineRequestError, match=r"asks for a key; set CHECKPOINT_ENGINE_API_KEY"):
+        client.wait_ready(Deadline(5))
+    with pytest.raises(EngineRequestError, match=r"asks for a key; set CHECKPOINT_ENGINE_API_KEY"):
+        AutoClient(client.endpoint.address).wait_ready(Deadline(5))
+    with pytest.raises(EngineRequestError, match="does not take the key that it is given"):
+        SGLangClient(client.endpoint.address, api_key="wrong").wait_ready(Deadline(5))
+    keys: list[str] = []
+    client = engine({routes.STATUS: (200, STATUS)}, keys=keys)
+    monkeypatch.setenv("CHECKPOINT_ENGINE_API_KEY", "from the environment")
+    client.wait_ready(Deadline(5))
+    SGLangClient(client.endpoint.address).wait_ready(Deadline(5))
+    SGLangClient(client.endpoint.address, api_key="an option").wait_ready(Deadline(5))
+    assert keys == ["", "Bearer from the environment", "Bearer an option"]

@@ -11,7 +11,7 @@ import msgspec
 
 from checkpoint_engine.deadline import Deadline
 from checkpoint_engine.engine.client import CollectiveRpcClient, PauseMode
-from checkpoint_engine.engine.endpoint import Reply, shorten
+from checkpoint_engine.engine.endpoint import Endpoint, Reply, shorten
 from checkpoint_engine.errors import DeadlineError, EngineRequestError
 from checkpoint_engine_sglang import routes
 
@@ -33,8 +33,11 @@ class SGLangClient(CollectiveRpcClient):
 
     setup_hint = "is checkpoint-engine-sglang of the same version installed in SGLang's environment?"
 
-    def __init__(self, endpoint: str, *, timeout: float = 60.0) -> None:
+    def __init__(self, endpoint: str, *, timeout: float = 60.0, api_key: str | None = None) -> None:
+        """Remembers whom to ask; `api_key` is SGLang's administrator's key, or its only one, or as in `Endpoint`."""
         super().__init__(endpoint, timeout=timeout)
+        if api_key is not None:
+            self.endpoint = Endpoint(endpoint, api_key=api_key)
         self._pause_mode: PauseMode = "none"
         self._flush = True
 

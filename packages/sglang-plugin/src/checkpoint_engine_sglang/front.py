@@ -253,7 +253,7 @@ def install_routes(server: Any, front: Front) -> None:  # noqa: ANN401 - SGLang'
         }
         return responses.JSONResponse(content, _UPDATE_FAILED if problem else 200)
 
-    app.add_route(routes.STATUS, get_status, methods=["GET"])
+    app.add_route(routes.STATUS, admin(get_status), methods=["GET"])
     app.add_route(routes.UPDATE, admin(post_update), methods=["POST"])
     app.add_middleware(GateMiddleware, gate=front.gate)
     _end_with(app, front.gate)

@@ -18,6 +18,8 @@ _SIGNS = (("sglang", "/model_info", "model_path"), ("vllm", "/version", "version
 
 _KNOCK_SECONDS = 5.0
 _POLL_SECONDS = 0.25
+_KEY = 401
+"""Status of what asks for a key."""
 
 
 class AutoClient:
@@ -90,7 +92,7 @@ def identify(endpoint: Endpoint, deadline: Deadline) -> str:
                 reply = endpoint.send("GET", path, Deadline(min(_KNOCK_SECONDS, deadline.remaining)))
                 if reply.ok and _has(reply.text, key):
                     return engine
-                statuses.append(f"GET {path}: {reply.status}")
+                statuses.append(f"GET {path}: {reply.status}" + (f", {reply.text}" if reply.status == _KEY else ""))
         except (EngineRequestError, DeadlineError) as error:
             seen = str(error)
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import ssl
 from collections.abc import Mapping
@@ -18,6 +19,10 @@ from checkpoint_engine.errors import DeadlineError, EngineRequestError, SettingE
 _LONGEST_TEXT = 2000
 """Characters of a server's answer that are repeated in an error."""
 _SUCCESS = range(200, 300)
+_UNAUTHORISED = 401
+
+API_KEY = "CHECKPOINT_ENGINE_API_KEY"
+"""Environment variable: the key that an engine asks for (`--api-key`, `--admin-api-key`)."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +41,11 @@ class Reply:
 class Endpoint:
     """`http://host:port`, `https://host:port` or `unix:/path/to.sock`."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, *, api_key: str | None = None) -> None:
+        """Remembers where to ask; `api_key` is sent along, or else what CHECKPOINT_ENGINE_API_KEY says."""
         self.address = address
+        key = os.environ.get(API_KEY, "") if api_key is None else api_key
+        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._base_url, self._socket = _parse(address)
         # Reading the authorities takes 20 ms, which httpx would spend on every request, and on those without TLS too.
         secure = self._base_url.startswith("https:")
@@ -69,10 +77,15 @@ class Endpoint:
                     transport=httpx.HTTPTransport(uds=self._socket, trust_env=False, verify=self._tls),
                     timeout=deadline.remaining,
                     trust_env=False,
+                    headers=self._headers,
                 ) as client,
                 client.stream(method, path, params=query, json=body) as response,
             ):
-                return Reply(response.status_code, self._read(response, deadline, request))
+                text = self._read(response, deadline, request)
+                if response.status_code == _UNAUTHORISED:
+                    given = "does not take the key that it is given" if self._headers else "asks for a key"
+                    text = f"it {given}; set {API_KEY} to that of the engine ({shorten(text)})"
+                return Reply(response.status_code, text)
         except httpx.TimeoutException as error:
             raise DeadlineError(f"{self.address} did not answer {request} within {deadline.seconds:g} s") from error
         except (httpx.HTTPError, httpx.InvalidURL) as error:
