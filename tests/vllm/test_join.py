@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import statistics
@@ -133,6 +134,27 @@ def test_an_engine_starts_from_running_ones(
     server = serve(model, "--load-format", "checkpoint_engine", "--model-loader-extra-config", extra, **ENVIRONMENT)
     assert server.tokens() == cold("qwen3")["tokens"]
     server.close()
+
+
+def test_two_workers_start_from_running_ones_and_read_the_checkpoint_once(
+    seed: str, serve: Callable[..., Any], update: Callable[..., Any], checkpoints: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "no-weights"
+    shutil.copytree(checkpoints / "qwen3", model, ignore=shutil.ignore_patterns("*.safetensors*"))
+    options = ("--tensor-parallel-size", "2", "--load-format", "checkpoint_engine")
+    environment = ENVIRONMENT | {"CHECKPOINT_ENGINE_METAS": seed, "VLLM_LOGGING_LEVEL": "INFO"}
+    server = serve(model, *options, VLLM_CPU_OMP_THREADS_BIND="0|1", **environment)
+    started_with = server.tokens()
+    # Two workers round otherwise than one; what an update brings is what a cold start has (test_serve_tp2.py).
+    done = update(checkpoints / "qwen3", server, "--tensor-parallel-size", "2")
+    assert done.returncode == 0, done.stderr
+    assert server.tokens() == started_with
+    server.close()
+    said = re.findall(r"took (\S+) GB of 'qwen3' .* this worker read (\S+) GB", server.log.read_text())
+    shares = [float(share) for _, share in said]
+    assert len(shares) == 2
+    assert sum(shares) == pytest.approx(float(said[0][0]), rel=0.05)  # gaps of alignment are read along
+    assert min(shares) > 0.3 * max(shares)
 
 
 def test_an_engine_that_finds_no_seed_says_so_at_once(vllm_bin: Path, checkpoints: Path) -> None:
