@@ -6,162 +6,21 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
-from torch import nn
 
 from checkpoint_engine.deadline import Deadline
-from checkpoint_engine.engine.adapter import TensorSpec
 from checkpoint_engine.engine.auto import AutoClient
-from checkpoint_engine.errors import DeadlineError, EngineRequestError, WeightsRejectedError
+from checkpoint_engine.errors import DeadlineError, EngineRequestError, SettingError
 from checkpoint_engine_sglang import SGLangClient, places, routes
-from checkpoint_engine_sglang.compat import Runner
 from checkpoint_engine_sglang.gate import Gate, GateMiddleware
-from checkpoint_engine_sglang.load import Load
 from checkpoint_engine_sglang.messages import Order, Report, describe_failures, pack, unpack
 from checkpoint_engine_sglang.places import Place
-from checkpoint_engine_sglang.plans import Plans
-from checkpoint_engine_sglang.trial import Trial, try_out
-
-Weights = Iterable[tuple[str, torch.Tensor]]
-
-
-class Model(nn.Module):
-    """Loads as SGLang's models do: fused, sharded (this is rank 0 of two), scalars by value, and joined tensors."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.plain = nn.Parameter(torch.zeros(4, 6))
-        self.fused = nn.Parameter(torch.zeros(8, 6))
-        self.shard = nn.Parameter(torch.zeros(3, 6))
-        self.scale = nn.Parameter(torch.zeros(1))
-        self.joined = nn.Parameter(torch.zeros(4))
-        self.calls: list[list[str]] = []
-
-    def load_weights(self, weights: Weights) -> None:
-        halves: dict[str, torch.Tensor] = {}
-        self.calls.append([])
-        for name, tensor in weights:
-            self.calls[-1].append(name)
-            if name == "plain":
-                assert tensor.shape == self.plain.shape, "shapes differ"
-                self.plain.data.copy_(tensor)
-            elif name in ("fused.0", "fused.1"):
-                self.fused.data.narrow(0, 4 * int(name[-1]), 4).copy_(tensor)
-            elif name == "shard":
-                self.shard.data.copy_(tensor.narrow(0, 0, 3))
-            elif name == "scale":
-                self.scale.data.fill_(tensor.item())
-            elif name.startswith("half"):
-                halves[name] = tensor
-                if len(halves) == 2:
-                    self.joined.data.copy_(torch.cat([halves["half.0"], halves["half.1"]]))
-
-
-def tensors() -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    shapes = {"plain": (4, 6), "fused.0": (4, 6), "fused.1": (4, 6), "shard": (6, 6), "scale": (1,)}
-    shapes |= {"half.0": (2,), "half.1": (2,)}
-    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-
-
-def specs(given: dict[str, torch.Tensor]) -> dict[str, TensorSpec]:
-    return {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in given.items()}
-
-
-def runner(model: nn.Module, **config: Any) -> Runner:
-    return Runner("target", model, SimpleNamespace(hf_config=SimpleNamespace(**config)), torch.device("cpu"))
-
-
-def trial_of(model: nn.Module, given: dict[str, torch.Tensor]) -> Trial:
-    trial = try_out(runner(model), specs(given))
-    assert trial is not None
-    return trial
-
-
-def test_a_trial_sees_everything_and_changes_nothing() -> None:
-    model, given = Model(), tensors()
-    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    trial = trial_of(model, given)
-    assert trial.placed == given.keys()
-    assert trial.missing(runner(model), frozenset(), quantised=False) == []
-    assert trial.too_large(specs(given), 2) == []
-    assert trial.recording.joined == dict.fromkeys(("half.0", "half.1"), frozenset({"half.0", "half.1"}))
-    for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, before[name])
-
-
-def test_a_trial_names_what_does_not_fit() -> None:
-    model = Model()
-    given = tensors()
-    del given["fused.1"], given["plain"]
-    given["nonsense"] = torch.ones(1)
-    given["shard"] = torch.ones(9, 6)
-    trial = trial_of(model, given)
-    assert trial.unplaced(specs(given), runner(model)) == {"nonsense"}
-    missing = trial.missing(runner(model), frozenset(), quantised=False)
-    assert missing == ["plain (nothing)", "fused (24 of 48 elements, from fused.0)"]
-    assert trial.too_large(specs(given), 2) == ["shard (shape [9, 6], 18 elements taken)"]
-    for name, shape in (("plain", (4, 7)), ("fused.0", (1, 6))):
-        with pytest.raises(WeightsRejectedError, match=name):
-            try_out(runner(Model()), specs({**tensors(), name: torch.ones(shape)}))
-
-
-def test_tensors_that_checkpoints_may_have_for_nothing() -> None:
-    trial = trial_of(Model(), tensors())
-    spare = [
-        "model.layers.0.self_attn.rotary_emb.inv_freq",
-        "lm_head.weight",
-        "model.layers.2.x.weight",
-        "mtp.fc.weight",
-    ]
-    needed = ["model.layers.1.x.weight", "other.weight"]
-    given = specs(dict.fromkeys([*spare, *needed], torch.ones(1)))
-    model = runner(Model(), num_hidden_layers=2, tie_word_embeddings=True)
-    assert trial.unplaced(given, model) == set(needed)
-    assert "lm_head.weight" in trial.unplaced(given, runner(Model(), tie_word_embeddings=False))
-
-
-def test_a_loader_that_cannot_be_tried_is_let_through_and_its_model_stays_whole() -> None:
-    class Reads(Model):
-        def load_weights(self, weights: Weights) -> None:
-            for _, tensor in weights:
-                if tensor.sum() > 0:
-                    raise AssertionError
-
-    class Replaces(Model):
-        def load_weights(self, weights: Weights) -> None:
-            for _, tensor in weights:
-                self.plain.data = tensor
-                self.fused = nn.Parameter(tensor, requires_grad=False)
-
-    for kind in (Reads, Replaces):
-        model = kind()
-        parameters = dict(model.named_parameters())
-        assert try_out(runner(model), specs({"plain": torch.ones(4, 6)})) is None
-        assert dict(model.named_parameters()).keys() == parameters.keys()
-        for name, parameter in model.named_parameters():
-            assert parameter is parameters[name]
-            assert not parameter.is_meta
-
-
-def test_tensors_that_are_joined_reach_the_loader_together_whatever_the_buckets() -> None:
-    model, given = Model(), tensors()
-    load = Load(Plans().of(runner(model), specs(given)), {name: name for name in given}, planned=False)
-    model.calls.clear()
-    for name, tensor in given.items():
-        passing = tensor.clone()
-        load.take([(name, passing), ("of another model", torch.ones(1))])
-        passing.zero_()  # the bucket's memory is used again
-    assert ["half.0", "half.1"] in [sorted(call) for call in model.calls]
-    assert torch.equal(model.joined.data, torch.cat([given["half.0"], given["half.1"]]))
-    assert torch.equal(model.shard.data, given["shard"][:3])
-    assert model.scale.item() == given["scale"].item()
+from checkpoint_engine_sglang.plugin import check_settings
 
 
 def ask(gate: Gate, path: str, root_path: str = "") -> tuple[int, str]:
@@ -379,3 +238,15 @@ def test_the_client_sends_a_key_and_says_when_it_is_asked_for_one(
     SGLangClient(client.endpoint.address).wait_ready(Deadline(5))
     SGLangClient(client.endpoint.address, api_key="an option").wait_ready(Deadline(5))
     assert keys == ["", "Bearer from the environment", "Bearer an option"]
+
+
+@pytest.mark.parametrize("setting", [{"grpc_port": 5}, {"smg_grpc_mode": True}, {"tokenizer_worker_num": 2}, {}])
+def test_it_does_not_start_where_it_could_not_be_kept_closed(setting: dict[str, Any]) -> None:
+    arguments = SimpleNamespace(checkpoint_engine_wait_weights_before_ready=True, **setting)
+    if setting:
+        option = f"--{next(iter(setting)).replace('_', '-')}"
+        with pytest.raises(SettingError, match=f"--wait-for-initial-weights with {option}"):
+            check_settings(lambda _: None, arguments)
+    else:
+        check_settings(lambda _: None, arguments)
+    check_settings(lambda _: None, SimpleNamespace(**setting))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -202,7 +203,7 @@ def request_type() -> Any:  # noqa: ANN401
 
 def loading_context(module: torch.nn.Module, device: torch.device) -> Any:  # noqa: ANN401
     """Brings an offloaded module to its device for as long as its weights are processed."""
-    return _loader().device_loading_context(module, device)
+    return contextlib.nullcontext() if device.type == "cpu" else _loader().device_loading_context(module, device)
 
 
 def named_modules(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
