@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 import torch
 
+NUMBER = "number"
+
 
 def state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Every tensor and number that a kernel may be given."""
@@ -19,7 +21,7 @@ def state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
             if isinstance(value, torch.Tensor):
                 found[f"{name}.{key}"] = value
             elif isinstance(value, (bool, int, float)) and not key.startswith("_already_called"):
-                found[f"{name}.{key}"] = torch.tensor(value)
+                found[f"{NUMBER} {name}.{key}"] = torch.tensor(value)
             for field, inner in tensors_in(value):
                 found[f"{name}.{key}.{field}"] = inner
     return {name: value.detach() for name, value in found.items() if value.numel()}
@@ -46,3 +48,8 @@ def differences(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def addresses(model: torch.nn.Module) -> dict[str, int]:
+    """Where captured graphs would look for these tensors."""
+    return {name: value.data_ptr() for name, value in state(model).items() if not name.startswith(NUMBER)}

@@ -11,7 +11,7 @@ from typing import Any, cast
 from checkpoint_engine.device import Device, open_device
 from checkpoint_engine.engine.receiver import Received, pick_handle, receive_update
 from checkpoint_engine.errors import CheckpointStateError
-from checkpoint_engine_vllm import compat
+from checkpoint_engine_vllm import compat, patched
 from checkpoint_engine_vllm.adapter import VllmAdapter
 from checkpoint_engine_vllm.protocols import Worker
 
@@ -55,7 +55,7 @@ class WorkerState:
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
-        self._adapter = VllmAdapter(worker)
+        self._adapter = patched.PatchedAdapter(worker) if patched.is_needed() else VllmAdapter(worker)
         self._busy = threading.Lock()
         self._error = ""
         self._details: Mapping[str, str | int | float] = {}

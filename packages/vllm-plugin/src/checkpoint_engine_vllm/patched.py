@@ -1,0 +1,142 @@
+"""Puts the tensors of an update into one worker of vLLM 0.10.2 to 0.15, which has no layerwise reload.
+
+Loads go straight into the parameters, and layers are processed for their kernels once all tensors have come. Layers in
+FP8 survive that in a vLLM patched by `checkpoint-engine-vllm patch`; other quantised ones do not, and are refused.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from checkpoint_engine.engine.adapter import Update
+from checkpoint_engine.errors import CheckpointStateError, MissingDependencyError, WeightsRejectedError
+from checkpoint_engine_vllm import compat
+from checkpoint_engine_vllm.protocols import Worker
+
+STATE = "_checkpoint_engine_reload"
+"""What the patch leaves on layers that can be loaded again; see patches/reloadable.py."""
+_RELOADABLE = "vllm.model_executor.layers.quantization.utils.reloadable"
+_MOST_NAMED = 8
+
+
+def is_needed() -> bool:
+    """Whether the installed vLLM is too old for `VllmAdapter`."""
+    try:
+        return importlib.util.find_spec("vllm.model_executor.model_loader.reload") is None
+    except ModuleNotFoundError:
+        return False
+
+
+class PatchedAdapter:
+    """The adapter of one worker of an old vLLM; lives as long as it. See `checkpoint_engine.engine.adapter.Adapter`."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self.dirty = False
+        """Whether the weights may be a mixture of old and new."""
+        self.version = ""
+        """Of the weights held, as far as they came through here."""
+        self._update: Update | None = None
+        self._delivered: set[str] = set()
+        self._filled: set[str] | None = set()
+        self._seconds = 0.0
+
+    def begin(self, update: Update) -> None:
+        """Checks that this vLLM can load its model again.
+
+        Raises:
+            MissingDependencyError: it cannot; the message says which version or patch can.
+        """
+        self._update, self._delivered, self._filled, self._seconds = update, set(), set(), 0.0
+        if update.reload == "plan":
+            raise MissingDependencyError(_needs_newer("cannot be updated by reload plan"))
+        if compat.draft_model(self._worker) is not None:
+            raise MissingDependencyError(_needs_newer("cannot take new weights for a draft model"))
+        for name, layer in compat.modules_by_name(compat.target_model(self._worker)).items():
+            _check_layer(name, layer)
+
+    def load(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+        """Gives tensors to vLLM's loaders, which copy them."""
+        start = time.perf_counter()
+        self._delivered.update(name for name, _ in tensors)
+        with compat.engine_context(self._worker):
+            load: Callable[..., set[str] | None] = compat.target_model(self._worker).load_weights  # type: ignore[reportAssignmentType]
+            filled = load(tensors)
+        self._filled = None if filled is None or self._filled is None else self._filled | filled
+        self._seconds += time.perf_counter() - start
+
+    def finish(self) -> Mapping[str, str | int | float]:
+        """Checks that every parameter got its weights, and has layers processed for their kernels.
+
+        Raises:
+            WeightsRejectedError: weights are missing.
+        """
+        update = self._update
+        if update is None:
+            raise CheckpointStateError("finish was called outside of an update")
+        model, start = compat.target_model(self._worker), time.perf_counter()
+        self._refuse("announced but not delivered", update.tensors.keys() - self._delivered)
+        if self._filled is not None:
+            self._refuse("the checkpoint does not fill these parameters of the model", _weights(model) - self._filled)
+        process = importlib.import_module("vllm.model_executor.model_loader.utils").process_weights_after_loading
+        with compat.engine_context(self._worker):
+            try:
+                process(model, self._worker.model_config, self._worker.device)
+            except RuntimeError as error:
+                if "came only in part" not in str(error):
+                    raise
+                raise WeightsRejectedError(str(error)) from error
+        self.dirty, self.version, self._update = False, update.version, None
+        return {
+            "vllm": compat.version(),
+            "tensors": len(self._delivered),
+            "reload": "patched",
+            "load_seconds": round(self._seconds, 6),
+            "finish_seconds": round(time.perf_counter() - start, 6),
+        }
+
+    def abort(self) -> bool:
+        """Gives up; what was loaded cannot be taken back. Returns whether all weights are the old ones."""
+        self._update = None
+        if self._delivered:
+            self.dirty = True
+            if _patch_is_in():
+                importlib.import_module(_RELOADABLE).abandon(compat.target_model(self._worker))
+        return not self.dirty
+
+    @staticmethod
+    def _refuse(problem: str, names: set[str]) -> None:
+        if names:
+            more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+            raise WeightsRejectedError(f"{problem}: {', '.join(sorted(names)[:_MOST_NAMED])}{more}")
+
+
+def _patch_is_in() -> bool:
+    return importlib.util.find_spec(_RELOADABLE) is not None
+
+
+def _check_layer(name: str, layer: torch.nn.Module) -> None:
+    method = getattr(layer, "quant_method", None)
+    kind = type(method).__name__
+    if method is None or kind.startswith("Unquantized") or STATE in vars(layer):
+        return
+    if kind.startswith(("Fp8", "BaseKVCache")) and not _patch_is_in():
+        raise MissingDependencyError(
+            f"{_needs_newer(f'cannot reload {name} ({kind})')}; or run checkpoint-engine-vllm patch in its "
+            "environment, and start it again"
+        )
+    raise MissingDependencyError(_needs_newer(f"cannot reload {name} ({kind})"))
+
+
+def _weights(model: torch.nn.Module) -> set[str]:
+    """Parameters that every checkpoint fills; scales may be absent from one."""
+    return {name for name, _ in model.named_parameters() if "scale" not in name}
+
+
+def _needs_newer(problem: str) -> str:
+    return f"vLLM {compat.version()} {problem}; use vLLM 0.16 or newer: pip install --upgrade 'vllm>=0.16'"

@@ -1,0 +1,164 @@
+"""A small real Llama of a vLLM source tree, updated by the plugin's own adapter as a worker would be."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import transformers
+from fp8_state import addresses, differences, state
+from fp8_tree import Vllm
+
+from checkpoint_engine.engine.adapter import TensorSpec, Update
+from checkpoint_engine.errors import MissingDependencyError, WeightsRejectedError
+from checkpoint_engine_vllm import patched
+
+SIZE, VOCABULARY = 256, 128
+PROJECTIONS = {
+    "self_attn.q_proj": (256, 256),
+    "self_attn.k_proj": (128, 256),
+    "self_attn.v_proj": (128, 256),
+    "self_attn.o_proj": (256, 256),
+    "mlp.gate_proj": (256, 256),
+    "mlp.up_proj": (256, 256),
+    "mlp.down_proj": (256, 256),
+}
+NORMS = ("model.layers.0.input_layernorm", "model.layers.0.post_attention_layernorm", "model.norm")
+
+
+def checkpoint(seed: int) -> dict[str, torch.Tensor]:
+    """FP8 in blocks, with scales of the cache, under the names of a published checkpoint."""
+    random = torch.Generator(device="cpu").manual_seed(seed)
+    found = {
+        "model.embed_tokens.weight": torch.randn(VOCABULARY, SIZE, generator=random).bfloat16(),
+        "lm_head.weight": torch.randn(VOCABULARY, SIZE, generator=random).bfloat16(),
+    }
+    found |= {f"{name}.weight": torch.randn(SIZE, generator=random).bfloat16() for name in NORMS}
+    for projection, (rows, columns) in PROJECTIONS.items():
+        name = f"model.layers.0.{projection}"
+        weight = torch.randn(rows, columns, generator=random, dtype=torch.float32) * 40
+        found[f"{name}.weight"] = weight.to(torch.float8_e4m3fn)
+        found[f"{name}.weight_scale_inv"] = torch.rand(rows // 128, columns // 128, generator=random)
+    return found | {f"model.layers.0.self_attn.{x}_scale": torch.rand(1, generator=random)[0] for x in "kv"}
+
+
+class Worker:
+    """What the adapter uses of vLLM's worker."""
+
+    def __init__(self, vllm: Vllm) -> None:
+        from vllm.config import VllmConfig, set_current_vllm_config
+        from vllm.model_executor.models.llama import LlamaForCausalLM
+
+        described = transformers.LlamaConfig(
+            hidden_size=SIZE,
+            intermediate_size=SIZE,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=VOCABULARY,
+        )
+        self.model_config: Any = types.SimpleNamespace(
+            hf_config=described,
+            hf_text_config=described,
+            dtype=torch.bfloat16,
+            quantization="fp8",
+            max_model_len=64,
+            is_encoder_decoder=False,
+            is_mm_prefix_lm=False,
+            use_mla=False,
+            model="llama",
+        )
+        self.vllm_config: Any = VllmConfig()
+        self.vllm_config.quant_config = vllm.fp8.Fp8Config(True, "dynamic", weight_block_size=[128, 128])
+        self.vllm_config.model_config = self.model_config
+        self.rank, self.device = 0, torch.device("cpu")
+        with set_current_vllm_config(self.vllm_config):
+            self.model = LlamaForCausalLM(vllm_config=self.vllm_config)
+        for layer in self.model.modules():
+            if hasattr(layer, "kv_cache_dtype"):
+                layer.kv_cache_dtype = "fp8"
+        self.model_runner = types.SimpleNamespace(get_model=lambda: self.model)
+
+    def load(self, tensors: dict[str, torch.Tensor]) -> None:
+        """As vLLM starts."""
+        from vllm.config import set_current_vllm_config
+        from vllm.model_executor.model_loader.utils import process_weights_after_loading
+
+        with set_current_vllm_config(self.vllm_config):
+            self.model.load_weights(tensors.items())
+            process_weights_after_loading(self.model, self.model_config, self.device)
+
+
+def update(vllm: Vllm) -> str:
+    """What is wrong after updates that succeed, are cut off, and lack a tensor."""
+    worker, expected = Worker(vllm), {}
+    for seed in (1, 2):
+        fresh = Worker(vllm)
+        fresh.load(checkpoint(seed))
+        expected[seed] = state(fresh.model)
+    worker.load(checkpoint(1))
+    before = addresses(worker.model)
+    adapter, wrong = patched.PatchedAdapter(worker), []
+
+    def compare(what: str, seed: int, *, dirty: bool = False) -> None:
+        wrong.extend(f"{what}: {text}" for text in differences(state(worker.model), expected[seed]))
+        wrong.extend([f"{what}: dirty is {adapter.dirty}"] if adapter.dirty is not dirty else [])
+
+    if not differences(expected[1], expected[2]):
+        return "the two checkpoints are the same"
+    bring(adapter, checkpoint(2))
+    compare("an update", 2)
+    announce(adapter, checkpoint(1))
+    wrong += [] if adapter.abort() else ["given up before anything came: the weights are said to be others"]
+    compare("given up before anything came", 2)
+    announce(adapter, checkpoint(1))
+    for bucket in list(buckets(checkpoint(1)))[:2]:
+        adapter.load(bucket)
+    wrong += ["given up half-way: the weights are said to be the old ones"] if adapter.abort() else []
+    for missing in ("model.layers.0.mlp.up_proj.weight", "model.norm.weight"):
+        some = {name: tensor for name, tensor in checkpoint(1).items() if name != missing}
+        try:
+            bring(adapter, some)
+            wrong.append(f"without {missing}: no error")
+        except WeightsRejectedError as error:
+            wrong += [] if "weight" in str(error) else [str(error)]
+            adapter.abort()
+        wrong += [] if adapter.dirty else [f"without {missing}: not dirty"]
+    bring(adapter, checkpoint(1))
+    compare("healed", 1)
+    wrong += [f"{name} has moved" for name, at in addresses(worker.model).items() if at != before.get(name)]
+    return "; ".join(wrong) or refusals(worker, adapter)
+
+
+def refusals(worker: Worker, adapter: patched.PatchedAdapter) -> str:
+    """What is wrong with the refusals of what this vLLM cannot do."""
+    layer: Any = worker.model.model.layers[0].mlp.down_proj
+    del vars(layer)[patched.STATE]
+    try:
+        announce(adapter, checkpoint(1))
+    except MissingDependencyError as error:
+        return "" if "down_proj" in str(error) and "0.16" in str(error) else str(error)
+    return "a layer that cannot be loaded again was accepted"
+
+
+def bring(adapter: patched.PatchedAdapter, tensors: dict[str, torch.Tensor]) -> None:
+    announce(adapter, tensors)
+    for bucket in buckets(tensors):
+        adapter.load(bucket)
+        for _, tensor in bucket:
+            tensor.view(torch.uint8).fill_(0x55) if tensor.dim() else tensor.fill_(7)  # memory is used again
+    adapter.finish()
+
+
+def announce(adapter: patched.PatchedAdapter, tensors: dict[str, torch.Tensor]) -> None:
+    specs = {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    adapter.begin(Update(id="1", checkpoint="x", version="2", tensors=specs))
+
+
+def buckets(tensors: dict[str, torch.Tensor]) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    """Five tensors each; layers lie across their ends."""
+    pairs = list(tensors.items())
+    for start in range(0, len(pairs), 5):
+        yield pairs[start : start + 5]
