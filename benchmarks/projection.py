@@ -50,13 +50,17 @@ def broadcast(model: Model, gpus: int, each: float) -> float:
 
 
 def direct(model: Model, gpus: int) -> float:
-    """Every GPU takes its share. What all GPUs keep in full, such as norms, is left out: a few MB."""
+    """Every GPU takes its share. What all GPUs keep in full, such as norms, is left out: a few MB.
+
+    A copy is counted at what it took one by one; batches of copies were not measured.
+    """
     return max(model.nbytes / gpus / HOST_TO_DEVICE, model.tensors * REPLAY)
 
 
 def main() -> None:
     """Prints the table."""
-    print("Projected seconds of an update from host memory (16 GPUs: two hosts, each with all of it)\n")
+    print("PROJECTION, nothing of it measured: seconds of an update from host memory")
+    print("(16 GPUs: two hosts, each with all of it)\n")
     print(f"{'':24}{'GPUs':>6}{'GB':>7}{'by loader':>12}{'by plan':>10}{'direct':>9}{'limit':>8}{'upstream says':>15}")
     for model in MODELS:
         for gpus in (8, 16):
@@ -66,7 +70,8 @@ def main() -> None:
                 f"{broadcast(model, gpus, REPLAY):10.2f}{direct(model, gpus):9.2f}{limit:8.2f}"
                 f"{PUBLISHED.get((model.name, gpus), ''):>15}"
             )
-    print("\nby loader: broadcast, then the engine's own loader. by plan: broadcast, then a reload plan.")
+    print("\nThe last column is what upstream's README states, on other GPUs than those whose rates are used here.")
+    print("by loader: broadcast, then the engine's own loader. by plan: broadcast, then a reload plan.")
 
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ def plan_byte_runs(copies: Iterable[Copy], edge: int | None = None) -> ByteRuns:
     by_layout: dict[Layout, list[tuple[int, int, int, int, int]]] = {}
     for number, (segment, source, target, place, layout) in enumerate(copies):
         by_layout.setdefault(layout, []).append((segment, source, target, place, number))
-    tables: list[torch.Tensor] = [torch.empty((0, 8), dtype=torch.int64, device=_HERE)]
+    tables = [torch.empty((0, 8), dtype=torch.int64, device=_HERE)]
     apart: list[int] = []
     for layout, found in by_layout.items():
         box = box_of(layout)
@@ -111,6 +111,8 @@ def plan_byte_runs(copies: Iterable[Copy], edge: int | None = None) -> ByteRuns:
         else:
             tables.append(_table(torch.tensor(found, dtype=torch.int64, device=_HERE), box))
     table = torch.cat(tables)
+    if not len(table):
+        return ByteRuns(table, tuple(sorted(apart)))
     return ByteRuns(_merged(table if edge is None else _cut(table, edge), edge), tuple(sorted(apart)))
 
 
