@@ -1,6 +1,6 @@
 """Runs in vLLM's environment: makes tiny checkpoints with random weights and a tokenizer, without any download.
 
-models.py DIR NAME...       NAME: qwen3, qwen3-b (the same model from another seed), tied, moe, mtp
+models.py DIR NAME...       NAME: one of KINDS, or with -b the same model from another seed, as in qwen3-b
 """
 
 from __future__ import annotations
@@ -8,80 +8,157 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from quantise import FORMATS, quantise, with_cache_scales
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-HIDDEN, HEADS, KEY_HEADS, HEAD, INTERMEDIATE, LAYERS, VOCABULARY = 128, 4, 2, 32, 256, 2, 512
-EXPERTS, EXPERT_INTERMEDIATE = 8, 64
+VOCABULARY, LAYERS = 512, 2
 SPREAD = 0.08
 """Standard deviation of weights; with the usual 0.02 the logits of so small a model are all but flat."""
 
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
 
 
-def attention(prefix: str, *, norms: bool, biases: bool) -> Shapes:
-    for part, heads in (("q", HEADS), ("k", KEY_HEADS), ("v", KEY_HEADS)):
-        yield f"{prefix}.self_attn.{part}_proj.weight", (heads * HEAD, HIDDEN)
+@dataclass(frozen=True)
+class Size:
+    hidden: int = 128
+    heads: int = 4
+    key_heads: int = 2
+    head: int = 32
+    intermediate: int = 256
+    experts: int = 8
+    expert_intermediate: int = 64
+
+
+SMALL = Size()
+WIDE = Size(hidden=256, head=64, experts=4, expert_intermediate=128)
+"""Whatever is quantised in blocks, also each part of a fused layer, is a multiple of 128 here; kernels ask for it."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    model: str
+    """What the architecture is called here: qwen3, tied, moe, mtp or deepseek."""
+    form: str = ""
+    """How weights are stored; empty: bfloat16."""
+    size: Size = SMALL
+    cache_scales: bool = False
+
+
+KINDS = {
+    "qwen3": Kind("qwen3"),
+    "tied": Kind("tied"),
+    "moe": Kind("moe"),
+    "mtp": Kind("mtp"),
+    "wide": Kind("qwen3", size=WIDE),
+    "fp8block": Kind("qwen3", "fp8-block", WIDE),
+    "fp8tensor": Kind("qwen3", "fp8-tensor", WIDE),
+    "fp8channel": Kind("qwen3", "fp8-channel", WIDE),
+    "int8": Kind("qwen3", "int8-channel", WIDE),
+    "wna16": Kind("qwen3", "int4-packed", WIDE),
+    "fp8moe": Kind("moe", "fp8-block", WIDE),
+    "fp8kv": Kind("qwen3", "fp8-tensor", WIDE, cache_scales=True),
+    "mla": Kind("deepseek", size=WIDE),
+    "fp8mla": Kind("deepseek", "fp8-block", WIDE),
+}
+
+# DeepSeek's own: kernels for its attention take no other sizes.
+QUERY_RANK, KEY_RANK, NOPE, ROPE, VALUE = 128, 512, 128, 64, 128
+
+
+def attention(prefix: str, size: Size, *, norms: bool, biases: bool) -> Shapes:
+    for part, heads in (("q", size.heads), ("k", size.key_heads), ("v", size.key_heads)):
+        yield f"{prefix}.self_attn.{part}_proj.weight", (heads * size.head, size.hidden)
         if biases:
-            yield f"{prefix}.self_attn.{part}_proj.bias", (heads * HEAD,)
-    yield f"{prefix}.self_attn.o_proj.weight", (HIDDEN, HEADS * HEAD)
+            yield f"{prefix}.self_attn.{part}_proj.bias", (heads * size.head,)
+    yield f"{prefix}.self_attn.o_proj.weight", (size.hidden, size.heads * size.head)
     if norms:
-        yield f"{prefix}.self_attn.q_norm.weight", (HEAD,)
-        yield f"{prefix}.self_attn.k_norm.weight", (HEAD,)
+        yield f"{prefix}.self_attn.q_norm.weight", (size.head,)
+        yield f"{prefix}.self_attn.k_norm.weight", (size.head,)
 
 
-def mlp(prefix: str, intermediate: int) -> Shapes:
-    yield f"{prefix}.gate_proj.weight", (intermediate, HIDDEN)
-    yield f"{prefix}.up_proj.weight", (intermediate, HIDDEN)
-    yield f"{prefix}.down_proj.weight", (HIDDEN, intermediate)
+def latent_attention(prefix: str, size: Size) -> Shapes:
+    yield f"{prefix}.self_attn.q_a_proj.weight", (QUERY_RANK, size.hidden)
+    yield f"{prefix}.self_attn.q_a_layernorm.weight", (QUERY_RANK,)
+    yield f"{prefix}.self_attn.q_b_proj.weight", (size.heads * (NOPE + ROPE), QUERY_RANK)
+    yield f"{prefix}.self_attn.kv_a_proj_with_mqa.weight", (KEY_RANK + ROPE, size.hidden)
+    yield f"{prefix}.self_attn.kv_a_layernorm.weight", (KEY_RANK,)
+    yield f"{prefix}.self_attn.kv_b_proj.weight", (size.heads * (NOPE + VALUE), KEY_RANK)
+    yield f"{prefix}.self_attn.o_proj.weight", (size.hidden, size.heads * VALUE)
 
 
-def layer(prefix: str, kind: str) -> Shapes:
-    yield from attention(prefix, norms=kind != "mtp", biases=kind == "mtp")
-    if kind == "moe":
-        yield f"{prefix}.mlp.gate.weight", (EXPERTS, HIDDEN)
-        for expert in range(EXPERTS):
-            yield from mlp(f"{prefix}.mlp.experts.{expert}", EXPERT_INTERMEDIATE)
+def mlp(prefix: str, size: Size, intermediate: int) -> Shapes:
+    yield f"{prefix}.gate_proj.weight", (intermediate, size.hidden)
+    yield f"{prefix}.up_proj.weight", (intermediate, size.hidden)
+    yield f"{prefix}.down_proj.weight", (size.hidden, intermediate)
+
+
+def layer(prefix: str, model: str, size: Size, *, dense: bool) -> Shapes:
+    if model == "deepseek":
+        yield from latent_attention(prefix, size)
     else:
-        yield from mlp(f"{prefix}.mlp", INTERMEDIATE)
-    yield f"{prefix}.input_layernorm.weight", (HIDDEN,)
-    yield f"{prefix}.post_attention_layernorm.weight", (HIDDEN,)
+        yield from attention(prefix, size, norms=model != "mtp", biases=model == "mtp")
+    if dense:
+        yield from mlp(f"{prefix}.mlp", size, size.intermediate)
+    else:
+        yield f"{prefix}.mlp.gate.weight", (size.experts, size.hidden)
+        for expert in range(size.experts):
+            yield from mlp(f"{prefix}.mlp.experts.{expert}", size, size.expert_intermediate)
+        if model == "deepseek":
+            yield f"{prefix}.mlp.gate.e_score_correction_bias", (size.experts,)
+            yield from mlp(f"{prefix}.mlp.shared_experts", size, size.expert_intermediate)
+    yield f"{prefix}.input_layernorm.weight", (size.hidden,)
+    yield f"{prefix}.post_attention_layernorm.weight", (size.hidden,)
 
 
-def shapes(kind: str) -> Shapes:
-    yield "model.embed_tokens.weight", (VOCABULARY, HIDDEN)
+def shapes(kind: Kind) -> Shapes:
+    size, model = kind.size, kind.model
+    yield "model.embed_tokens.weight", (VOCABULARY, size.hidden)
     for index in range(LAYERS):
-        yield from layer(f"model.layers.{index}", kind)
-    yield "model.norm.weight", (HIDDEN,)
-    if kind != "tied":
-        yield "lm_head.weight", (VOCABULARY, HIDDEN)
-    if kind == "mtp":
-        yield from layer("model.mtp_layers.0", kind)
-        yield "model.mtp_layers.0.input_proj.weight", (HIDDEN, 2 * HIDDEN)
+        dense = model != "moe" and (model != "deepseek" or index == 0)
+        yield from layer(f"model.layers.{index}", model, size, dense=dense)
+    yield "model.norm.weight", (size.hidden,)
+    if model != "tied":
+        yield "lm_head.weight", (VOCABULARY, size.hidden)
+    if model == "mtp":
+        yield from layer("model.mtp_layers.0", model, size, dense=True)
+        yield "model.mtp_layers.0.input_proj.weight", (size.hidden, 2 * size.hidden)
         for norm in ("token", "hidden", "final"):
-            yield f"model.mtp_layers.0.{norm}_layernorm.weight", (HIDDEN,)
+            yield f"model.mtp_layers.0.{norm}_layernorm.weight", (size.hidden,)
+    if model == "deepseek":
+        prefix = f"model.layers.{LAYERS}"
+        yield f"{prefix}.embed_tokens.weight", (VOCABULARY, size.hidden)
+        yield f"{prefix}.enorm.weight", (size.hidden,)
+        yield f"{prefix}.hnorm.weight", (size.hidden,)
+        yield f"{prefix}.eh_proj.weight", (size.hidden, 2 * size.hidden)
+        yield from layer(prefix, model, size, dense=False)
+        yield f"{prefix}.shared_head.norm.weight", (size.hidden,)
+        yield f"{prefix}.shared_head.head.weight", (VOCABULARY, size.hidden)
 
 
-def config(kind: str) -> dict[str, object]:
+def config(kind: Kind) -> dict[str, object]:
+    size = kind.size
     architecture, model_type = {
         "moe": ("Qwen3MoeForCausalLM", "qwen3_moe"),
         "mtp": ("MiMoForCausalLM", "qwen2"),
-    }.get(kind, ("Qwen3ForCausalLM", "qwen3"))
-    return {
+        "deepseek": ("DeepseekV3ForCausalLM", "deepseek_v3"),
+    }.get(kind.model, ("Qwen3ForCausalLM", "qwen3"))
+    found = {
         "architectures": [architecture],
         "model_type": model_type,
         "vocab_size": VOCABULARY,
-        "hidden_size": HIDDEN,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KEY_HEADS,
-        "head_dim": HEAD,
-        "intermediate_size": INTERMEDIATE,
+        "hidden_size": size.hidden,
+        "num_attention_heads": size.heads,
+        "num_key_value_heads": size.key_heads,
+        "head_dim": size.head,
+        "intermediate_size": size.intermediate,
         "num_hidden_layers": LAYERS,
         "max_position_embeddings": 8192,
-        "tie_word_embeddings": kind == "tied",
+        "tie_word_embeddings": kind.model == "tied",
         "hidden_act": "silu",
         "rms_norm_eps": 1e-6,
         "dtype": "bfloat16",
@@ -90,23 +167,49 @@ def config(kind: str) -> dict[str, object]:
         "pad_token_id": 0,
     } | {
         "moe": {
-            "num_experts": EXPERTS,
+            "num_experts": size.experts,
             "num_experts_per_tok": 2,
-            "moe_intermediate_size": EXPERT_INTERMEDIATE,
+            "moe_intermediate_size": size.expert_intermediate,
             "norm_topk_prob": True,
             "decoder_sparse_step": 1,
             "mlp_only_layers": [],
         },
         "mtp": {"num_nextn_predict_layers": 1},
-    }.get(kind, {})
+        "deepseek": {
+            "num_key_value_heads": size.heads,
+            "head_dim": ROPE,
+            "q_lora_rank": QUERY_RANK,
+            "kv_lora_rank": KEY_RANK,
+            "qk_nope_head_dim": NOPE,
+            "qk_rope_head_dim": ROPE,
+            "v_head_dim": VALUE,
+            "n_routed_experts": size.experts,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": size.expert_intermediate,
+            "moe_layer_freq": 1,
+            "first_k_dense_replace": 1,
+            "n_group": 1,
+            "topk_group": 1,
+            "topk_method": "noaux_tc",
+            "scoring_func": "sigmoid",
+            "norm_topk_prob": True,
+            "routed_scaling_factor": 1.0,
+            "num_nextn_predict_layers": 1,
+        },
+    }.get(kind.model, {})
+    return found | ({"quantization_config": FORMATS[kind.form].config} if kind.form else {})
 
 
-def weights(kind: str, seed: int) -> dict[str, torch.Tensor]:
+def weights(kind: Kind, seed: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return {
-        name: (torch.randn(shape, generator=generator) * SPREAD + (1.0 if "norm" in name else 0.0)).to(torch.bfloat16)
-        for name, shape in shapes(kind)
-    }
+    tensors = {}
+    for name, shape in shapes(kind):
+        tensor = torch.randn(shape, generator=generator) * SPREAD + (1.0 if "norm" in name else 0.0)
+        tensors[name] = tensor if name.endswith("correction_bias") else tensor.to(torch.bfloat16)
+    if kind.form:
+        tensors = quantise(tensors, FORMATS[kind.form])
+    return with_cache_scales(tensors, seed) if kind.cache_scales else tensors
 
 
 def save_tokenizer(directory: Path) -> None:
@@ -141,7 +244,8 @@ def save_weights(directory: Path, tensors: dict[str, torch.Tensor], files: int =
 
 
 def make(parent: Path, name: str) -> None:
-    kind, _, variant = name.partition("-")
+    key, _, variant = name.partition("-")
+    kind = KINDS[key]
     directory = parent / name
     directory.mkdir(parents=True)
     save_tokenizer(directory)

@@ -1,0 +1,148 @@
+"""Mocks of CUDA kernels for FP8, in plain torch, for a CPU that has none: import it where a vLLM engine runs.
+
+Only the kernels are mocked. Loading, requantising and reloading are vLLM's own; what vLLM has on the CPU for itself
+(int8, int4, attention) is left alone. As on CUDA, each kernel wants weights and scales otherwise than the checkpoint
+has them: transposed, permuted, repacked in another dtype. So whoever loads a checkpoint over them is wrong.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.model_executor.kernels import linear
+from vllm.model_executor.kernels.linear.scaled_mm.BlockScaledMMLinearKernel import Fp8BlockScaledMMLinearKernel
+from vllm.model_executor.kernels.linear.scaled_mm.ScaledMMLinearKernel import FP8ScaledMMLinearKernel
+from vllm.model_executor.layers.fused_moe.experts import cpu_moe
+from vllm.model_executor.utils import replace_parameter
+from vllm.platforms import PlatformEnum
+
+from checkpoint_engine_vllm import WorkerExtension
+from vllm import _custom_ops as ops
+
+FP8 = torch.float8_e4m3fn
+FP8_MAX = torch.finfo(FP8).max
+YES = (True, None)
+
+
+def install() -> None:
+    """Puts the mocks before whatever vLLM would choose."""
+    linear._POSSIBLE_FP8_BLOCK_KERNELS[PlatformEnum.CPU].insert(0, BlockKernel)
+    linear._POSSIBLE_FP8_KERNELS[PlatformEnum.CPU].insert(0, ScaledKernel)
+    ops.scaled_fp8_quant = scaled_fp8_quant
+    cpu_moe.CPUExpertsFp8 = Experts
+    cpu_moe.prepare_fp8_moe_layer_for_cpu = prepare_experts
+
+
+class BlockKernel(Fp8BlockScaledMMLinearKernel):
+    """Keeps weights and scales transposed in memory, as CUTLASS and DeepGEMM want scales."""
+
+    @classmethod
+    def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
+        return YES
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        super().process_weights_after_loading(layer)
+        if keeps_layout(layer):
+            return
+        for name in ("weight", "weight_scale_inv"):
+            replace_parameter(layer, name, getattr(layer, name).t().contiguous())
+
+    def apply_weights(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None, **_: Any) -> torch.Tensor:
+        weight, scale = layer.weight, layer.weight_scale_inv
+        if not keeps_layout(layer):
+            weight, scale = weight.t(), scale.t()
+        return torch.nn.functional.linear(x, without_blocks(weight, scale).to(x.dtype), bias)
+
+    def apply_block_scaled_mm(self, *_: Any, **__: Any) -> torch.Tensor:
+        raise NotImplementedError
+
+
+def keeps_layout(layer: torch.nn.Module) -> bool:
+    """vLLM reads the weight of this one itself, to derive what latent attention needs."""
+    return str(getattr(layer, "prefix", "")).endswith("kv_b_proj")
+
+
+def without_blocks(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    grown = scale.repeat_interleave(128, -2).repeat_interleave(128, -1)
+    return weight.float() * grown[..., : weight.shape[-2], : weight.shape[-1]]
+
+
+class ScaledKernel(FP8ScaledMMLinearKernel):
+    """One scale a tensor or a channel; weights repacked as int32, as Marlin does, and scales in another order."""
+
+    @classmethod
+    def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
+        return YES
+
+    @classmethod
+    def can_implement(cls, c: Any) -> tuple[bool, str | None]:
+        return YES
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        weight, scale = layer.weight, layer.weight_scale
+        replace_parameter(layer, "weight", weight.contiguous().view(torch.int32))
+        replace_parameter(layer, "weight_scale", scale.reshape(-1).flip(0).contiguous())
+
+    def apply_weights(self, layer: Any, x: Any, bias: torch.Tensor | None = None) -> torch.Tensor:
+        weight = layer.weight.view(FP8).float() * layer.weight_scale.flip(0)
+        rows = x.reshape(-1, x.shape[-1])
+        quantised, scale = self.quant_fp8(rows, layer.input_scale)
+        # QuantFP8 may pad rows; a scale is one number, or one a row.
+        result = (quantised.float() @ weight * scale)[: rows.shape[0]]
+        result = result.to(x.dtype).reshape(*x.shape[:-1], -1)
+        return result if bias is None else result + bias
+
+    def apply_scaled_mm(self, **_: Any) -> torch.Tensor:
+        raise NotImplementedError
+
+
+def scaled_fp8_quant(
+    tensor: torch.Tensor, scale: torch.Tensor | None = None, **_: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """vLLM's operator of this name, which quantises weights, for one scale a tensor."""
+    if scale is None:
+        scale = (tensor.abs().max().float() / FP8_MAX).reshape(1)
+    return (tensor.float() / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale
+
+
+def prepare_experts(w13: torch.Tensor, w2: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Up before gate, as FlashInfer wants it, and transposed."""
+    gate, up = w13.chunk(2, dim=1)
+    return torch.cat([up, gate], dim=1).transpose(1, 2).contiguous(), w2.transpose(1, 2).contiguous()
+
+
+class Experts(cpu_moe.CPUExpertsFp8):
+    """FP8 experts in blocks."""
+
+    @staticmethod
+    def _supports_current_device() -> bool:
+        return True
+
+    def apply(
+        self,
+        output: torch.Tensor,
+        hidden_states: torch.Tensor,
+        w1: torch.Tensor,
+        w2: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        *_: Any,
+        **__: Any,
+    ) -> None:
+        up, gate = w1.transpose(1, 2).chunk(2, dim=1)
+        gate_and_up = without_blocks(torch.cat([gate, up], dim=1), self.w1_scale)
+        down = without_blocks(w2.transpose(1, 2), self.w2_scale)
+        result = torch.zeros_like(hidden_states, dtype=torch.float32)
+        for token, (experts, shares) in enumerate(zip(topk_ids.tolist(), topk_weights.float(), strict=True)):
+            for expert, share in zip(experts, shares, strict=True):
+                opened, kept = (gate_and_up[expert] @ hidden_states[token].float()).chunk(2)
+                result[token] += share * (down[expert] @ (torch.nn.functional.silu(opened) * kept))
+        output.copy_(result)
+
+
+class MockedExtension(WorkerExtension):
+    """Ours, for `--worker-extension-cls`: vLLM imports this module before its workers build their model."""
+
+
+install()
