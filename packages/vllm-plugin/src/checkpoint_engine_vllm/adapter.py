@@ -12,6 +12,7 @@ import torch
 
 from checkpoint_engine.engine.adapter import TensorSpec, Update
 from checkpoint_engine.errors import CheckpointStateError, WeightsRejectedError
+from checkpoint_engine.reload.delivery import Delivery
 from checkpoint_engine_vllm import compat, formats
 from checkpoint_engine_vllm.draft import NAME, DraftReload, open_draft
 from checkpoint_engine_vllm.layers import Way
@@ -48,10 +49,13 @@ class VllmAdapter:
         self._planner = planner or Planner()
         self._plans = Plans()
         self._plan: LoadPlan | None = None
+        self._fitting: LoadPlan | None = None
+        """The last plan whose tensors were found to fit the served model."""
         self._target: AnyReload | None = None
         self._draft: DraftReload | None = None
         self._update: Update | None = None
         self._delivered: set[str] = set()
+        self._nbytes = 0
         self._seconds = {"check": 0.0, "load": 0.0, "finish": 0.0}
 
     # -- the protocol
@@ -64,12 +68,14 @@ class VllmAdapter:
             MissingDependencyError: this vLLM cannot reload weights.
         """
         compat.layerwise()
-        self._update, self._delivered = update, set()
+        self._update, self._delivered, self._nbytes = update, set(), 0
         self._seconds = dict.fromkeys(self._seconds, 0.0)
         start = time.perf_counter()
         with compat.engine_context(self._worker):
             draft = open_draft(self._worker, update.tensors, self._planner, self._plans, update.reload)
-            served = {name: spec for name, spec in update.tensors.items() if draft is None or not draft.only(name)}
+            served = update.tensors
+            if draft is not None:
+                served = {name: spec for name, spec in served.items() if not draft.only(name)}
             self._check(served, draft)
             self._seconds["check"] = time.perf_counter() - start
             self._target = self._plans.open(
@@ -87,6 +93,11 @@ class VllmAdapter:
             if draft is not None:
                 draft.begin(self._repairs())
 
+    def wanted(self, bucket: Sequence[tuple[str, int]]) -> tuple[tuple[int, int], ...] | None:
+        """Only what the plan copies, once it is trusted and nothing is left to vLLM's loader."""
+        target = self._target
+        return target.wanted(bucket) if isinstance(target, PlannedReload) and self._draft is None else None
+
     def load(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
         """Gives tensors to vLLM's loaders: those of the served model and of its draft model."""
         target, draft = self._target, self._draft
@@ -97,7 +108,12 @@ class VllmAdapter:
             target.load(tensors if draft is None else [pair for pair in tensors if not draft.only(pair[0])])
             if draft is not None:
                 draft.load(tensors)
-        self._delivered.update(name for name, _ in tensors)
+        if isinstance(tensors, Delivery):
+            self._delivered |= tensors.names
+            self._nbytes += tensors.nbytes
+        else:
+            self._delivered.update(name for name, _ in tensors)
+            self._nbytes += sum(tensor.nbytes for _, tensor in tensors)
         self._seconds["load"] += time.perf_counter() - start
 
     def finish(self) -> Mapping[str, str | int | float]:
@@ -110,8 +126,8 @@ class VllmAdapter:
         if target is None or update is None:
             raise CheckpointStateError("finish was called outside of an update")
         start = time.perf_counter()
-        lost = [name for name in update.tensors if name not in self._delivered]
-        if lost:
+        if len(self._delivered) < len(update.tensors):
+            lost = [name for name in update.tensors if name not in self._delivered]
             raise WeightsRejectedError(f"announced but not delivered: {_listed(lost)}")
         with compat.engine_context(self._worker):
             if self._plan is None or not self._plan.is_complete:
@@ -123,7 +139,7 @@ class VllmAdapter:
                 draft.finish()
             self._after_new_weights()
         self._seconds["finish"] = time.perf_counter() - start
-        details = self._details(update, target, draft)
+        details = self._details(target, draft)
         for name in (_SERVED, NAME):
             self._plans.succeeded(name)
         self.dirty, self.version = False, update.version
@@ -167,10 +183,11 @@ class VllmAdapter:
             graphs = compat.captures_graphs(self._worker)
             self._refuse(_STALE, formats.unreloadable(served, graphs=graphs), "captured graphs would read freed memory")
         self._plan = plan = self._planner.plan(_SERVED, config, model_config, tensors, served)
-        if plan is not None and plan.is_complete:
+        if plan is not None and plan is not self._fitting and plan.is_complete:
             quantised = config.quant_config is not None
             self._refuse(_MISSING, missing_parameters(plan, served, quantised=quantised))
             self._refuse("these tensors are larger than the model's parameters", self._too_large(plan, tensors))
+            self._fitting = plan
         if draft is not None:
             self._refuse(_MISSING, draft.missing())
 
@@ -202,35 +219,28 @@ class VllmAdapter:
         if reset is not None:
             reset()
 
-    def _details(self, update: Update, target: AnyReload, draft: DraftReload | None) -> dict[str, str | int | float]:
-        by_loader, why = self._left_to_loader(update, target)
+    def _details(self, target: AnyReload, draft: DraftReload | None) -> dict[str, str | int | float]:
+        by_loader = target.loader_bytes if isinstance(target, PlannedReload) else self._nbytes
         return {
             "vllm": compat.version(),
             "tensors": len(self._delivered),
             "draft_tensors": 0 if draft is None else draft.tensors,
             "reload": target.way,
-            "plan_bytes": sum(_nbytes(spec) for spec in update.tensors.values()) - by_loader,
+            "plan_bytes": self._nbytes - by_loader,
             "loader_bytes": by_loader,
-            "loader_reason": why,
+            "loader_reason": self._why_by_loader(target),
             "cloned_bytes": target.cloned_bytes + (0 if draft is None else draft.cloned_bytes),
             **{f"{step}_seconds": round(seconds, 6) for step, seconds in self._seconds.items()},
         }
 
-    def _left_to_loader(self, update: Update, target: AnyReload) -> tuple[int, str]:
-        """Bytes of tensors that vLLM's own loader placed, and why."""
-        nbytes = {name: _nbytes(spec) for name, spec in update.tensors.items()}
+    def _why_by_loader(self, target: AnyReload) -> str:
         layers = self._plans.layers(_SERVED)
         if isinstance(target, ProvingReload):
-            return sum(nbytes.values()), "the first update proves the plan"
-        if not isinstance(target, PlannedReload) or layers is None:
-            return sum(nbytes.values()), "" if layers is None else layers.obstacle
-        left = layers.of(Way.LOADER)
-        why = "; ".join(f"{layer.name}: {layer.reason}" for layer in left[:_MOST_NAMED])
-        return sum(nbytes[name] for name in layers.tensors_of(Way.LOADER) if name in nbytes), why
-
-
-def _nbytes(spec: TensorSpec) -> int:
-    return math.prod(spec.shape) * spec.dtype.itemsize
+            return "the first update proves the plan"
+        if layers is None or not isinstance(target, PlannedReload):
+            return "" if layers is None else layers.obstacle
+        left = layers.of(Way.LOADER)[:_MOST_NAMED]
+        return "; ".join(f"{layer.name}: {layer.reason}" for layer in left)
 
 
 def _listed(names: Sequence[str]) -> str:

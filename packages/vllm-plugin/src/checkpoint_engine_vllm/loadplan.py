@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -88,11 +88,18 @@ class Watched:
             yield name, tensor
 
 
+@dataclass(frozen=True)
+class _Known:
+    key: str
+    tensors: Mapping[str, TensorSpec]
+    plan: LoadPlan | None
+
+
 class Planner:
     """Makes plans, and keeps the last one of each model: the next update mostly brings the same tensors."""
 
     def __init__(self) -> None:
-        self._known: dict[str, tuple[str, LoadPlan | None]] = {}
+        self._known: dict[str, _Known] = {}
 
     def plan(
         self,
@@ -107,14 +114,22 @@ class Planner:
         Raises:
             WeightsRejectedError: the loader does not know a tensor, or not in this shape.
         """
-        digest = hashlib.sha256()
-        for name, spec in sorted(tensors.items()):
-            digest.update(f"{name}\0{spec.dtype}\0{spec.shape}\n".encode())
-        key = digest.hexdigest()
-        if model not in self._known or self._known[model][0] != key:
+        known = self._known.get(model)
+        if known is not None and known.tensors is tensors:  # mostly so, and then nothing is done for each of them
+            return known.plan
+        key = _fingerprint(tensors)
+        if known is None or known.key != key:
             self._known.pop(model, None)
-            self._known[model] = (key, _make_plan(key, config, model_config, tensors, live))
-        return self._known[model][1]
+            known = _Known(key, tensors, _make_plan(key, config, model_config, tensors, live))
+        self._known[model] = replace(known, tensors=tensors)
+        return known.plan
+
+
+def _fingerprint(tensors: Mapping[str, TensorSpec]) -> str:
+    digest = hashlib.sha256()
+    for name, spec in sorted(tensors.items()):
+        digest.update(f"{name}\0{spec.dtype}\0{spec.shape}\n".encode())
+    return digest.hexdigest()
 
 
 def missing_parameters(

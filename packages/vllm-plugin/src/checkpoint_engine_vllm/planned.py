@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from checkpoint_engine.errors import WorkerError
 from checkpoint_engine.reload.proof import Proof
-from checkpoint_engine.reload.replay import Replay
 from checkpoint_engine_vllm import compat
-from checkpoint_engine_vllm.layers import Layer, Layers, Way
+from checkpoint_engine_vllm.layers import Layer, Way
 from checkpoint_engine_vllm.protocols import ModelConfig
 from checkpoint_engine_vllm.reload import Reload
 from checkpoint_engine_vllm.repairs import Repairs
+from checkpoint_engine_vllm.routes import Routes
 
 
 class PlannedReload:
@@ -27,8 +27,7 @@ class PlannedReload:
         model: torch.nn.Module,
         model_config: ModelConfig,
         repairs: Repairs,
-        layers: Layers,
-        replay: Replay,
+        routes: Routes,
         *,
         lent: frozenset[torch.nn.Module] = frozenset(),
         checked: bool = False,
@@ -39,30 +38,19 @@ class PlannedReload:
             model: What takes the weights.
             model_config: Its configuration.
             repairs: What vLLM forgets.
-            layers: The way of each of its layers.
-            replay: The copies for those that are `DIRECT` or `REBUILT`.
+            routes: The way of each of its layers.
             lent: Modules of another model, whose reload fills them.
             checked: Whether to compare checksums of all that was copied.
         """
         self._model = model
         self._model_config = model_config
         self._repairs = repairs
-        self._layers = layers
-        self._replay = replay
-        self._lent = lent
+        self._routes = routes
+        self._layers = routes.layers
+        self._replay = routes.replay
         self._layerwise = compat.layerwise()
-        self._proof = Proof(layers.plan.reload, layers.device) if checked else None
-        self._planned = {target for layer in layers if layer.way is not Way.LOADER for target in layer.targets}
-        self._rebuilt = layers.tensors_of(Way.REBUILT)
-        self._direct = layers.tensors_of(Way.DIRECT)
-        self._loaded = layers.tensors_of(Way.LOADER)
-        self._by_target = {target: layer for layer in layers.of(Way.REBUILT) for target in layer.targets}
-        self._left = Counter(
-            self._by_target[piece.target].name
-            for pieces in layers.plan.reload.pieces.values()
-            for piece in pieces
-            if piece.target in self._by_target
-        )
+        self._proof = Proof(self._layers.plan.reload, self._layers.device) if checked else None
+        self._left = Counter(routes.pieces)
         """Pieces that a layer still waits for."""
         self._open: dict[str, Layer] = {}
         self._in_place: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
@@ -70,7 +58,7 @@ class PlannedReload:
         self._moving: dict[str, torch.Tensor] = {}
         self._done: list[Layer] = []
         self._written = False
-        others = [layer.module for layer in layers.of(Way.LOADER)]
+        others = [layer.module for layer in self._layers.of(Way.LOADER)]
         self._loader = Reload(model, model_config, Repairs(), lent, others) if others else None
 
     @property
@@ -78,11 +66,21 @@ class PlannedReload:
         """See `Reload`."""
         return 0 if self._loader is None else self._loader.cloned_bytes
 
+    @property
+    def loader_bytes(self) -> int:
+        """See `Reload`."""
+        return 0 if self._loader is None else self._loader.loader_bytes
+
     def begin(self) -> None:
         """Makes the model ready for new weights."""
         self._repairs.before(self._model)
         if self._loader is not None:
             self._loader.begin()
+
+    def wanted(self, bucket: Sequence[tuple[str, int]]) -> tuple[tuple[int, int], ...] | None:
+        """See `checkpoint_engine.engine.adapter.Selective`."""
+        by_plan = self._proof is None and self._loader is None
+        return self._replay.spans(bucket) if by_plan else None
 
     def load(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
         """Copies tensors to where they belong; their memory may be used again once the current stream has run dry.
@@ -91,13 +89,15 @@ class PlannedReload:
             WorkerError: vLLM's loader or processing failed.
         """
         self._open_layers(tensors)
-        self._written = self._written or any(name in self._direct for name, _ in tensors)
+        self._written = self._written or any(name in self._routes.direct for name, _ in tensors)
         self._replay.load(tensors, self._moving)
         if self._proof is not None:
-            self._proof.expect(tensors, self._planned)
+            self._proof.expect(tensors, self._routes.planned)
         self._close_layers(tensors)
         if self._loader is not None:
-            self._loader.load([pair for pair in tensors if pair[0] in self._loaded])
+            left = [pair for pair in tensors if pair[0] in self._routes.by_loader]
+            if left:
+                self._loader.load(left)
 
     def incomplete(self) -> list[str]:
         """Layers that did not get all their pieces; a plan whose tensors all came leaves none."""
@@ -114,10 +114,8 @@ class PlannedReload:
             self._compare(self._proof)
         if self._loader is not None:
             self._loader.finish()
-        by_loader = {id(layer.module) for layer in self._layers.of(Way.LOADER)}
-        for module in self._model.modules():
-            if compat.is_attention(module) and module not in self._lent and id(module) not in by_loader:
-                compat.process_attention(module, self._model_config)
+        for module in self._routes.attention:
+            compat.process_attention(module, self._model_config)
         self._repairs.after(self._model)
 
     def abort(self) -> bool:
@@ -137,16 +135,15 @@ class PlannedReload:
 
     # -- inside
 
-    def _to_rebuild(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> list[str]:
-        return [name for name, _ in tensors if name in self._rebuilt and name in self._layers.plan.reload.pieces]
+    def _to_rebuild(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> Iterator[Layer]:
+        """The layers to be rebuilt that these tensors have pieces for, once for each piece."""
+        rebuilt = self._routes.rebuilt
+        return (layer for name, _ in tensors if name in rebuilt for layer in rebuilt[name]) if rebuilt else iter(())
 
     def _open_layers(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
         """Gives memory laid out as in the checkpoint to the layers to be rebuilt that these tensors belong to."""
-        for name in self._to_rebuild(tensors):
-            for piece in self._layers.plan.reload.pieces[name]:
-                layer = self._by_target.get(piece.target)
-                if layer is None or layer.name in self._open:
-                    continue
+        for layer in self._to_rebuild(tensors):
+            if layer.name not in self._open:
                 self._open[layer.name] = layer
                 self._layerwise.initialize(compat.Scope([layer.module]))
                 self._in_place[layer.name] = [
@@ -163,14 +160,10 @@ class PlannedReload:
 
     def _close_layers(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
         """Processes the layers that have got their last piece."""
-        for name in self._to_rebuild(tensors):
-            for piece in self._layers.plan.reload.pieces[name]:
-                layer = self._by_target.get(piece.target)
-                if layer is None:
-                    continue
-                self._left[layer.name] -= 1
-                if not self._left[layer.name]:
-                    self._process(layer)
+        for layer in self._to_rebuild(tensors):
+            self._left[layer.name] -= 1
+            if not self._left[layer.name]:
+                self._process(layer)
 
     def _process(self, layer: Layer) -> None:
         for target in layer.targets:
@@ -193,7 +186,7 @@ class PlannedReload:
                 tensor = layer.tensor(target)
                 if tensor is not None:
                     proof.find(target, tensor)
-        wrong = proof.differing(self._planned)
+        wrong = proof.differing(self._routes.planned)
         if wrong:
             target, source = next(iter(wrong.items()))
             raise WorkerError(

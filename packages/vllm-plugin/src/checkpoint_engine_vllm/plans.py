@@ -8,7 +8,6 @@ import torch
 
 from checkpoint_engine.errors import WeightsRejectedError
 from checkpoint_engine.reload.reloader import Trust
-from checkpoint_engine.reload.replay import Replay
 from checkpoint_engine_vllm import compat
 from checkpoint_engine_vllm.layers import Layers, Way
 from checkpoint_engine_vllm.loadplan import LoadPlan
@@ -17,6 +16,7 @@ from checkpoint_engine_vllm.protocols import ModelConfig
 from checkpoint_engine_vllm.proving import ProvingReload
 from checkpoint_engine_vllm.reload import Reload
 from checkpoint_engine_vllm.repairs import Repairs
+from checkpoint_engine_vllm.routes import Routes
 
 AnyReload = Reload | ProvingReload | PlannedReload
 
@@ -26,7 +26,7 @@ class _Known:
     layers: Layers
     bindings: tuple[object, ...]
     trust: Trust
-    replay: Replay | None = None
+    routes: Routes | None = None
 
 
 class Plans:
@@ -80,10 +80,10 @@ class Plans:
             return reload
         if known.trust is Trust.RECORDED:
             return ProvingReload(reload, known.layers)
-        if known.replay is None:
-            known.replay = _make_replay(known.layers)
+        if known.routes is None:
+            known.routes = Routes(known.layers, model, lent)
         checked = known.trust < Trust.CHECKED
-        return PlannedReload(model, model_config, repairs, known.layers, known.replay, lent=lent, checked=checked)
+        return PlannedReload(model, model_config, repairs, known.routes, lent=lent, checked=checked)
 
     def succeeded(self, name: str) -> None:
         """The update that took the last reload of this name is complete."""
@@ -102,17 +102,6 @@ class Plans:
 
 
 _NO_PLAN = "reload by plan was asked for and is not possible; use --reload auto, which leaves the rest to vLLM's loader"
-
-
-def _make_replay(layers: Layers) -> Replay:
-    fixed = {
-        target: tensor
-        for layer in layers.of(Way.DIRECT)
-        for target in layer.targets
-        if (tensor := layer.tensor(target)) is not None
-    }
-    moving = {target for layer in layers.of(Way.REBUILT) for target in layer.targets}
-    return Replay(layers.plan.reload, fixed, moving)
 
 
 def _bindings(plan: LoadPlan, model: torch.nn.Module, lent: frozenset[torch.nn.Module]) -> tuple[object, ...]:

@@ -54,6 +54,8 @@ class Reload:
         self._written_in_place: list[tuple[LayerState, torch.Tensor, torch.Tensor]] = []
         """State of a layer, a tensor of it that vLLM overwrites while the layer is incomplete, and its old values."""
         self.cloned_bytes = 0
+        self.loader_bytes = 0
+        """Of the tensors that were given to vLLM's loader."""
 
     def begin(self) -> None:
         """Makes the model ready for new weights."""
@@ -87,6 +89,7 @@ class Reload:
             raise WorkerError(
                 f"vLLM's loader failed at tensor {watched.last!r}: {type(error).__name__}: {error}"
             ) from error
+        self.loader_bytes += sum(tensor.nbytes for _, tensor in tensors)
         self._detach({tensor.untyped_storage().data_ptr() for _, tensor in tensors})
 
     def incomplete(self) -> list[str]:
