@@ -247,10 +247,19 @@ def serve(
 @pytest.fixture(scope="session")
 def update() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs `checkpoint-engine update` as a person would, in the parameter server's own environment."""
+    return _command("update")
 
+
+@pytest.fixture(scope="session")
+def verify() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs `checkpoint-engine verify`, likewise."""
+    return _command("verify")
+
+
+def _command(name: str) -> Callable[..., subprocess.CompletedProcess[str]]:
     def run(directory: Path, server: Server, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
         command = [
-            *(Path(sys.executable).parent / "checkpoint-engine", "update", directory, "--engine", "vllm"),
+            *(Path(sys.executable).parent / "checkpoint-engine", name, directory, "--engine", "vllm"),
             *("--endpoint", server.endpoint, "--device", "cpu", "--timeout", "120", "--wait", "60", *options),
         ]
         env = {**os.environ, "COLUMNS": "200", **environment}

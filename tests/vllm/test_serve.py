@@ -66,6 +66,18 @@ def test_dense_from_dummy_weights_to_a_to_b_and_back(dense: Any, update: Update,
         assert dense.tokens() == expected[name]
 
 
+def test_the_weights_are_compared_with_a_checkpoint(
+    serving_a: Any, verify: Update, cold: Cold, checkpoints: Path
+) -> None:
+    equal = verify(checkpoints / "qwen3", serving_a, "--json")
+    assert (equal.returncode, json.loads(equal.stdout)["ok"]) == (0, True), equal.stderr
+    other = verify(checkpoints / "qwen3-b", serving_a)
+    assert other.returncode == 1, other.stderr
+    assert "different: model.embed_tokens.weight" in other.stdout
+    assert serving_a.tokens() == cold("qwen3")["tokens"]
+    assert serving_a.rpc("checkpoint_engine_status")[0]["version"] == "qwen3"
+
+
 @pytest.mark.parametrize("pause", ["keep", "wait", "abort", "none"])
 def test_each_pause_mode_of_an_idle_engine(
     serving_a: Any, update: Update, cold: Cold, checkpoints: Path, pause: str
