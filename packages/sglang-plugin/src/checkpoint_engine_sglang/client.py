@@ -96,6 +96,19 @@ class SGLangClient(CollectiveRpcClient):
             )
         return results
 
+    def verify_weights(self, handles: Mapping[str, str], *, version: str, timeout: float) -> None:
+        """Refuses: there is no comparison in SGLang's workers yet.
+
+        Raises:
+            EngineRequestError: always; it says what to do instead.
+        """
+        del handles, version, timeout
+        raise EngineRequestError(
+            f"{self.endpoint.address} runs SGLang, whose workers cannot be compared with a checkpoint from here yet; "
+            'compare the answers to POST /weights_checker {"action": "checksum"} of this server and of one that was '
+            "started anew with the checkpoint"
+        )
+
     def update_weights(
         self,
         handles: Mapping[str, str],
