@@ -41,6 +41,7 @@ def install() -> None:
     fp8.Fp8MoEMethod.create_moe_runner = lambda *_, **__: None
     fp8.Fp8MoEMethod.apply = experts
     wrapper.ENABLE_JIT_DEEPGEMM = wrapper.DEEPGEMM_SCALE_UE8M0 = True
+    wrapper.update_deep_gemm_config = lambda *_, **__: None
     utils.transform_scale_ue8m0 = packed
     stand_in: Any = types.ModuleType("deep_gemm")
     stand_in.utils = types.ModuleType("deep_gemm.utils")

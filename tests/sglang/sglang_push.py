@@ -46,11 +46,12 @@ def push(
     *,
     ask: Ask | None = None,
     timeout: float = 60.0,
+    reload: str = "auto",
     **how: Any,
 ) -> None:
     """Updates a server from this process: ranks are threads. Raises what the first rank that fails raises.
 
-    `ask` takes the handles by device, in place of our client.
+    `ask` takes the handles by device, in place of our client. Faults of a loader need `reload="loader"`.
     """
 
     def ask_client(handles: dict[str, str]) -> None:
@@ -76,7 +77,7 @@ def push(
                     finally:
                         answered.set()
 
-            sender.update("pushed", request, version=version, timeout=timedelta(seconds=timeout))
+            sender.update("pushed", request, version=version, timeout=timedelta(seconds=timeout), reload=reload)
 
     with ThreadPoolExecutor(server.workers) as pool:
         ranks = [pool.submit(run, rank) for rank in range(server.workers)]

@@ -116,6 +116,33 @@ def test_from_a_to_b_and_back(
     assert on_a.state() == cold["qwen3"]
 
 
+def test_by_plan_and_directly(
+    on_a: Server, update_command: Update, checkpoints: Path, cold: dict[str, Any], weights: dict[str, Any]
+) -> None:
+    push(on_a, weights["qwen3-b"], "qwen3-b")
+    for name, how, way in (
+        ("qwen3", ("--reload", "plan"), "by reload plan"),
+        ("qwen3-b", ("--method", "direct", "--reload", "plan"), "by reload plan"),
+        ("qwen3", ("--method", "auto", "--reload", "loader"), "by the engine's own loader"),
+    ):
+        done = update_command(checkpoints / name, on_a, "--engine", "sglang", *how)
+        assert done.returncode == 0, done.stderr
+        assert way in done.stdout + done.stderr
+        assert on_a.state() == cold[name]
+
+
+def test_the_weights_are_compared_with_a_checkpoint(
+    on_a: Server, verify_command: Update, checkpoints: Path, cold: dict[str, Any]
+) -> None:
+    equal = verify_command(checkpoints / "qwen3", on_a, "--engine", "sglang")
+    assert equal.returncode == 0, equal.stdout + equal.stderr
+    other = verify_command(checkpoints / "qwen3-b", on_a, "--engine", "sglang")
+    assert other.returncode == 1, other.stderr
+    assert "different: lm_head.weight, model.embed_tokens.weight" in other.stdout
+    assert on_a.state() == cold["qwen3"]
+    assert on_a.status()["workers"][0]["version"] == "qwen3"
+
+
 @pytest.mark.parametrize("pause", ["keep", "abort", "wait", "none"])
 def test_each_pause_mode_of_an_idle_engine(
     on_a: Server, weights: dict[str, Any], cold: dict[str, Any], pause: str
@@ -228,7 +255,7 @@ def test_a_loader_that_fails_in_the_middle_closes_it_until_a_full_update(
     monkeypatch.setenv("PS_MAX_BUCKET_SIZE_GB", "0.00001")
     on_a.fault(tensor="model.layers.1.self_attn.o_proj.weight")
     with pytest.raises(CheckpointEngineError, match="a fault made by the test"):
-        push(on_a, weights["qwen3-b"], "qwen3-b")
+        push(on_a, weights["qwen3-b"], "qwen3-b", reload="loader")
     on_a.fault()
     assert on_a.status()["dirty"] is True
     for path in ("/health", "/ping", "/v1/models"):

@@ -49,6 +49,10 @@ def test_two_tensor_parallel_workers(
     assert server.checksums() != expected["checksums"]
     push(server, weights["qwen3"], "qwen3")
     assert server.state() == expected
+    for name, how in (("qwen3-b", ("--reload", "plan")), ("qwen3", ("--method", "direct", "--reload", "plan"))):
+        done = update_command(checkpoints / name, server, "--engine", "sglang", *how)
+        assert done.returncode == 0, done.stderr
+    assert server.state() == expected
 
     # The wrong number of workers.
     done = update_command(checkpoints / "qwen3-b", server, "--engine", "sglang", "--tensor-parallel-size", "1")
@@ -79,7 +83,7 @@ def test_two_tensor_parallel_workers(
             server.fault(ranks=[1], **fault)
             ask = None if path == "our client" else in_tree(server, answer)
             with pytest.raises(CheckpointEngineError, match="a fault made by the test"):
-                push(server, weights["qwen3-b"], "qwen3-b", ask=ask)
+                push(server, weights["qwen3-b"], "qwen3-b", ask=ask, reload="loader")
             server.fault()
             assert answer.status == (400 if ask else 0)
             check_that_it_is_closed_until_healed(server, weights["qwen3"])
@@ -124,7 +128,9 @@ def test_two_pipeline_stages(serve: Serve, update_command: Update, checkpoints: 
     assert {worker["version"] for worker in server.status()["workers"]} == {"qwen3"}
 
 
-def test_two_replicas_of_a_mixture_of_experts(serve: Serve, weights: Weights) -> None:
+def test_two_replicas_of_a_mixture_of_experts(
+    serve: Serve, update_command: Update, checkpoints: Path, weights: Weights
+) -> None:
     fresh = serve("moe")
     expected = fresh.state()
     fresh.close()
@@ -137,6 +143,10 @@ def test_two_replicas_of_a_mixture_of_experts(serve: Serve, weights: Weights) ->
     # Requests go to one replica and to the other.
     assert [server.tokens() for _ in range(2)] == [expected["tokens"]] * 2
     assert before != server.checksums()
+    for name in ("moe-b", "moe"):
+        done = update_command(checkpoints / name, server, "--engine", "sglang", "--method", "direct")
+        assert done.returncode == 0, done.stderr
+    assert server.checksums() == expected["checksums"] * len(before)
     answer = InTreeAnswer()
     push(server, weights["moe-b"], "moe-b", ask=in_tree(server, answer))
     assert answer.status == 200
