@@ -18,7 +18,7 @@ ENVIRONMENT = {
     "CHECKPOINT_ENGINE_P2P": "1",
     "CHECKPOINT_ENGINE_P2P_HOST": "127.0.0.1",
     "CHECKPOINT_ENGINE_P2P_TRANSPORT": "tcp",
-    "CHECKPOINT_ENGINE_P2P_PATIENCE": "2",
+    "CHECKPOINT_ENGINE_P2P_PATIENCE": "3",
 }
 """For all processes of a test, its own included."""
 

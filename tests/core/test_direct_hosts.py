@@ -30,7 +30,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PS_MAX_BUCKET_SIZE_GB", str(512 / (1 << 20)))  # 512 KiB
     monkeypatch.setenv("CHECKPOINT_ENGINE_P2P_HOST", "127.0.0.1")
     monkeypatch.setenv("CHECKPOINT_ENGINE_P2P_TRANSPORT", "tcp")
-    monkeypatch.setenv("CHECKPOINT_ENGINE_P2P_PATIENCE", "2")
+    monkeypatch.setenv("CHECKPOINT_ENGINE_P2P_PATIENCE", "3")
 
 
 @pytest.fixture

@@ -39,7 +39,7 @@ checks_addresses = pytest.mark.skipif(
     (mooncake.installed_version() or mooncake.CHECKS_ADDRESSES) < mooncake.CHECKS_ADDRESSES,
     reason="this Mooncake serves any address over TCP, as its users are told",
 )
-PATIENCE = 2.0
+PATIENCE = 3.0
 
 
 @pytest.fixture(scope="module")

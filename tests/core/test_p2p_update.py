@@ -29,7 +29,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CHECKPOINT_ENGINE_P2P", "1")
     monkeypatch.setenv("CHECKPOINT_ENGINE_P2P_HOST", "127.0.0.1")
     monkeypatch.setenv("CHECKPOINT_ENGINE_P2P_TRANSPORT", "tcp")
-    monkeypatch.setenv("CHECKPOINT_ENGINE_P2P_PATIENCE", "2")
+    monkeypatch.setenv("CHECKPOINT_ENGINE_P2P_PATIENCE", "3")
 
 
 @pytest.fixture
