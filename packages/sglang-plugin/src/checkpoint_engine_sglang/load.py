@@ -49,6 +49,10 @@ class Load:
         self._waits = _left_waiting(model)
         self._missing = {} if model.trial is None else self._sources(model.trial.recording.origins)
         """Layer -> tensors that it still lacks."""
+        self._layers_of = _inverted(self._missing)
+        """Tensor -> layers that it is for."""
+        self._targets_of = _inverted({target: {model.layer_of(target)} for target in model.targets})
+        """Layer -> what copies fill in it."""
         self._moving: dict[str, torch.Tensor] = {}
         self._derived = _derived_tensors(model)
         self._places = _places(model)
@@ -78,8 +82,9 @@ class Load:
         if self._proof is not None:
             self._proof.expect(mine, self.model.targets)
         arrived = {name for name, _ in (*copied, *loaded)}
-        for layer, lacking in self._missing.items():
-            if not lacking.isdisjoint(arrived) and layer not in self._open:
+        layers = sorted({layer for name in arrived for layer in self._layers_of.get(name, ())})
+        for layer in layers:
+            if layer not in self._open:
                 self._open_layer(layer)
         if self._replay is not None:
             self._replay.load(copied, self._moving)
@@ -87,9 +92,9 @@ class Load:
             self._give_to_loader(loaded)
         for way, pairs in (("plan", copied), ("loader", loaded)):
             self.nbytes[way] += sum(tensor.nbytes for _, tensor in pairs)
-        for layer, lacking in self._missing.items():
-            lacking.difference_update(arrived)
-            if not lacking and layer in self._open and layer not in self._waits:
+        for layer in layers:
+            self._missing[layer].difference_update(arrived)
+            if not self._missing[layer] and layer not in self._waits:
                 self._close_layer(layer)
 
     def finish(self) -> None:
@@ -99,9 +104,7 @@ class Load:
             WeightsRejectedError: a tensor is missing.
             WorkerError: SGLang's processing failed, moved weights that CUDA graphs read, or copies went astray.
         """
-        lost = [own for own in self.names.values() if own not in self._delivered]
-        if lost:
-            raise WeightsRejectedError(f"announced but not delivered: {', '.join(lost[:8])}")
+        self._refuse_lost()
         for layer, (_, layout) in self.model.rebuilt.items():
             # What a checkpoint brings nothing for goes back to what it was at first.
             if layer not in self._done | self._open.keys() and all(
@@ -130,6 +133,11 @@ class Load:
             layer.undo()
         self._open.clear()
 
+    def _refuse_lost(self) -> None:
+        lost = [own for own in self.names.values() if own not in self._delivered]
+        if lost:
+            raise WeightsRejectedError(f"announced but not delivered: {', '.join(lost[:8])}")
+
     # -- layers
 
     def _sources(self, origins: Mapping[str, set[str]]) -> dict[str, set[str]]:
@@ -143,8 +151,9 @@ class Load:
     def _open_layer(self, layer: str) -> None:
         module, layout = self.model.rebuilt[layer]
         self._open[layer] = opened = OpenLayer(layer, module, layout, self.model.runner)
-        for target in self.model.targets:
-            if target.rpartition(".")[0] == layer and (tensor := opened.tensor(target.rpartition(".")[2])) is not None:
+        for target in self._targets_of.get(layer, ()):
+            tensor = opened.tensor(target.rpartition(".")[2])
+            if tensor is not None:
                 self._moving[target] = tensor
 
     def _close_layer(self, layer: str) -> None:
@@ -238,6 +247,14 @@ class Load:
                 self._held[name] = tensor.clone()
                 here.pop(name)
         return ready
+
+
+def _inverted(found: Mapping[str, set[str]]) -> dict[str, set[str]]:
+    inverse: dict[str, set[str]] = {}
+    for name, others in found.items():
+        for other in others:
+            inverse.setdefault(other, set()).add(name)
+    return inverse
 
 
 def _left_waiting(model: Model) -> set[str]:
