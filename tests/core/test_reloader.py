@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from checkpoint_engine.engine.adapter import TensorSpec, Update
-from checkpoint_engine.engine.reference import ModelSpec, ReferenceAdapter, ReferenceEngine, make_checkpoint
+from checkpoint_engine.engine.reference import ModelSpec, ReferenceEngine, make_checkpoint
+from checkpoint_engine.engine.reference_adapter import ReferenceAdapter
 from checkpoint_engine.errors import WeightsRejectedError, WorkerError
 from checkpoint_engine.reload import proof
 from checkpoint_engine.reload import reloader as reloading

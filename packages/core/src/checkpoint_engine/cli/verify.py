@@ -26,7 +26,7 @@ def verify(
     engine: Annotated[
         str,
         typer.Option(
-            help="vllm or any other engine whose plugin can compare; auto asks the endpoint.",
+            help="vllm, sglang or any other engine with a plugin; auto asks the endpoint.",
             rich_help_panel=_WORK,
             show_default=False,
         ),

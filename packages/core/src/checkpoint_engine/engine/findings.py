@@ -28,6 +28,13 @@ class Findings:
         if not same_bytes(held, expected):
             self.different.append(name)
 
+    def add(self, other: Findings) -> None:
+        """Takes over what was found in another model of the worker."""
+        self.tensors += other.tensors
+        self.nbytes += other.nbytes
+        self.different += other.different
+        self.not_compared += other.not_compared
+
     def details(self) -> dict[str, str | int | float]:
         """See `checkpoint_engine.engine.adapter.Verifiable`."""
         return {

@@ -15,15 +15,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
 
-from checkpoint_engine.engine.adapter import Adapter, TensorSpec, Update
+from checkpoint_engine.engine.adapter import TensorSpec
 from checkpoint_engine.engine.reference_checkpoint import CONFIG, make_checkpoint
 from checkpoint_engine.engine.reference_model import ModelSpec, plan_layout
-from checkpoint_engine.engine.reference_verifier import ReferenceVerifier
 from checkpoint_engine.errors import CheckpointFormatError, WeightsRejectedError
-from checkpoint_engine.reload.recorder import Loader
-from checkpoint_engine.reload.reloader import Reloader
 
-__all__ = ["Comparison", "ModelSpec", "ReferenceAdapter", "ReferenceEngine", "make_checkpoint"]
+__all__ = ["Comparison", "ModelSpec", "ReferenceEngine", "make_checkpoint"]
 
 _DUMMY_BYTE = 0x3C
 """Fills parameters before weights come; as bfloat16 it is 0.0115."""
@@ -150,74 +147,6 @@ class ReferenceEngine:
     def addresses(self) -> dict[str, int]:
         """Where each parameter lies; never changes."""
         return {name: parameter.data_ptr() for name, parameter in self.parameters.items()}
-
-
-class ReferenceAdapter:
-    """Lets the receiver drive a `ReferenceEngine`. A refused update writes nothing."""
-
-    def __init__(self, engine: ReferenceEngine) -> None:
-        self.engine = engine
-        self.version: str | None = None
-        self.dirty = False
-        """Whether the parameters may be a mixture; a later complete update heals that."""
-        self._update: Update | None = None
-        self._loaded: set[str] = set()
-        self._written = False
-        self._reloader = Reloader(engine.write, engine.parameters, self._shadow)
-
-    def begin(self, update: Update) -> None:
-        """Refuses an update that does not bring exactly the engine's tensors.
-
-        Raises:
-            WeightsRejectedError: a tensor is unknown, misshapen or missing.
-        """
-        self._update, self._loaded, self._written = update, set(), False
-        self.engine.check_tensors(update.tensors)
-        self.engine.check_complete(update.tensors)
-        self._reloader.begin(update.tensors, update.reload)
-
-    def wanted(self, bucket: Sequence[tuple[str, int]]) -> tuple[tuple[int, int], ...] | None:
-        """Only what the plan copies, once it is trusted."""
-        return self._reloader.wanted(bucket)
-
-    def load(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
-        """Loads a bucket.
-
-        Raises:
-            WeightsRejectedError: a tensor is unknown or misshapen.
-        """
-        self.engine.check_tensors(_specs(tensors))
-        self._written = self.dirty = True
-        self._reloader.load(tensors)
-        self._loaded.update(name for name, _ in tensors)
-
-    def finish(self) -> Mapping[str, str | int | float]:
-        """Completes the update.
-
-        Raises:
-            WeightsRejectedError: tensors are missing.
-        """
-        self.engine.check_complete(self._loaded)
-        shares = self._reloader.finish()
-        self.version = self._update.version if self._update else None
-        self.dirty = False
-        return {"parameters": len(self.engine.parameters), "tensors": len(self._loaded), **shares}
-
-    def verifier(self) -> Adapter:
-        """See `Verifiable`."""
-        return ReferenceVerifier(self.engine)
-
-    def abort(self) -> bool:
-        """Gives up; what was written cannot be taken back."""
-        self._update = None
-        self._reloader.failed()
-        return not self._written
-
-    def _shadow(self) -> tuple[Loader, Mapping[str, torch.Tensor]]:
-        shadow = ReferenceEngine(
-            self.engine.spec, tp_rank=self.engine.tp_rank, tp_size=self.engine.tp_size, device="meta"
-        )
-        return shadow.load_weights, shadow.parameters
 
 
 def _dummy(spec: TensorSpec, device: torch.device) -> torch.Tensor:

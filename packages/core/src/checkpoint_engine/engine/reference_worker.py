@@ -17,7 +17,8 @@ import torch
 from checkpoint_engine.device import open_device
 from checkpoint_engine.engine.adapter import Update
 from checkpoint_engine.engine.receiver import Received, pick_handle, receive_update
-from checkpoint_engine.engine.reference import ModelSpec, ReferenceAdapter, ReferenceEngine
+from checkpoint_engine.engine.reference import ModelSpec, ReferenceEngine
+from checkpoint_engine.engine.reference_adapter import ReferenceAdapter
 from checkpoint_engine.engine.reference_workers import READY, WORKER_FAULTS, Answer, Request
 from checkpoint_engine.errors import WeightsRejectedError
 from checkpoint_engine.processes import ParentPipe
