@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 
 _NOT_FOUND = 404
 _NO_DEV_MODE = "start `vllm serve` with VLLM_SERVER_DEV_MODE=1 in its environment, else it cannot be asked to update"
+_NO_PAUSE = f"{_NO_DEV_MODE}; before 0.12, vLLM cannot be paused: use pause mode none, when it serves no requests"
 _NO_EXTENSION = (
     "its workers lack our methods: install checkpoint-engine-vllm in vLLM's environment, or name the class with "
     "--worker-extension-cls checkpoint_engine_vllm.WorkerExtension (VLLM_PLUGINS, if set, must list checkpoint_engine)"
@@ -77,7 +78,7 @@ class VllmClient(CollectiveRpcClient):
             query = {"wait_for_inflight_requests": str(mode == "wait").lower(), **query}
         reply = self.endpoint.send("POST", "/pause", deadline, query=query)
         if not reply.ok:
-            raise self._refused("/pause", reply, _NO_DEV_MODE if reply.status == _NOT_FOUND else "")
+            raise self._refused("/pause", reply, _NO_PAUSE if reply.status == _NOT_FOUND else "")
 
     def resume(self, deadline: Deadline) -> None:
         """`POST /resume`."""

@@ -83,14 +83,8 @@ class PatchedAdapter:
         self._refuse("announced but not delivered", update.tensors.keys() - self._delivered)
         if self._filled is not None:
             self._refuse("the checkpoint does not fill these parameters of the model", _weights(model) - self._filled)
-        process = importlib.import_module("vllm.model_executor.model_loader.utils").process_weights_after_loading
         with compat.engine_context(self._worker):
-            try:
-                process(model, self._worker.model_config, self._worker.device)
-            except RuntimeError as error:
-                if "came only in part" not in str(error):
-                    raise
-                raise WeightsRejectedError(str(error)) from error
+            self._process(model)
         self.dirty, self.version, self._update = False, update.version, None
         return {
             "vllm": compat.version(),
@@ -108,6 +102,18 @@ class PatchedAdapter:
             if _patch_is_in():
                 importlib.import_module(_RELOADABLE).abandon(compat.target_model(self._worker))
         return not self.dirty
+
+    def _process(self, model: torch.nn.Module) -> None:
+        process = importlib.import_module("vllm.model_executor.model_loader.utils").process_weights_after_loading
+        before = {name: (param, param.data) for name, param in model.named_parameters()}
+        try:
+            process(model, self._worker.model_config, self._worker.device)
+        except RuntimeError as error:
+            if "came only in part" not in str(error):
+                raise
+            raise WeightsRejectedError(str(error)) from error
+        for name, param in model.named_parameters():
+            _put_back(param, *before.get(name, (param, param.data)))
 
     @staticmethod
     def _refuse(problem: str, names: set[str]) -> None:
@@ -131,6 +137,13 @@ def _check_layer(name: str, layer: torch.nn.Module) -> None:
             "environment, and start it again"
         )
     raise MissingDependencyError(_needs_newer(f"cannot reload {name} ({kind})"))
+
+
+def _put_back(param: torch.nn.Parameter, before: torch.nn.Parameter, memory: torch.Tensor) -> None:
+    """Undoes what some unquantised experts do: they move to other memory, which captured graphs do not know."""
+    if param is before and param.data_ptr() != memory.data_ptr():
+        memory.copy_(param.data)
+        param.data = memory
 
 
 def _weights(model: torch.nn.Module) -> set[str]:
