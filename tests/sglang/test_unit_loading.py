@@ -179,7 +179,7 @@ class Quantised(nn.Module):
         self.layer.quant_method = Transposing()
         self.layer.is_open = True
         self.layer.weight = nn.Parameter(torch.empty(4, 6), requires_grad=False)
-        self.layer.scale = nn.Parameter(torch.full((2,), -1.0), requires_grad=False)
+        self.layer.scale = nn.Parameter(torch.full((2,), 2.0), requires_grad=False)
         self.layer.scale.latched = False
         self.norm = nn.Parameter(torch.zeros(3), requires_grad=False)
         layouts.remember(self)
@@ -197,9 +197,10 @@ class Quantised(nn.Module):
 QUANTISED_SHAPES = {"norm": (3,), "scale.0": (), "scale.1": (), "weight": (4, 6)}
 
 
-def loaded_quantised(seed: int) -> tuple[Quantised, dict[str, torch.Tensor]]:
+def loaded_quantised(seed: int, without: str = "") -> tuple[Quantised, dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(seed)
-    given = {name: torch.rand(shape, generator=generator) for name, shape in QUANTISED_SHAPES.items()}
+    given = {name: torch.rand(shape, generator=generator) - 0.5 for name, shape in QUANTISED_SHAPES.items()}
+    given.pop(without, None)
     model = Quantised()
     model.load_weights(given.items())
     model.layer.quant_method.process_weights_after_loading(model.layer)
@@ -231,6 +232,16 @@ def test_a_processed_layer_takes_weights_again_at_its_old_address() -> None:
         assert holds(model) == holds(fresh)
     assert ways == ["proof", "plan", "plan", "plan"]
     assert places == [tensor.data_ptr() for tensor in (model.layer.weight, model.layer.scale, model.layer.rows)]
+
+
+def test_what_a_checkpoint_lacks_goes_back_to_what_it_was_at_first() -> None:
+    model, _ = loaded_quantised(1)
+    fresh, b = loaded_quantised(2, without="scale.1")
+    assert loaded_quantised(2)[0].layer.scale != fresh.layer.scale
+    load = Load(Plans().of(runner(model), specs(b)), {name: name for name in b}, planned=False)
+    load.take(list(b.items()))
+    load.finish()
+    assert holds(model) == holds(fresh)
 
 
 def test_a_layer_that_cannot_be_processed_or_completed_keeps_its_old_weights() -> None:
