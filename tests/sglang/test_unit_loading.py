@@ -176,6 +176,7 @@ class Quantised(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.Module()
+        self.given: list[str] = []
         self.layer.quant_method = Transposing()
         self.layer.is_open = True
         self.layer.weight = nn.Parameter(torch.empty(4, 6), requires_grad=False)
@@ -186,11 +187,13 @@ class Quantised(nn.Module):
 
     def load_weights(self, weights: Weights) -> None:
         for name, tensor in weights:
+            if not tensor.is_meta:
+                self.given.append(name)
             if name == "norm":
                 self.norm.data.copy_(tensor)
             elif name == "weight":
                 self.layer.weight.data.copy_(tensor)
-            else:
+            elif name.startswith("scale"):
                 self.layer.scale.data[int(name[-1])].copy_(tensor)
 
 
@@ -204,6 +207,7 @@ def loaded_quantised(seed: int, without: str = "") -> tuple[Quantised, dict[str,
     model = Quantised()
     model.load_weights(given.items())
     model.layer.quant_method.process_weights_after_loading(model.layer)
+    model.given.clear()
     return model, given
 
 
@@ -222,6 +226,7 @@ def test_a_processed_layer_takes_weights_again_at_its_old_address() -> None:
     places = [tensor.data_ptr() for tensor in (model.layer.weight, model.layer.scale, model.layer.rows)]
     plans, ways = Plans(), []
     for given, fresh in ((b, other), (a, loaded_quantised(1)[0]), (b, other), (a, loaded_quantised(1)[0])):
+        given["of another worker"] = torch.ones(1)
         known = plans.of(runner(model), specs(given))
         known.prepare("auto")
         load = Load(known, {name: name for name in given}, planned=True)
@@ -230,6 +235,8 @@ def test_a_processed_layer_takes_weights_again_at_its_old_address() -> None:
         load.finish()
         ways.append(load.way)
         assert holds(model) == holds(fresh)
+        assert model.given == ([] if load.way == "plan" else list(given))
+        model.given.clear()
     assert ways == ["proof", "plan", "plan", "plan"]
     assert places == [tensor.data_ptr() for tensor in (model.layer.weight, model.layer.scale, model.layer.rows)]
 

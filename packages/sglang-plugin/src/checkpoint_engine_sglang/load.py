@@ -78,7 +78,7 @@ class Load:
         mine = [(self.names[name], tensor) for name, tensor in tensors if name in self.names]
         self._delivered.update(name for name, _ in mine)
         copied = [pair for pair in mine if self._by_plan and pair[0] in self.model.tensors]
-        loaded = self._complete_groups([pair for pair in mine if not (self._by_plan and pair[0] in self.model.tensors)])
+        loaded = self._complete_groups([pair for pair in mine if not self._by_plan or pair[0] in self.model.loaded])
         if self._proof is not None:
             self._proof.expect(mine, self.model.targets)
         arrived = {name for name, _ in (*copied, *loaded)}

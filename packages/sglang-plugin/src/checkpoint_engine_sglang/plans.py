@@ -35,6 +35,8 @@ class Model:
         """What copies fill."""
         self.tensors: set[str] = set()
         """Those that need no loader."""
+        self.loaded: set[str] = set()
+        """Those that do; the others are another worker's, or for nothing."""
         self._replay: Replay | None = None
         self._places: tuple[object, ...] = ()
         self._wrong: set[str] = set()
@@ -66,6 +68,7 @@ class Model:
             name, reason = next(iter(flaws.items()))
             raise WeightsRejectedError(f"{_NO_PLAN} ({name} of the {self.runner.role} model: {reason})")
         self.targets, self.tensors = trial.plan.covered(trial.plan.targets - flaws.keys())
+        self.loaded = (trial.placed | trial.plan.loader_only.keys()) - self.tensors
 
     def flaws(self) -> dict[str, str]:
         """Targets and tensors that only the loader can deal with, and why."""
