@@ -1,0 +1,147 @@
+"""Quantised weights in a real vLLM engine: after each update it is what a cold start of that checkpoint is.
+
+vLLM's own CPU kernels where it has some (int8, int4, latent attention); plain-torch mocks of the CUDA kernels for FP8.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Engine = Callable[..., dict[str, Any]]
+Cold = Callable[..., dict[str, Any]]
+
+HERE = Path(__file__).parent
+MTP = {"method": "mtp", "num_speculative_tokens": 1}
+CACHE_SCALES = 16
+"""Bytes of the scales for keys and values, which are vLLM's loader's in every update."""
+FORMATS = [
+    pytest.param("int8", {}, 0, id="int8"),
+    pytest.param("wna16", {}, 0, id="int4-packed"),
+    pytest.param("fp8block", {}, 0, id="fp8-block"),
+    pytest.param("fp8tensor", {}, 0, id="fp8-tensor"),
+    pytest.param("fp8channel", {}, 0, id="fp8-channel"),
+    pytest.param("wide", {"quantization": "fp8"}, 0, id="fp8-while-loading"),
+    pytest.param("fp8moe", {}, 0, id="fp8-experts"),
+    pytest.param("fp8kv", {"kv_cache_dtype": "fp8"}, CACHE_SCALES, id="fp8-cache-scales"),
+    pytest.param("mla", {"speculative_config": MTP}, 0, id="latent-attention-mtp"),
+    pytest.param("fp8mla", {}, 0, id="fp8-latent-attention"),
+]
+
+
+@pytest.fixture(scope="module")
+def quantised(vllm_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoints of FORMATS, each from two seeds."""
+    directory = tmp_path_factory.mktemp("quantised")
+    names = [f"{form.values[0]}{variant}" for form in FORMATS for variant in ("", "-b")]
+    subprocess.run([vllm_bin / "python", HERE / "models.py", directory, *names], check=True, timeout=120)
+    return directory
+
+
+def holds(engine: Engine, expected: dict[str, Any]) -> bool:
+    state = engine("state")
+    assert state["without_data"] == []
+    return (
+        engine("tokens")["tokens"] == expected["tokens"]
+        and state["served"] == expected["served"]
+        and state["draft"] == expected["draft"]
+    )
+
+
+def started(engine: Engine, checkpoint: str, **options: Any) -> dict[str, Any]:
+    """Starts an engine; returns what it generates and computes."""
+    engine("start", model=checkpoint, **options)
+    return engine("tokens") | engine("state")
+
+
+@pytest.mark.parametrize(("kind", "options", "by_loader"), FORMATS)
+def test_from_a_to_b_and_back(
+    engine: Engine, cold: Cold, quantised: Path, kind: str, options: dict[str, Any], by_loader: int
+) -> None:
+    engine("mock_kernels")
+    a, b = str(quantised / kind), str(quantised / f"{kind}-b")
+    expected = {b: cold(b, **options), a: started(engine, a, **options)}
+    assert expected[a]["tokens"] != expected[b]["tokens"]
+    ways = []
+    for path, bucket_bytes, reload in ((b, 100_000, "auto"), (a, 8 << 20, "auto"), (b, 1, "auto"), (a, 1, "loader")):
+        done = engine("update", checkpoint=path, bucket_bytes=bucket_bytes, reload=reload)
+        assert done["error"] is None, done
+        ways.append(done["details"]["reload"])
+        assert holds(engine, expected[path]), (path, ways)
+        if ways[-1] == "plan":
+            assert done["details"]["loader_bytes"] == by_loader, done["details"]
+    assert ways == ["proof", "plan", "plan", "loader"]
+    assert engine("state")["addresses"] == expected[a]["addresses"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("fp8channel", {"kv_cache_dtype": "fp8"}), ("mla", {"speculative_config": MTP})],
+    ids=["fp8-channel-default-cache-scales", "latent-attention-mtp"],
+)
+def test_from_dummy_weights(engine: Engine, cold: Cold, quantised: Path, kind: str, options: dict[str, Any]) -> None:
+    """VLLM makes scales up as well when it makes weights up, and a checkpoint need not bring any."""
+    engine("mock_kernels")
+    b = str(quantised / f"{kind}-b")
+    expected = cold(b, **options)
+    engine("start", model=quantised / kind, load_format="dummy", **options)
+    done = engine("update", checkpoint=b)
+    assert done["error"] is None, done
+    assert holds(engine, expected)
+
+
+@pytest.mark.parametrize("kind", ["fp8block", "fp8tensor", "wna16"])
+def test_the_loader_alone_would_be_wrong(engine: Engine, cold: Cold, quantised: Path, kind: str) -> None:
+    """What makes the test above worth something: these kernels do not keep what a checkpoint has."""
+    engine("mock_kernels")
+    expected = cold(str(quantised / f"{kind}-b"))
+    engine("start", model=quantised / kind)
+    assert engine("load_plainly", checkpoint=quantised / f"{kind}-b")["error"] or not holds(engine, expected)
+
+
+def test_an_update_that_breaks_off_leaves_the_old_weights_or_is_healed(
+    engine: Engine, cold: Cold, quantised: Path
+) -> None:
+    engine("mock_kernels")
+    a, b = str(quantised / "fp8block"), str(quantised / "fp8block-b")
+    expected = {b: cold(b), a: started(engine, a)}
+    for path in (b, a):
+        assert engine("update", checkpoint=path)["error"] is None
+    weight = "model.layers.0.self_attn.q_proj.weight"
+    done = engine("update", checkpoint=b, bucket_bytes=1, first=weight, break_after=1)
+    assert (done["error"], done["intact"]) == ("RuntimeError", True)
+    assert holds(engine, expected[a])
+    done = engine("update", checkpoint=b, drop=[weight.replace("weight", "weight_scale_inv")])
+    assert (done["error"], done["intact"]) == ("WeightsRejectedError", True)
+    assert "qkv_proj.weight_scale_inv" in done["message"]
+    assert holds(engine, expected[a])
+    done = engine("update", checkpoint=b, bucket_bytes=1, break_after=20)
+    assert (done["error"], done["dirty"]) == ("RuntimeError", True)
+    assert engine("update", checkpoint=b)["error"] is None
+    assert holds(engine, expected[b])
+
+
+def test_direct(
+    serve: Callable[..., Any],
+    update: Callable[..., subprocess.CompletedProcess[str]],
+    engine: Engine,
+    cold: Cold,
+    quantised: Path,
+) -> None:
+    engine("mock_kernels")
+    names = ("fp8block-b", "fp8block")
+    expected = {name: cold(str(quantised / name))["tokens"] for name in names}
+    options = ("--load-format", "dummy", "--worker-extension-cls", "mock_kernels.MockedExtension")
+    server = serve(quantised / "fp8block", *options, PYTHONPATH=HERE)
+    for way in ("broadcast", "direct"):
+        for name in names:
+            done = update(quantised / name, server, "--method", way, "--json")
+            assert done.returncode == 0, done.stderr
+            assert server.tokens() == expected[name]
+    said = json.loads(done.stdout)
+    assert (said["method"], said["engine"][0]["reload"], said["engine"][0]["loader_bytes"]) == ("direct", "plan", 0)
