@@ -9,6 +9,7 @@ except for `mla`.
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import sys
 import types
@@ -307,14 +308,18 @@ def attempt(test: Callable[[Any], str], kind: Kind | Vllm) -> str:
         return f"{type(error).__name__}: {error}"
 
 
+def show(tree: str) -> None:
+    with torch.no_grad():
+        print(json.dumps(check(tree)), flush=True)
+
+
 def main() -> None:
     for tree in sys.argv[1:]:
-        child = os.fork()
-        if child == 0:
-            with torch.no_grad():
-                print(json.dumps(check(tree)), flush=True)
-            os._exit(0)
-        if os.waitpid(child, 0)[1] != 0:
+        # Forked: the libraries that all trees need are imported once. A process for each, which ends in good order.
+        process = multiprocessing.get_context("fork").Process(target=show, args=(tree,))
+        process.start()
+        process.join()
+        if process.exitcode != 0:
             sys.exit(f"the process for {tree} died")
 
 

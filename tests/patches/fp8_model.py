@@ -153,12 +153,27 @@ def update(vllm: Vllm) -> str:
 def refusals(worker: Worker, adapter: patched.PatchedAdapter) -> str:
     """What is wrong with the refusals of what this vLLM cannot do."""
     layer: Any = worker.model.model.layers[0].mlp.down_proj
-    del vars(layer)[patched.STATE]
+    from vllm import __version__ as version
+
+    kept, wrong = vars(layer).pop(patched.STATE), []
+    if "down_proj" not in refusal(adapter):
+        wrong.append("a layer that cannot be loaded again was accepted")
+    vars(layer)[patched.STATE] = kept
+    worker.vllm_config = types.SimpleNamespace(
+        quant_config=types.SimpleNamespace(is_checkpoint_fp8_serialized=False),
+        parallel_config=types.SimpleNamespace(tensor_parallel_size=2),
+    )
+    if ("only half" in refusal(adapter)) is not version.startswith("0.13."):
+        wrong.append(f"quantised by {version} for two workers: {refusal(adapter) or 'accepted'}")
+    return "; ".join(wrong)
+
+
+def refusal(adapter: patched.PatchedAdapter) -> str:
     try:
         announce(adapter, checkpoint(1))
     except MissingDependencyError as error:
-        return "" if "down_proj" in str(error) and "0.16" in str(error) else str(error)
-    return "a layer that cannot be loaded again was accepted"
+        return str(error)
+    return ""
 
 
 def bring(adapter: patched.PatchedAdapter, tensors: dict[str, torch.Tensor]) -> None:

@@ -57,6 +57,10 @@ class PatchedAdapter:
             raise MissingDependencyError(_needs_newer("cannot be updated by reload plan"))
         if compat.draft_model(self._worker) is not None:
             raise MissingDependencyError(_needs_newer("cannot take new weights for a draft model"))
+        if self._is_miscounted():
+            raise MissingDependencyError(
+                _needs_newer("loads only half of weights that it quantises for several tensor-parallel workers")
+            )
         for name, layer in compat.modules_by_name(compat.target_model(self._worker)).items():
             _check_layer(name, layer)
 
@@ -102,6 +106,12 @@ class PatchedAdapter:
             if _patch_is_in():
                 importlib.import_module(_RELOADABLE).abandon(compat.target_model(self._worker))
         return not self.dirty
+
+    def _is_miscounted(self) -> bool:
+        """Whether vLLM 0.13 takes layers for complete too early, already when it starts."""
+        config = self._worker.vllm_config
+        quantises = getattr(config.quant_config, "is_checkpoint_fp8_serialized", True) is False
+        return compat.version().startswith("0.13.") and quantises and config.parallel_config.tensor_parallel_size > 1
 
     def _process(self, model: torch.nn.Module) -> None:
         process = importlib.import_module("vllm.model_executor.model_loader.utils").process_weights_after_loading
