@@ -127,10 +127,19 @@ def serving(
 @pytest.fixture(scope="session")
 def update_command() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs `checkpoint-engine update` as a person would, in the parameter server's own environment."""
+    return _command("update")
 
+
+@pytest.fixture(scope="session")
+def verify_command() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs `checkpoint-engine verify`, likewise."""
+    return _command("verify")
+
+
+def _command(name: str) -> Callable[..., subprocess.CompletedProcess[str]]:
     def run(directory: Path, server: Server, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
         command = [
-            *(Path(sys.executable).parent / "checkpoint-engine", "update", directory),
+            *(Path(sys.executable).parent / "checkpoint-engine", name, directory),
             *("--endpoint", server.endpoint, "--device", "cpu", "--timeout", "120", "--wait", "60"),
             *("--tensor-parallel-size", str(server.workers), *options),
         ]

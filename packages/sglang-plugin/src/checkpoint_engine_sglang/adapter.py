@@ -10,12 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 import msgspec
 import torch
 
-from checkpoint_engine.engine.adapter import TensorSpec, Update
+from checkpoint_engine.engine.adapter import Adapter, TensorSpec, Update
+from checkpoint_engine.engine.findings import Findings
 from checkpoint_engine.errors import CheckpointEngineError, CheckpointStateError, WeightsRejectedError, WorkerError
 from checkpoint_engine_sglang import places, quantised
 from checkpoint_engine_sglang.compat import Runner
 from checkpoint_engine_sglang.load import Load
-from checkpoint_engine_sglang.plans import Plans
+from checkpoint_engine_sglang.plans import Model, Plans
+from checkpoint_engine_sglang.verifying import Comparison
 
 logger = logging.getLogger(__name__)
 
@@ -123,6 +125,12 @@ class SGLangAdapter:
         self.dirty = self.dirty or self._touched
         return not self.dirty
 
+    def verifier(self) -> Adapter:
+        """See `checkpoint_engine.engine.adapter.Verifiable`."""
+        verifier = SGLangVerifier(self._runners, self._tensor_parallel_size)
+        verifier.agree = self.agree
+        return verifier
+
     # -- inside
 
     def _check(self, update: Update) -> list[Load]:
@@ -151,8 +159,11 @@ class SGLangAdapter:
                 )
             model.prepare(update.reload)
             owned.update(tensor.untyped_storage().data_ptr() for tensor in runner.model.parameters())
-            loads.append(Load(model, names, planned=update.reload != "loader"))
+            loads.append(self._open(model, names, update.reload))
         return loads
+
+    def _open(self, model: Model, names: Mapping[str, str], reload: str) -> Load:
+        return Load(model, names, planned=reload != "loader")
 
     def _ways(self) -> dict[str, str | int | float]:
         """How the served model's weights were taken over."""
@@ -197,6 +208,38 @@ class SGLangAdapter:
             raise WorkerError(f"another worker of this engine refuses the update ({'; '.join(failures)})")
         unknown = set(verdicts[0].unplaced).intersection(*(verdict.unplaced for verdict in verdicts[1:]))
         refuse("the model does not know these tensors", sorted(unknown))
+
+
+class SGLangVerifier(SGLangAdapter):
+    """See `checkpoint_engine.engine.adapter.Verifiable`; made anew for each comparison."""
+
+    def finish(self) -> Mapping[str, str | int | float]:
+        """Tells what was found.
+
+        Raises:
+            WeightsRejectedError: tensors are missing.
+            WorkerError: SGLang's processing of the weights fails; the message names the layer.
+        """
+        findings = Findings()
+        for load in self._loads:
+            load.finish()
+            if isinstance(load, Comparison):
+                findings.add(load.findings)
+        return findings.details()
+
+    def abort(self) -> bool:
+        """Ends the comparison; the engine holds what it held."""
+        for load in self._loads:
+            load.abort()
+        return True
+
+    def _open(self, model: Model, names: Mapping[str, str], reload: str) -> Load:
+        del reload
+        if model.trial is None:
+            raise WeightsRejectedError(
+                f"the {model.runner.role} model cannot be compared: its loader needs data to tell where tensors go"
+            )
+        return Comparison(model, names, planned=True)
 
 
 def refuse(problem: str, names: Sequence[str]) -> None:

@@ -40,6 +40,7 @@ class SGLangClient(CollectiveRpcClient):
             self.endpoint = Endpoint(endpoint, api_key=api_key)
         self._pause_mode: PauseMode = "none"
         self._flush = True
+        self._verify = False
 
     def wait_ready(self, deadline: Deadline) -> None:
         """Waits until SGLang can be asked to update; it need not serve yet, as before its first weights it does not.
@@ -86,7 +87,8 @@ class SGLangClient(CollectiveRpcClient):
             "version": version,
             "timeout": timeout,
             "wait_for_requests": self._pause_mode == "wait",
-            "flush_cache": self._flush,
+            "flush_cache": self._flush and not self._verify,
+            "verify": self._verify,
         }
         reply = self.endpoint.send("POST", routes.UPDATE, Deadline(deadline.remaining + _ANSWER_SECONDS), body=body)
         results = self._list_in(reply, "POST", routes.UPDATE, "results")
@@ -97,17 +99,12 @@ class SGLangClient(CollectiveRpcClient):
         return results
 
     def verify_weights(self, handles: Mapping[str, str], *, version: str, timeout: float) -> None:
-        """Refuses: there is no comparison in SGLang's workers yet.
-
-        Raises:
-            EngineRequestError: always; it says what to do instead.
-        """
-        del handles, version, timeout
-        raise EngineRequestError(
-            f"{self.endpoint.address} runs SGLang, whose workers cannot be compared with a checkpoint from here yet; "
-            'compare the answers to POST /weights_checker {"action": "checksum"} of this server and of one that was '
-            "started anew with the checkpoint"
-        )
+        """Has every worker compare its weights with the checkpoint that `handles` offer; see `CollectiveRpcClient`."""
+        self._verify = True
+        try:
+            super().verify_weights(handles, version=version, timeout=timeout)
+        finally:
+            self._verify = False
 
     def update_weights(
         self,

@@ -51,6 +51,8 @@ class Body(msgspec.Struct):
     wait_for_requests: bool = True
     flush_cache: bool = True
     torch_empty_cache: bool = False
+    verify: bool = False
+    """Whether weights are only compared with the checkpoint."""
 
 
 class Front:
@@ -96,6 +98,24 @@ class Front:
         if not problem:
             self._after_success(request)
         return reports, problem
+
+    async def verify(self, request: Any) -> tuple[list[Report], str]:  # noqa: ANN401
+        """Has all workers compare their weights; returns what they say, and what went wrong in all."""
+        if self._updating:
+            return [], "an update is under way; wait for it to end"
+        if _unsafe():
+            return [], _unsafe()
+        self._updating = True
+        return await asyncio.shield(asyncio.ensure_future(self._verify(request)))
+
+    async def _verify(self, request: Any) -> tuple[list[Report], str]:  # noqa: ANN401
+        try:
+            reports = _reports(await self._ask_workers(request, wait_for_requests=False))
+        except EngineRequestError as error:
+            return [], str(error)
+        finally:
+            self._updating = False
+        return reports, describe_failures(reports)
 
     async def status(self) -> dict[str, Any]:
         """What every worker holds, as JSON."""
@@ -237,14 +257,17 @@ def install_routes(server: Any, front: Front) -> None:  # noqa: ANN401 - SGLang'
             body = msgspec.json.decode(await request.body(), type=Body)
         except msgspec.MsgspecError as error:
             return responses.JSONResponse({"error": f"not as expected: {error}"}, 422)
-        order = Order(version=body.version, timeout=body.timeout)
+        order = Order("verify" if body.verify else "update", body.version, body.timeout)
         asked = compat.request_type()(
             zmq_handles=pack(dict(body.handles), order),
             flush_cache=body.flush_cache,
             weight_version=body.version or None,
             torch_empty_cache=body.torch_empty_cache,
         )
-        reports, problem = await front.update(asked, wait_for_requests=body.wait_for_requests)
+        if body.verify:
+            reports, problem = await front.verify(asked)
+        else:
+            reports, problem = await front.update(asked, wait_for_requests=body.wait_for_requests)
         content = {
             "ok": not problem,
             "error": problem,

@@ -24,7 +24,7 @@ BUSY = "wait for requests"
 class Order(msgspec.Struct, frozen=True):
     """What the workers are to do."""
 
-    do: Literal["update", "status"] = "update"
+    do: Literal["update", "verify", "status"] = "update"
     version: str = ""
     timeout: float = DEFAULT_SECONDS
 

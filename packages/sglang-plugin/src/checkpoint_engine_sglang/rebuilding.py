@@ -62,6 +62,18 @@ class OpenLayer:
                     now[key] = before[key]
             refuse_new_numbers(self.name, before, now, self._runner)
 
+    def processed(self) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+        """Has SGLang process the new weights; gives name, old and new value of each tensor. `undo` must follow.
+
+        Raises:
+            WorkerError: SGLang fails.
+        """
+        process(self.name, self.module, self._runner)
+        for own, old in {**self._parameters, **self._buffers}.items():
+            new = self.tensor(own)
+            if old is not None and new is not None and old.numel():
+                yield own, old, new
+
     def undo(self) -> None:
         """Puts the old weights back: nothing of them has changed."""
         for owner, before in self._before:

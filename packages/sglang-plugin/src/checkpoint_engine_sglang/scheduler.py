@@ -85,6 +85,9 @@ class SchedulerSide:
         stages = worker.position.stages
         if order.do == "status":
             return _answer(success=True, message=_encode(Answer(worker.status(), stages)))
+        if order.do == "verify":
+            reports = worker.verify(handles, order)
+            return _answer(success=not describe_failures(reports), message=_encode(Answer(reports, stages)))
         reports = worker.update(handles, order, flush=bool(request.flush_cache))
         failures = describe_failures(reports)
         if failures:

@@ -87,6 +87,11 @@ class Worker:
             logger.info("weights updated to version %r in %.2f s", order.version, time.perf_counter() - start)
         return reports
 
+    def verify(self, handles: Mapping[str, str], order: Order) -> list[Report]:
+        """Compares the weights with a checkpoint; returns what every worker found, in its `details`."""
+        refused = self._refused(handles, order, flush=False)
+        return refused or self._workers.exchange(self._receive(handles, order), order.timeout + _GRACE_SECONDS)
+
     def stay_paused_if_dirty(self) -> None:
         """Keeps the scheduler from running requests with a mixture, whoever told it to go on."""
         if self.dirty:
@@ -139,6 +144,8 @@ class Worker:
             self._device.synchronize()  # a forward pass on another stream may still read the weights
             received = receive_update(handle, self._adapter, self._device, timeout=order.timeout)
             details = {**received.details, "nbytes": received.nbytes}
+            if received.verified != (order.do == "verify"):
+                error = WorkerError("the parameter server and this request do not mean the same: update or comparison")
         except Exception as caught:  # whatever it is, every worker must hear of it
             error = caught
             logger.exception("this worker could not take the update")
