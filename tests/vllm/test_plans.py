@@ -85,6 +85,17 @@ def test_a_layer_that_was_only_begun_gets_its_old_weights_back(by_plan: Engine, 
     assert holds(by_plan, cold("qwen3"))
 
 
+def test_biases_of_a_layer_that_was_only_begun_come_back_as_well(engine: Engine, cold: Cold, checkpoints: Path) -> None:
+    expected = cold("mtp")
+    engine("start", model=checkpoints / "mtp")
+    for name in ("mtp-b", "mtp"):
+        assert engine("update", checkpoint=checkpoints / name)["error"] is None
+    bias = Q.replace("weight", "bias")
+    done = engine("update", checkpoint=checkpoints / "mtp-b", bucket_bytes=1, first=bias, break_after=1)
+    assert (done["error"], done["intact"], done["dirty"]) == ("RuntimeError", True, False)
+    assert holds(engine, expected)
+
+
 def test_a_missing_tensor_is_refused_before_anything_changes(by_plan: Engine, cold: Cold, checkpoints: Path) -> None:
     done = by_plan("update", checkpoint=checkpoints / "qwen3-b", drop=[NORM])
     assert (done["error"], done["intact"]) == ("WeightsRejectedError", True)
