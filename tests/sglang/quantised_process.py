@@ -154,6 +154,8 @@ def check(parent: Path, name: str) -> dict[str, Any]:
             result["ways"].append(details["reload"])
             result["reasons"].append(details["loader_reason"])
             result["rebuilt"] = details["rebuilt_layers"]
+    result["compared"] = {key: update(adapter.verifier(), weights[key], "verify") for key in ("a", "b")}
+    result["changed by comparing"] = differing(model, fresh["a"])
     result["moved"] = [key for key, tensor in tensors_of(model) if tensor.data_ptr() != places.get(key)]
     result["exchanged"] = [key for key, tensor in tensors_of(model) if id(tensor) != objects.get(key)]
     try:

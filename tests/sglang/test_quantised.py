@@ -74,6 +74,15 @@ def test_from_dummy_weights_to_b_a_b_like_a_fresh_model(results: dict[str, Any],
 
 
 @pytest.mark.parametrize("form", FORMATS)
+def test_compared_with_a_checkpoint(results: dict[str, Any], form: str) -> None:
+    equal, other = (results[form]["compared"][key] for key in ("a", "b"))
+    assert equal["different_tensors"] == 0 < equal["compared_tensors"]
+    assert other["compared_tensors"] == equal["compared_tensors"]
+    assert other["different_tensors"] > equal["compared_tensors"] // 4
+    assert results[form]["changed by comparing"] == []
+
+
+@pytest.mark.parametrize("form", FORMATS)
 def test_nothing_has_moved(results: dict[str, Any], form: str) -> None:
     """Captured CUDA graphs read addresses; other parts of SGLang hold the parameters themselves."""
     assert results[form]["moved"] == results[form]["exchanged"] == []
