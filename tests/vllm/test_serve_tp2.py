@@ -28,11 +28,12 @@ def test_two_workers_from_a_to_b_and_back(serve: Serve, update: Update, checkpoi
     status = first.rpc("checkpoint_engine_status")
     assert [worker["version"] for worker in status] == [a, a]
     assert [worker["last_update"]["reload"] for worker in status] == ["plan", "plan"]
-    for name, expected in ((b, after_update), (a, tokens[a])):
-        done = update(checkpoints / name, first, *two_workers, "--method", "direct", "--json")
+    for name, expected, ranks in ((b, after_update, 2), (a, tokens[a], 1)):
+        direct = ("--method", "direct", "--ranks", str(ranks), "--json")
+        done = update(checkpoints / name, first, *two_workers, *direct)
         assert done.returncode == 0
         said = json.loads(done.stdout)
-        assert (said["method"], [worker["reload"] for worker in said["engine"]]) == ("direct", ["plan", "plan"])
+        assert (said["method"], [worker["reload"] for worker in said["engine"]]) == ("direct", ["plan"] * ranks)
         assert first.tokens() == expected
     refused = update(checkpoints / b, first, "--tensor-parallel-size", "1")
     assert refused.returncode != 0
