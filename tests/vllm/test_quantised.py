@@ -77,6 +77,11 @@ def test_from_a_to_b_and_back(
             assert done["details"]["loader_bytes"] == by_loader, done["details"]
     assert ways == ["proof", "plan", "plan", "loader"]
     assert engine("state")["addresses"] == expected[a]["addresses"]
+    compared = {path: engine("update", checkpoint=path, reload="verify")["details"] for path in (a, b)}
+    assert (compared[a]["different_tensors"], compared[a]["different"]) == (0, "")
+    assert compared[b]["different_tensors"] > 0
+    assert holds(engine, expected[a])
+    assert engine("state")["addresses"] == expected[a]["addresses"]
 
 
 @pytest.mark.parametrize(

@@ -99,12 +99,6 @@ def keep_state(state: LayerState) -> Callable[[], None]:
     return lambda: setattr(state, name, before)
 
 
-def checkpoint_shape(state: LayerState, name: str) -> tuple[int, ...] | None:
-    """The shape of a parameter as a checkpoint fills it."""
-    found = state.restore_metadata[0].get(name)
-    return None if found is None else tuple(found.shape)
-
-
 class Scope(torch.nn.Module):
     """Some modules of a model, to be given to vLLM's functions in place of all of them."""
 
