@@ -11,9 +11,12 @@ from dataclasses import dataclass
 import msgspec
 
 from checkpoint_engine.deadline import Deadline
-from checkpoint_engine.device import Device, Lendable, Staging
+from checkpoint_engine.device import CpuDevice, Device, Lendable, Staging
+from checkpoint_engine.errors import DeviceMemoryError
 from checkpoint_engine.link.channel import SenderChannel
 from checkpoint_engine.link.lease import Lease
+from checkpoint_engine.planning.buckets import BucketPlan
+from checkpoint_engine.planning.staging import StagingLayout, choose_layout
 
 logger = logging.getLogger(__name__)
 
@@ -124,3 +127,33 @@ class StagingKeeper:
                 "back before that worker goes on or ends",
                 _UNMAP_SECONDS,
             )
+
+
+def choose_staging(
+    plan: BucketPlan, receivers: int, device: Device, available: int, rank: int
+) -> tuple[Device, StagingLayout]:
+    """Where staging goes and how it is laid out: on the device, or on the host where that is too full.
+
+    All ranks decide alike, since `available` is the smallest free memory of all their devices, in bytes.
+
+    Raises:
+        DeviceMemoryError: not even the host has room for the largest bucket.
+    """
+    layout = choose_layout(plan, receivers, available)
+    if layout is not None:
+        return device, layout
+    host = CpuDevice(rank)
+    free, _ = host.memory()
+    layout = choose_layout(plan, receivers, free)
+    if layout is None:
+        raise DeviceMemoryError(
+            f"the largest bucket has {plan.largest} bytes; {available} bytes may be used on the device, and "
+            f"{free} are free on the host: lower the engine's memory share, or raise PS_MEM_FRACTION"
+        )
+    logger.warning(
+        "only %d bytes of device memory may be used and the largest bucket has %d: staging in host memory, which is "
+        "slower",
+        available,
+        plan.largest,
+    )
+    return host, layout

@@ -9,27 +9,32 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import timedelta
 
-import msgspec
 import torch.distributed as dist
 
 from checkpoint_engine.catalog import Catalog, Holding
 from checkpoint_engine.collective import Failure, RankGroup
 from checkpoint_engine.deadline import Cancel, Deadline
-from checkpoint_engine.device import CpuDevice, Device, Lendable
-from checkpoint_engine.errors import CheckpointEngineError, DeviceMemoryError, RankError, UpdateError
+from checkpoint_engine.device import Device, Lendable
+from checkpoint_engine.errors import CheckpointEngineError, RankError, UpdateError
 from checkpoint_engine.host.segment import Segment
 from checkpoint_engine.link.channel import Listener
-from checkpoint_engine.link.messages import WORKER_NAME, ReloadMode, Wanted
+from checkpoint_engine.link.messages import ReloadMode, Wanted
 from checkpoint_engine.planning.buckets import BucketPlan
-from checkpoint_engine.planning.staging import StagingLayout, choose_layout, place_buckets
+from checkpoint_engine.planning.staging import place_buckets
 from checkpoint_engine.settings import Settings
 from checkpoint_engine.transfer.announcement import PlanKeeper
 from checkpoint_engine.transfer.broadcast import BroadcastPipeline
 from checkpoint_engine.transfer.direct import RING, DirectTransfer, LentSegments, Offer, find_obstacle, make_offer
 from checkpoint_engine.transfer.feeds import Feed
+from checkpoint_engine.transfer.introduction import (
+    Introduction,
+    addresses_of,
+    agreed_generation,
+    decode_introductions,
+)
 from checkpoint_engine.transfer.remote import RemoteBuckets, RingKeeper, unite
 from checkpoint_engine.transfer.report import Method, Progress, StageClock, UpdateReport
-from checkpoint_engine.transfer.staging import StagingKeeper
+from checkpoint_engine.transfer.staging import StagingKeeper, choose_staging
 from checkpoint_engine.transfer.trace import Trace
 from checkpoint_engine.transfer.watch import EngineRequest, Watch
 from checkpoint_engine.transfer.workers import Workers
@@ -41,23 +46,6 @@ RequestFunction = Callable[[list[tuple[str, str]]], None]
 
 _EXPLANATION_SECONDS = 2.0
 """A rank that sees a peer vanish waits so long for the peer's own word of why."""
-
-
-class _Introduction(msgspec.Struct, frozen=True):
-    """What a rank tells the others at the start of an update."""
-
-    device: str
-    handles: tuple[str, ...]
-    """Where the workers that it feeds are to connect."""
-    available: int
-    digest: str
-    generation: str
-    access: Holding | None
-    """How this rank's host memory is read; None where nobody needs to."""
-    offer: Offer | None = None
-    """What this rank could lend to the workers of its host; None for a broadcast."""
-    refusal: str = ""
-    """Why this rank cannot take part. It says so here because the others may not have begun yet."""
 
 
 @dataclass(frozen=True)
@@ -150,12 +138,13 @@ class UpdateRun:
         place = receivers.index(self._board.rank)
         source = self._feed.open(place, self.cancel)
         stack.callback(source.close)
-        staging_device, layout = self._choose_staging(plan, min(ranks[rank].available for rank in receivers))
+        available = min(ranks[rank].available for rank in receivers)
+        staging_device, layout = choose_staging(plan, len(receivers), self._device, available, self._board.rank)
         with self._clock.step("communicator"):
             communicator = self._group.communicator(
                 staging_device.backend,
                 staging_device.torch_device,
-                self._agreed_generation(ranks),
+                agreed_generation(ranks, receivers, self._order.key),
                 self._deadline,
                 receivers,
             )
@@ -187,7 +176,7 @@ class UpdateRun:
         self,
         stack: ExitStack,
         listeners: list[Listener],
-        ranks: list[_Introduction],
+        ranks: list[Introduction],
         plan: BucketPlan,
         offers: list[Offer],
     ) -> UpdateReport:
@@ -225,7 +214,7 @@ class UpdateRun:
         stack.callback(remote.close)
         return remote
 
-    def _accept_offers(self, ranks: list[_Introduction]) -> list[Offer]:
+    def _accept_offers(self, ranks: list[Introduction]) -> list[Offer]:
         """What the ranks lend if the update is to be direct, and empty if it is not; alike on all ranks.
 
         Raises:
@@ -245,7 +234,7 @@ class UpdateRun:
         self,
         stack: ExitStack,
         listeners: list[Listener],
-        ranks: list[_Introduction],
+        ranks: list[Introduction],
         plan: BucketPlan,
         memory: Lendable,
         away: Sequence[int] = (),
@@ -253,7 +242,9 @@ class UpdateRun:
         """Asks the engine to update, and begins with its workers as soon as they have come."""
         self._progress.phase = "connect"
         connecting = time.perf_counter()
-        addresses = self._addresses(ranks)
+        addresses = addresses_of(
+            ranks, by_place=self._order.method == "direct" and self._device.torch_device.type == "cpu"
+        )
         request = EngineRequest(lambda: self._order.ask_engine(addresses), self.cancel)
         stack.callback(self._workers.close)
         first = self._board.rank * len(listeners)
@@ -270,16 +261,6 @@ class UpdateRun:
         self._clock.lap("connect", connecting)
         self._progress.phase = "load"
         return request
-
-    def _addresses(self, ranks: list[_Introduction]) -> list[tuple[str, str]]:
-        """What every worker is called, and where it is to connect; in the order of the workers.
-
-        A rank of a direct update needs no device, and then cannot name a worker by it.
-        """
-        if self._order.method == "direct" and self._device.torch_device.type == "cpu":
-            handles = [handle for rank in ranks for handle in rank.handles]
-            return [(f"{WORKER_NAME}{place}", handle) for place, handle in enumerate(handles)]
-        return [(rank.device, handle) for rank in ranks for handle in rank.handles]
 
     def _complete(self, request: EngineRequest) -> dict[str, str | int | float]:
         """Has the worker finish once all ranks' workers have loaded everything; returns what it tells of itself."""
@@ -304,13 +285,13 @@ class UpdateRun:
             self._agree(agreed)
         return self._report(plan, "none: this rank's engine was not updated", {})
 
-    def _plan(self, ranks: list[_Introduction]) -> BucketPlan:
+    def _plan(self, ranks: list[Introduction]) -> BucketPlan:
         plan = self._feed.plan([rank.access for rank in ranks], self._settings.bucket_size)
         self._progress.buckets, self._progress.nbytes = len(plan.buckets), plan.nbytes
         self._progress.buckets_done = self._progress.bytes_done = 0
         return plan
 
-    def _introduce(self, handles: Sequence[str]) -> list[_Introduction]:
+    def _introduce(self, handles: Sequence[str]) -> list[Introduction]:
         self._progress.phase = "introduce"
         free = self._device.memory()[0] + self._stagings.held(self._device)
         access: Holding | None = None
@@ -319,7 +300,7 @@ class UpdateRun:
             access = self._feed.introduction()
         except CheckpointEngineError as error:
             refusal = error
-        mine = _Introduction(
+        mine = Introduction(
             self._device.identity,
             tuple(handles),
             int(free * self._settings.mem_fraction),
@@ -329,47 +310,10 @@ class UpdateRun:
             offer=None if self._order.method == "broadcast" else make_offer(self._segments),
             refusal=f"{type(refusal).__name__}: {refusal}" if refusal else "",
         )
-        ranks = [
-            msgspec.msgpack.decode(text, type=_Introduction)
-            for text in self._gather("introduced", msgspec.msgpack.encode(mine))
-        ]
+        texts = self._gather("introduced", mine.encode())
         if refusal is not None:
             raise refusal
-        for rank, other in enumerate(ranks):
-            if other.refusal:
-                raise RankError(f"rank {rank} cannot take part: {other.refusal}")
-            if other.digest != mine.digest:
-                raise RankError(
-                    f"rank {rank} and rank {self._board.rank} know {self._order.catalog.name!r} differently; "
-                    "call gather_metas on all ranks again"
-                )
-        return ranks
-
-    def _agreed_generation(self, ranks: list[_Introduction]) -> str:
-        """A rank that failed in a call that others did not notice has closed its communicators; all make new ones."""
-        held = {ranks[rank].generation for rank in self._feed.receivers}
-        return held.pop() if len(held) == 1 and "" not in held else self._order.key
-
-    def _choose_staging(self, plan: BucketPlan, available: int) -> tuple[Device, StagingLayout]:
-        """All ranks decide alike, since all know the smallest free memory."""
-        layout = choose_layout(plan, len(self._feed.receivers), available)
-        if layout is not None:
-            return self._device, layout
-        host = CpuDevice(self._board.rank)
-        free, _ = host.memory()
-        layout = choose_layout(plan, len(self._feed.receivers), free)
-        if layout is None:
-            raise DeviceMemoryError(
-                f"the largest bucket has {plan.largest} bytes; {available} bytes may be used on the device, and "
-                f"{free} are free on the host: lower the engine's memory share, or raise PS_MEM_FRACTION"
-            )
-        logger.warning(
-            "only %d bytes of device memory may be used and the largest bucket has %d: staging in host memory, which "
-            "is slower",
-            available,
-            plan.largest,
-        )
-        return host, layout
+        return decode_introductions(texts, self._board.rank, self._order.catalog.name)
 
     def _agree(self, what: str) -> None:
         with self._clock.step("wait for other ranks"):
