@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 
-from checkpoint_engine.engine.adapter import TensorSpec
-from checkpoint_engine.errors import CheckpointEngineError, WeightsRejectedError, WorkerError
+from checkpoint_engine.engine.loading import Tensors, give_to_loader
+from checkpoint_engine.errors import WeightsRejectedError, WorkerError
 from checkpoint_engine.reload.reloader import Trust
 from checkpoint_engine_sglang import compat
 from checkpoint_engine_sglang.layouts import deriving_nothing
 from checkpoint_engine_sglang.plans import Model
 from checkpoint_engine_sglang.rebuilding import OpenLayer, attributes, process_in_place, put_back
-from checkpoint_engine_sglang.trial import Watched, rejection
-
-_REJECTIONS = (KeyError, ValueError, AssertionError, AttributeError, IndexError)
-"""What SGLang's loaders raise for a tensor that is unknown or of the wrong shape."""
-
-Tensors = Sequence[tuple[str, torch.Tensor]]
+from checkpoint_engine_sglang.trial import LOADER
 
 
 class Load:
@@ -216,22 +211,10 @@ class Load:
     # -- SGLang's loader
 
     def _give_to_loader(self, tensors: Tensors) -> None:
-        role, watched = self.model.runner.role, Watched(tensors)
-        compat.forget_parameters(self.model.runner.model)
-        try:
-            with deriving_nothing(self.model.runner.model):
-                cast("Any", self.model.runner.model).load_weights(iter(watched))
-        except CheckpointEngineError:
-            raise
-        except Exception as error:
-            if isinstance(error, _REJECTIONS):
-                found = dict(tensors).get(watched.last)
-                spec = None if found is None else TensorSpec(found.dtype, tuple(found.shape))
-                raise rejection(watched.last, spec, error) from error
-            raise WorkerError(
-                f"SGLang's loader of the {role} model failed at tensor {watched.last!r}: "
-                f"{type(error).__name__}: {error}"
-            ) from error
+        model = self.model.runner.model
+        compat.forget_parameters(model)
+        with deriving_nothing(model):
+            give_to_loader(f"{LOADER} of the {self.model.runner.role} model", cast("Any", model).load_weights, tensors)
 
     def _complete_groups(self, tensors: Tensors) -> list[tuple[str, torch.Tensor]]:
         """Holds back what the loader joins with tensors that are still to come; adds what waited for these."""

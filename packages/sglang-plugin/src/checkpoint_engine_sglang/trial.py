@@ -11,14 +11,14 @@ import hashlib
 import logging
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 
 from checkpoint_engine.engine.adapter import TensorSpec
-from checkpoint_engine.errors import WeightsRejectedError
+from checkpoint_engine.engine.loading import rejection
 from checkpoint_engine.reload.plan import Recording, ReloadPlan, make_plan
 from checkpoint_engine.reload.recorder import LoaderError, record
 from checkpoint_engine_sglang.compat import Runner
@@ -26,8 +26,7 @@ from checkpoint_engine_sglang.layouts import without_data
 
 logger = logging.getLogger(__name__)
 
-_LONGEST_REASON = 300
-"""Characters."""
+LOADER = "SGLang's loader"
 _NEVER_LOADED = re.compile(r"(rotary_emb\.(inv_freq|cos_cached|sin_cached)|\.(k|v|kv)_scale)$")
 """Tensors that old checkpoints have and no model takes; and scales of an FP8 cache, which SGLang may run without."""
 
@@ -82,19 +81,6 @@ class Trial:
         ]
 
 
-class Watched:
-    """Hands tensors to a loader and remembers which one it took last."""
-
-    def __init__(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
-        self._tensors = tensors
-        self.last = "(none)"
-
-    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in self._tensors:
-            self.last = name
-            yield name, tensor
-
-
 def digest(tensors: Mapping[str, TensorSpec]) -> str:
     """Stands for the names, shapes and dtypes of tensors."""
     found = hashlib.sha256()
@@ -114,7 +100,7 @@ def try_out(runner: Runner, tensors: Mapping[str, TensorSpec]) -> Trial | None:
         try:
             recording = record(cast("Any", runner.model).load_weights, targets, tensors)
         except LoaderError as failure:
-            raise rejection(failure.name, tensors.get(failure.name), failure.error) from failure.error
+            raise rejection(LOADER, failure.name, tensors.get(failure.name), failure.error) from failure.error
         after = _places(runner.model)
     replaced = [name for name, place in before.items() if after.get(name) != place]
     if replaced:
@@ -129,18 +115,6 @@ def try_out(runner: Runner, tensors: Mapping[str, TensorSpec]) -> Trial | None:
     return trial
 
 
-def rejection(name: str, spec: TensorSpec | None, error: Exception) -> WeightsRejectedError:
-    """The error for a tensor at which SGLang's loader raised."""
-    shape = "" if spec is None else f" ({str(spec.dtype).removeprefix('torch.')}, shape {list(spec.shape)})"
-    reason = str(error) or "no reason given"
-    if len(reason) > _LONGEST_REASON:
-        reason = f"{reason[:_LONGEST_REASON]} …"
-    return WeightsRejectedError(
-        f"SGLang's loader does not take tensor {name!r}{shape}: {type(error).__name__}: {reason}; "
-        "is this checkpoint of the same architecture as the served model?"
-    )
-
-
 def _refuse_stretched(recording: Recording, tensors: Mapping[str, TensorSpec]) -> None:
     """Torch repeats what is too small until it fits."""
     for piece in recording.pieces:
@@ -150,7 +124,7 @@ def _refuse_stretched(recording: Recording, tensors: Mapping[str, TensorSpec]) -
         )
         if stretched and math.prod(spec.shape) > 1:
             shape = list(piece.region.shape)
-            raise rejection(piece.source, spec, ValueError(f"it would have to fit into shape {shape}"))
+            raise rejection(LOADER, piece.source, spec, ValueError(f"it would have to fit into shape {shape}"))
 
 
 def _places(model: torch.nn.Module) -> dict[str, tuple[int, int]]:

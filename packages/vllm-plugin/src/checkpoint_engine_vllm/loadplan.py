@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -16,16 +16,14 @@ import torch
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from checkpoint_engine.engine.adapter import TensorSpec
-from checkpoint_engine.errors import CheckpointEngineError, WeightsRejectedError
+from checkpoint_engine.engine.loading import rejection
+from checkpoint_engine.errors import CheckpointEngineError
 from checkpoint_engine.reload.plan import Recording, ReloadPlan, make_plan
 from checkpoint_engine.reload.recorder import LoaderError, record
 from checkpoint_engine_vllm import compat
 from checkpoint_engine_vllm.protocols import ModelConfig, VllmConfig
 
 logger = logging.getLogger(__name__)
-
-_LONGEST_REASON = 300
-"""Characters; vLLM likes to list every parameter that it has."""
 
 
 @dataclass(frozen=True)
@@ -73,19 +71,6 @@ class LoadPlan:
             return False
         # A tensor whose loader gave up may be the one that fills what nothing else does.
         return not self.reload.loader_only or all(coverage.complete for coverage in self.parameters.values())
-
-
-class Watched:
-    """Hands tensors to a loader and remembers which one it took last."""
-
-    def __init__(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
-        self._tensors = tensors
-        self.last = "(none)"
-
-    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in self._tensors:
-            self.last = name
-            yield name, tensor
 
 
 @dataclass(frozen=True)
@@ -192,7 +177,7 @@ def _make_plan(
         with compat.bucketed_load():
             recording = record(cast("Any", model).load_weights, _targets(model), tensors)
     except LoaderError as failure:
-        raise rejection(failure.name, tensors.get(failure.name), failure.error) from failure.error
+        raise rejection("vLLM's loader", failure.name, tensors.get(failure.name), failure.error) from failure.error
     _keep_last_shapes(recording)
     for name, reason in recording.unreadable.items():
         logger.info("tensor %r is loaded by vLLM: %s", name, reason)
@@ -226,18 +211,6 @@ def _coverage(name: str, parameter: torch.Tensor, plan: ReloadPlan) -> Coverage:
     # Whoever reads values before it writes has written nothing here.
     unknown = any(source in plan.loader_only for source in sources)
     return Coverage(elements, elements if unknown else plan.recording.written.get(name, 0), sources)
-
-
-def rejection(name: str, spec: TensorSpec | None, error: Exception) -> WeightsRejectedError:
-    """The error for a tensor at which vLLM's loader raised."""
-    shape = "" if spec is None else f" ({str(spec.dtype).removeprefix('torch.')}, shape {list(spec.shape)})"
-    reason = str(error) or "no reason given"
-    if len(reason) > _LONGEST_REASON:
-        reason = f"{reason[:_LONGEST_REASON]} …"
-    return WeightsRejectedError(
-        f"vLLM's loader does not take tensor {name!r}{shape}: {type(error).__name__}: {reason}; "
-        "is this checkpoint of the same architecture as the served model?"
-    )
 
 
 def _storage(tensor: torch.Tensor) -> int:

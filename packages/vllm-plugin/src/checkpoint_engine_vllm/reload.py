@@ -12,18 +12,13 @@ from typing import Any, cast
 
 import torch
 
-from checkpoint_engine.engine.adapter import TensorSpec
-from checkpoint_engine.errors import CheckpointEngineError, WorkerError
+from checkpoint_engine.engine.loading import give_to_loader
 from checkpoint_engine_vllm import compat
 from checkpoint_engine_vllm.compat import is_open
-from checkpoint_engine_vllm.loadplan import Watched, rejection
 from checkpoint_engine_vllm.protocols import LayerState, ModelConfig
 from checkpoint_engine_vllm.repairs import Repairs
 
 logger = logging.getLogger(__name__)
-
-_REJECTIONS = (KeyError, ValueError, AssertionError, AttributeError, IndexError)
-"""What vLLM's loaders raise for a tensor that is unknown or of the wrong shape."""
 
 
 class Reload:
@@ -75,20 +70,8 @@ class Reload:
             WeightsRejectedError: the loader does not know a tensor, or not in this shape.
             WorkerError: the loader failed otherwise.
         """
-        watched = Watched(tensors)
-        try:
-            with compat.bucketed_load():
-                cast("Any", self.model).load_weights(iter(watched))
-        except CheckpointEngineError:
-            raise
-        except Exception as error:
-            if isinstance(error, _REJECTIONS):
-                found = dict(tensors).get(watched.last)
-                spec = None if found is None else TensorSpec(found.dtype, tuple(found.shape))
-                raise rejection(watched.last, spec, error) from error
-            raise WorkerError(
-                f"vLLM's loader failed at tensor {watched.last!r}: {type(error).__name__}: {error}"
-            ) from error
+        with compat.bucketed_load():
+            give_to_loader("vLLM's loader", cast("Any", self.model).load_weights, tensors)
         self.loader_bytes += sum(tensor.nbytes for _, tensor in tensors)
         self._detach({tensor.untyped_storage().data_ptr() for _, tensor in tensors})
 
