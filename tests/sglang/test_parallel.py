@@ -108,6 +108,8 @@ def test_two_pipeline_stages(serve: Serve, update_command: Update, checkpoints: 
     server.fault(slow=0.02)
     stream = Stream(server, 30)
     stream.wait_for(5)
+    for _ in range(3):  # with a batch in every stage
+        assert [worker["version"] for worker in server.status()["workers"]] == ["qwen3"] * 2
     push(server, weights["qwen3-b"], "qwen3-b")
     stream.join()
     server.fault()

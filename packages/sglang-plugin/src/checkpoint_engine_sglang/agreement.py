@@ -7,7 +7,7 @@ in host memory) carries a few bytes of each worker to all others, so that a fail
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 import msgspec
 import torch
@@ -17,12 +17,44 @@ from checkpoint_engine.errors import WorkerError
 
 _Message = TypeVar("_Message", bound=msgspec.Struct)
 
+_ROOM, _LENGTH = 1 << 14, 4
+"""Bytes that each worker brings to an exchange that nobody waits for, and of the length in front of them."""
+
+
+class Pending(Generic[_Message]):
+    """An exchange under way."""
+
+    def __init__(self, kind: type[_Message], work: Any, everybody: list[torch.Tensor]) -> None:  # noqa: ANN401
+        self._kind = kind
+        self._work = work
+        self._everybody = everybody
+
+    def is_over(self) -> bool:
+        """Whether all have brought theirs, or the exchange has failed."""
+        return bool(self._work.is_completed())
+
+    def result(self) -> list[_Message]:
+        """What every worker brought, in order of rank.
+
+        Raises:
+            WorkerError: the exchange failed.
+        """
+        try:
+            self._work.wait()
+        except RuntimeError as error:
+            raise WorkerError(f"the workers of this engine cannot reach each other: {error}") from error
+        return [_unpack(part, self._kind) for part in self._everybody]
+
 
 class Workers(Protocol):
     """All workers of a replica."""
 
     def exchange(self, mine: _Message, seconds: float) -> list[_Message]:
         """What every worker brought, in order of rank. All of them must call it, in the same order."""
+        ...
+
+    def start(self, mine: _Message) -> Pending[_Message]:
+        """Begins to exchange few bytes, and waits for nobody. All must call it, in the same order as `exchange`."""
         ...
 
 
@@ -52,6 +84,21 @@ class GroupOfWorkers:
             for part, size in zip(everybody, sizes, strict=True)
         ]
 
+    def start(self, mine: _Message) -> Pending[_Message]:
+        """See `Workers`.
+
+        Raises:
+            WorkerError: it is too much.
+        """
+        content = msgspec.msgpack.encode(mine)
+        if len(content) > _ROOM - _LENGTH:
+            raise WorkerError(f"{len(content)} bytes are too many for a word between workers")
+        words = len(content).to_bytes(_LENGTH, "little") + content
+        packed = torch.frombuffer(bytearray(words.ljust(_ROOM, b"\0")), dtype=torch.uint8)
+        everybody = [torch.empty_like(packed) for _ in range(self._size)]
+        work = cast("Any", dist).all_gather(everybody, packed, group=self._group, async_op=True)
+        return Pending(type(mine), work, everybody)
+
     def _gather(self, mine: torch.Tensor, seconds: float) -> list[torch.Tensor]:
         everybody = [torch.empty_like(mine) for _ in range(self._size)]
         try:
@@ -60,3 +107,9 @@ class GroupOfWorkers:
         except RuntimeError as error:
             raise WorkerError(f"not all workers of this engine answered within {seconds:g} s: {error}") from error
         return everybody
+
+
+def _unpack(part: torch.Tensor, kind: type[_Message]) -> _Message:
+    words = bytes(cast("Any", part).tolist())
+    length = int.from_bytes(words[:_LENGTH], "little")
+    return msgspec.msgpack.decode(words[_LENGTH : _LENGTH + length], type=kind)

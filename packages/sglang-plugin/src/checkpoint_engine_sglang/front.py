@@ -110,7 +110,9 @@ class Front:
 
     async def _verify(self, request: Any) -> tuple[list[Report], str]:  # noqa: ANN401
         try:
-            reports = _reports(await self._ask_workers(request, wait_for_requests=False))
+            # Pipeline stages can only wait for each other while none of them has a batch.
+            stages = int(getattr(self._manager.server_args, "pp_size", 1))
+            reports = _reports(await self._ask_workers(request, wait_for_requests=stages > 1))
         except EngineRequestError as error:
             return [], str(error)
         finally:

@@ -10,10 +10,11 @@ from typing import Any, cast
 
 import msgspec
 
+from checkpoint_engine.errors import WorkerError
 from checkpoint_engine_sglang import compat, places
-from checkpoint_engine_sglang.agreement import GroupOfWorkers
+from checkpoint_engine_sglang.agreement import GroupOfWorkers, Pending
 from checkpoint_engine_sglang.compat import Runner
-from checkpoint_engine_sglang.messages import Answer, Order, describe_failures, unpack
+from checkpoint_engine_sglang.messages import Answer, Order, Report, describe_failures, unpack
 from checkpoint_engine_sglang.worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,8 @@ class SchedulerSide:
         self._manager = manager
         self._worker: Worker | None = None
         self._waiting: list[tuple[Original, Any]] = []
+        self._asked: list[tuple[Pending[Report], Any]] = []
+        """Requests for the status that other stages have not answered yet."""
         self._collected: list[Any] | None = None
         self._is_updated = False
 
@@ -43,6 +46,10 @@ class SchedulerSide:
         if position.stages > 1 and position.stage < position.stages - 1:
             self._waiting.append((original, request))
             return None
+        if position.stages > 1 and _is_question(request):
+            self._ask(original, request)
+            self._asked = [asked for asked in self._asked if not asked[0].is_over()]
+            return _answer(success=True, message="")  # the first stage has what counts
         return self._do(original, request)
 
     def after_sending(self, sent: object) -> None:
@@ -50,10 +57,13 @@ class SchedulerSide:
         sent_requests = cast("list[Any]", sent) if isinstance(sent, list) else []
         waiting, self._waiting = self._waiting, []
         for original, request in waiting:
-            if any(request is one for one in sent_requests):
-                compat.send_answer(self.scheduler, self._do(original, request), request)
-            else:
+            if not any(request is one for one in sent_requests):
                 self._waiting.append((original, request))
+            elif _is_question(request):
+                self._ask(original, request)
+            else:
+                compat.send_answer(self.scheduler, self._do(original, request), request)
+        self._answer_questions()
 
     def after_resuming(self) -> None:
         """Holds an engine that must not run."""
@@ -70,6 +80,29 @@ class SchedulerSide:
         return original(updater, request)
 
     # -- inside
+
+    def _ask(self, original: Original, request: Any) -> None:  # noqa: ANN401
+        """Stages that have batches under way wait for each other in another order: nobody may wait here as well."""
+        try:
+            worker = self._worker or self._make_worker(original, request)
+            self._worker = worker
+            self._asked.append((worker.start_status(), request))
+        except Exception as error:
+            logger.exception("this worker cannot tell its status")
+            compat.send_answer(self.scheduler, _answer(success=False, message=repr(error)), request)
+
+    def _answer_questions(self) -> None:
+        asked, self._asked = self._asked, []
+        for pending, request in asked:
+            if not pending.is_over():
+                self._asked.append((pending, request))
+                continue
+            stages = compat.position_of(self._manager).stages
+            try:
+                answer = _answer(success=True, message=_encode(Answer(pending.result(), stages)))
+            except WorkerError as error:
+                answer = _answer(success=False, message=str(error))
+            compat.send_answer(self.scheduler, answer, request)
 
     def _do(self, original: Original, request: Any) -> Any:  # noqa: ANN401
         handles, order = unpack(request.zmq_handles)
@@ -171,6 +204,11 @@ def resume(original: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: A
     if side is not None:
         side.after_resuming()
     return done
+
+
+def _is_question(request: Any) -> bool:  # noqa: ANN401
+    _, order = unpack(request.zmq_handles)
+    return order is not None and order.do == "status"
 
 
 def _state(worker: Worker) -> str:

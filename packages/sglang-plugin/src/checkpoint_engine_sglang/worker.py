@@ -13,12 +13,14 @@ from checkpoint_engine.engine.receiver import pick_handle, receive_update
 from checkpoint_engine.errors import WorkerError
 from checkpoint_engine_sglang import compat
 from checkpoint_engine_sglang.adapter import SGLangAdapter, Verdict
-from checkpoint_engine_sglang.agreement import Workers
+from checkpoint_engine_sglang.agreement import Pending, Workers
 from checkpoint_engine_sglang.compat import Position, Runner
 from checkpoint_engine_sglang.messages import BUSY, Order, Report, describe_failures
 
 logger = logging.getLogger(__name__)
 
+_LONGEST_WORD = 2000
+"""Characters of an error in a status that nobody waits for."""
 _GRACE_SECONDS = 60.0
 """Workers that run into the deadline themselves get this much longer to say so."""
 
@@ -59,6 +61,11 @@ class Worker:
     def status(self) -> list[Report]:
         """What every worker holds."""
         return self._workers.exchange(self._report(ok=True, error=self._error), _GRACE_SECONDS)
+
+    def start_status(self) -> Pending[Report]:
+        """The same, without waiting for anybody."""
+        error = self._error if len(self._error) <= _LONGEST_WORD else f"{self._error[:_LONGEST_WORD]} …"
+        return self._workers.start(self._report(ok=True, error=error))
 
     def update(self, handles: Mapping[str, str], order: Order, *, flush: bool) -> list[Report]:
         """Takes an update; returns what every worker says of it.
