@@ -44,26 +44,3 @@ def test_two_workers_from_a_to_b_and_back(serve: Serve, update: Update, checkpoi
     second = serve(b, *two_workers, VLLM_CPU_OMP_THREADS_BIND="0|1")
     assert second.tokens() == after_update != tokens[a]
     second.close()
-
-
-def test_two_pipeline_stages(serve: Serve, update: Update, verify: Update, checkpoints: Path) -> None:
-    stages, workers = ("--pipeline-parallel-size", "2"), ("--tensor-parallel-size", "2")
-    server = serve("qwen3", *stages, VLLM_CPU_OMP_THREADS_BIND="0|1")
-    on_a = server.tokens()
-    on_b = []
-    for name, how in (("qwen3-b", ()), ("qwen3", ()), ("qwen3-b", ()), ("qwen3", ("--method", "direct"))):
-        done = update(checkpoints / name, server, *workers, *how)
-        assert done.returncode == 0, done.stderr
-        if name == "qwen3":
-            assert server.tokens() == on_a
-        else:
-            on_b.append(server.tokens())
-    ways = [worker["last_update"]["reload"] for worker in server.rpc("checkpoint_engine_status")]
-    assert ways == ["plan", "plan"]
-    assert verify(checkpoints / "qwen3", server, *workers).returncode == 0
-    server.close()
-
-    server = serve("qwen3-b", *stages, VLLM_CPU_OMP_THREADS_BIND="0|1")
-    assert [server.tokens()] * 2 == on_b
-    assert on_a != on_b[0]
-    server.close()
