@@ -20,11 +20,10 @@ class Comparison(Load):
         super().__init__(model, names, planned=planned)
         self.findings = Findings()
         self._in_place = {target for target in model.targets if not model.layer_of(target)}
-        origins = {} if model.trial is None else model.trial.recording.origins
-        kept = {name for target, names in origins.items() if not model.layer_of(target) for name in names}
-        self._passed_over = {layer for layer, names in self._missing.items() if names & kept}
-        """Layers that cannot be filled without filling others in place."""
-        self._missing = {layer: names for layer, names in self._missing.items() if layer not in self._passed_over}
+        self._origins = {} if model.trial is None else model.trial.recording.origins
+        kept = {name for target, names in self._origins.items() if not model.layer_of(target) for name in names}
+        # What cannot be filled without filling others in place is passed over.
+        self._missing = {layer: names for layer, names in self._missing.items() if not names & kept}
         self._for_layers = set[str]().union(*self._missing.values())
 
     def take(self, tensors: Tensors) -> None:
@@ -68,10 +67,11 @@ class Comparison(Load):
         found.nbytes += sum(tensor.nbytes for tensor in live.values())
         found.different += sorted(wrong)
         done = {tensor.data_ptr() for tensor in live.values()}
+        nothing, unplaced = "the checkpoint has nothing for it", "only its loader can place it"
         found.not_compared += [
-            f"{name} ({'the checkpoint has nothing for it' if layer not in self._open else 'incomplete'})"
+            f"{name} ({unplaced if name in self._origins else nothing})"
             for name, tensor in self.model.runner.model.named_parameters()
-            if (layer := name.rpartition(".")[0]) not in self._done and tensor.numel() and tensor.data_ptr() not in done
+            if name.rpartition(".")[0] not in self._done and tensor.numel() and tensor.data_ptr() not in done
         ]
         if hasattr(self.model.runner.model, "post_load_weights"):
             found.not_compared.append("what the model derives from its weights")

@@ -19,8 +19,8 @@ from checkpoint_engine_sglang.messages import BUSY, Order, Report, describe_fail
 
 logger = logging.getLogger(__name__)
 
-_LONGEST_WORD = 2000
-"""Characters of an error in a status that nobody waits for."""
+_LONGEST_WORD = 1000
+"""Characters of an error, or of a version, in a status that nobody waits for: the room for it is small."""
 _GRACE_SECONDS = 60.0
 """Workers that run into the deadline themselves get this much longer to say so."""
 
@@ -64,8 +64,8 @@ class Worker:
 
     def start_status(self) -> Pending[Report]:
         """The same, without waiting for anybody."""
-        error = self._error if len(self._error) <= _LONGEST_WORD else f"{self._error[:_LONGEST_WORD]} …"
-        return self._workers.start(self._report(ok=True, error=error))
+        report = self._report(ok=True, error=self._error[:_LONGEST_WORD])
+        return self._workers.start(msgspec.structs.replace(report, version=report.version[:_LONGEST_WORD]))
 
     def update(self, handles: Mapping[str, str], order: Order, *, flush: bool) -> list[Report]:
         """Takes an update; returns what every worker says of it.

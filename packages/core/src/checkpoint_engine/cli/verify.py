@@ -99,7 +99,9 @@ def _show(job: Job, reports: list[Done], *, as_json: bool) -> None:
         ]
         print_json({"ok": ok, "version": job.version, "seconds": seconds, "workers": workers})
         return
-    mark, says = ("[bold green]✓[/]", "equal to") if ok else ("[bold red]✗[/]", "not equal to")
+    partly = any(report.update.engine.get("not_compared") for report in reports)
+    equal = "as far as they could be compared, equal to" if partly else "equal to"
+    mark, says = ("[bold green]✓[/]", equal) if ok else ("[bold red]✗[/]", "not equal to")
     output.print(f"{mark} the weights are {says} [bold]{job.version}[/] ({seconds:.2f} s)")
     output.print(_table(job, reports))
     for report in reports:
