@@ -1,150 +1,28 @@
-"""Updates of a real `vllm serve` on a GPU: right, and how long they take.
+"""How long updates of a real `vllm serve` on a GPU take, from dummy weights and with CUDA graphs captured.
 
-    python benchmarks/vllm_update.py check A B     tiny checkpoints: A -> B -> A, compared with cold starts
-    python benchmarks/vllm_update.py time moe30b   a model of that size, made in /dev/shm, from dummy weights
+    python benchmarks/vllm_update.py moe30b --holes     a model of that size, made in /dev/shm
 
-Needs vLLM and both packages in this environment. CUDA graphs are captured before the first update, as in production.
+Needs vLLM and both packages in this environment. `vllm_formats.py` beside this shows that updates are right.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import os
-import signal
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-import httpx
 import torch
+from vllm_server import serving, update
 from workloads import VOCABULARY, WORKLOADS, Tensor
 
-from checkpoint_engine.deadline import Deadline
 from checkpoint_engine.server import ParameterServer
-from checkpoint_engine_vllm import VllmClient
 
 HERE = Path(__file__).parent
-PROMPTS = [[3, 17, 42, 99], [7] * 9, list(range(100, 130))]
-START_SECONDS = 300.0
 SHARD_BYTES = 4 << 30
 WAYS = ["broadcast:loader", "broadcast:auto", "direct:auto"]
-
-
-class Server:
-    """A running `vllm serve`."""
-
-    def __init__(self, model: Path, port: int, log: Path, *options: str) -> None:
-        self.url = f"http://127.0.0.1:{port}"
-        self.log = log
-        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model), "--port", str(port)]
-        command += ["--host", "127.0.0.1", "--served-model-name", "bench", "--dtype", "bfloat16"]
-        command += ["--worker-extension-cls", "checksum_extension.ChecksumExtension", *options]
-        environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1"}
-        environment["PYTHONPATH"] = f"{HERE}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-        with log.open("w") as output:
-            self.process = subprocess.Popen(
-                command, env=environment, stdout=output, stderr=output, start_new_session=True
-            )
-        self.client = VllmClient(self.url, timeout=60.0)
-
-    def wait(self) -> None:
-        """Waits until it serves; shows the end of its log if it ends instead."""
-        deadline = Deadline(START_SECONDS)
-        while not deadline.expired and self.process.poll() is None:
-            with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"{self.url}/health", timeout=5).is_success:
-                    return
-            time.sleep(0.5)
-        raise SystemExit(f"vLLM did not start:\n{self.log.read_text()[-6000:]}")
-
-    def rpc(self, method: str) -> list[object]:
-        """Runs a method on all workers."""
-        reply = httpx.post(f"{self.url}/collective_rpc", json={"method": method}, timeout=120)
-        reply.raise_for_status()
-        return reply.json()["results"]
-
-    def tokens(self) -> list[str]:
-        """Greedy continuations, with their token ids where this vLLM tells them."""
-        texts = []
-        for prompt in PROMPTS:
-            body = {"model": "bench", "prompt": prompt, "max_tokens": 24, "temperature": 0, "ignore_eos": True}
-            reply = httpx.post(f"{self.url}/v1/completions", json={**body, "return_token_ids": True}, timeout=120)
-            reply.raise_for_status()
-            choice = reply.json()["choices"][0]
-            texts.append(str(choice.get("token_ids") or choice["text"]))
-        return texts
-
-    def state(self) -> dict[str, object]:
-        """All that two engines with the same weights must have in common."""
-        return {"checksum": self.rpc("checkpoint_engine_checksum"), "tokens": self.tokens()}
-
-    def close(self) -> None:
-        """Ends it."""
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGINT)
-        try:
-            self.process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
-
-
-@contextlib.contextmanager
-def serving(models: list[Path], work: Path, *options: str) -> Iterator[list[Server]]:
-    """Several servers, started side by side."""
-    servers = [Server(m, 8100 + i, work / f"serve-{m.name}-{i}.log", *options) for i, m in enumerate(models)]
-    try:
-        for server in servers:
-            server.wait()
-        yield servers
-    finally:
-        for server in servers:
-            server.close()
-
-
-def update(ps: ParameterServer, server: Server, name: str, way: str = "broadcast:auto") -> None:
-    """One update of one server; a way is a method and how vLLM takes tensors over."""
-    method, reload = way.split(":")
-    ps.update(
-        name,
-        lambda handles: server.client.update_weights(
-            dict(handles), version=name, pause="keep", reset_caches=True, timeout=300
-        ),
-        method=method,
-        reload=reload,
-    )
-
-
-def check(arguments: argparse.Namespace) -> None:
-    """A server that was brought to a checkpoint equals one that was started with it."""
-    first, second = (Path(path) for path in arguments.checkpoints)
-    arguments.work.mkdir(parents=True, exist_ok=True)
-    # Servers that start side by side cannot measure how much memory is theirs.
-    options = ["--kv-cache-memory-bytes", str(1 << 28), "--max-model-len", "256", "--max-num-seqs", "4"]
-    with (
-        serving([first, second, first], arguments.work, *options) as (updated, other, untouched),
-        ParameterServer(rank=0, world_size=1, device="cuda") as ps,
-    ):
-        for path in (first, second):
-            files = sorted(path.glob("*.safetensors"))
-            ps.register_checkpoint(path.name, files=files, use_inplace_pin_memory=False)
-            ps.gather_metas(path.name)
-        cold = {first.name: untouched.state(), second.name: other.state()}
-        if cold[first.name] == cold[second.name]:
-            raise SystemExit("the two checkpoints generate the same; nothing could be shown with them")
-        for way in arguments.ways:
-            for path in (second, first, second):
-                update(ps, updated, path.name, way)
-                if updated.state() != cold[path.name]:
-                    raise SystemExit(f"{path.name}: differs from a cold start: {updated.state()} {cold[path.name]}")
-                report = ps.last_report
-                print(f"{way} {path.name}: checksum and tokens equal to a cold start; {report.seconds}", flush=True)
-                print(f"    {report.engine}", flush=True)
 
 
 def measure(arguments: argparse.Namespace) -> None:
@@ -175,7 +53,9 @@ def measure(arguments: argparse.Namespace) -> None:
             update(ps, server, "bench", way)
             wall = time.perf_counter() - begin
             report = ps.last_report
-            runs.append({"way": way, "wall": wall, **report.seconds, "free_before": free_before, **report.engine})
+            asked = {path: seconds for path, seconds in server.timed.seconds.items() if path != "/health"}
+            runs.append({"way": way, "wall": wall, **report.seconds, **asked, "free_before": free_before})
+            runs[-1] |= report.engine
             print(json.dumps(runs[-1]), flush=True)
         if server.tokens() == before:
             raise SystemExit("the update changed nothing")
@@ -200,11 +80,11 @@ def measure(arguments: argparse.Namespace) -> None:
         # By plan, the first update of all is the proof and the second its check.
         of_way = [run for run in runs if run["way"] == way]
         print(f"{way}, first {of_way[0]['wall']:.3f} s; then, in medians:")
-        for stage in ("copy", "load", "finish", "total", "wall"):
+        for stage in ("connect", "copy", "load", "finish", "/pause", "/resume", "total", "wall"):
             values = [run[stage] for run in of_way[2:] or of_way if stage in run]
             if values and (value := statistics.median(values)):
                 rate, each = nbytes / value / 1e9, value / tensors * 1e6
-                print(f"{stage:10}{value:8.3f} s {rate:8.1f} GB/s {each:8.1f} µs a tensor")
+                print(f"{stage:12}{value:8.3f} s {rate:8.1f} GB/s {each:8.1f} µs a tensor")
     print(f"{'register':10}{seconds['register']:8.3f} s;  staging {record['staging']}")
 
 
@@ -296,20 +176,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("/dev/shm/checkpoint-engine-bench"))
     parser.add_argument("--output", type=Path, default=HERE / "results")
-    commands = parser.add_subparsers(required=True)
-    checking = commands.add_parser("check")
-    checking.add_argument("checkpoints", nargs=2)
-    checking.add_argument("--ways", nargs="+", default=WAYS, help="METHOD:RELOAD each")
-    checking.set_defaults(run=check)
-    timing = commands.add_parser("time")
-    timing.add_argument("workload", choices=["moe30b", "moe15b", "dense32b"])
-    timing.add_argument("--ways", nargs="+", default=WAYS, help="METHOD:RELOAD each")
-    timing.add_argument("--holes", action="store_true", help="weights of zeros, which take no room in /dev/shm")
-    timing.add_argument("--repeat", type=int, default=5)
-    timing.add_argument("--serve-options", nargs="*", default=[])
-    timing.set_defaults(run=measure)
-    arguments = parser.parse_args()
-    arguments.run(arguments)
+    parser.add_argument("workload", choices=["moe30b", "moe15b", "dense32b"])
+    parser.add_argument("--ways", nargs="+", default=WAYS, help="METHOD:RELOAD each")
+    parser.add_argument("--holes", action="store_true", help="weights of zeros, which take no room in /dev/shm")
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--serve-options", nargs="*", default=[])
+    measure(parser.parse_args())
 
 
 if __name__ == "__main__":

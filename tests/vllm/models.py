@@ -1,6 +1,6 @@
 """Runs in vLLM's environment: makes tiny checkpoints with random weights and a tokenizer, without any download.
 
-models.py DIR NAME...       NAME: one of KINDS, or with -b the same model from another seed, as in qwen3-b
+models.py DIR NAME... [--large]     NAME: one of KINDS, or with -b the same model from another seed, as in qwen3-b
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -37,6 +37,9 @@ class Size:
 SMALL = Size()
 WIDE = Size(hidden=256, head=64, experts=4, expert_intermediate=128)
 """Whatever is quantised in blocks, also each part of a fused layer, is a multiple of 128 here; kernels ask for it."""
+
+LARGE = Size(hidden=4096, heads=32, key_heads=8, head=128, intermediate=12288, expert_intermediate=1536)
+"""Layers as wide as those of a model of 8 billion parameters."""
 
 
 @dataclass(frozen=True)
@@ -243,9 +246,9 @@ def save_weights(directory: Path, tensors: dict[str, torch.Tensor], files: int =
     (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
 
 
-def make(parent: Path, name: str) -> None:
+def make(parent: Path, name: str, *, large: bool = False) -> None:
     key, _, variant = name.partition("-")
-    kind = KINDS[key]
+    kind = replace(KINDS[key], size=LARGE) if large else KINDS[key]
     directory = parent / name
     directory.mkdir(parents=True)
     save_tokenizer(directory)
@@ -255,4 +258,5 @@ def make(parent: Path, name: str) -> None:
 
 if __name__ == "__main__":
     for checkpoint in sys.argv[2:]:
-        make(Path(sys.argv[1]), checkpoint)
+        if checkpoint != "--large":
+            make(Path(sys.argv[1]), checkpoint, large="--large" in sys.argv)

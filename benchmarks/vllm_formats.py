@@ -1,0 +1,199 @@
+"""Whether a real `vllm serve` on a GPU, brought to a checkpoint by updates, equals one that was started with it.
+
+    python benchmarks/vllm_formats.py                          every format, tiny
+    python benchmarks/vllm_formats.py fp8tensor wna16 --large  two of them, in layers of a realistic shape
+
+Two servers for each format, CUDA graphs captured: one starts with A and is brought to B, A, B by broadcast (the plan's
+proof, its check, the plan), to A by vLLM's loader, and to B and A directly; the other starts with B. Each time hashes
+of all parameters and of what attention derives, and greedy tokens, must be those of the start, and addresses those of
+before. Then `checkpoint-engine verify` must find A and not B. Several formats share the GPU. Needs vLLM and both
+packages in this environment; exits with 1 if anything is not so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_server import HERE, Server, serving, update
+
+from checkpoint_engine.errors import CheckpointEngineError
+from checkpoint_engine.server import ParameterServer
+
+MAKER = HERE.parent / "tests" / "vllm" / "models.py"
+MTP = '{"method": "mtp", "num_speculative_tokens": 1}'
+STEPS = [
+    ("b", "broadcast:auto"),
+    ("a", "broadcast:auto"),
+    ("b", "broadcast:auto"),
+    ("a", "broadcast:loader"),
+    ("b", "direct:auto"),
+    ("a", "direct:auto"),
+]
+LIMIT_SECONDS = 400.0
+
+
+@dataclass(frozen=True)
+class Format:
+    """A kind of tiny checkpoint (see tests/vllm/models.py) and what `vllm serve` is started with."""
+
+    kind: str
+    options: tuple[str, ...] = ()
+    environment: tuple[tuple[str, str], ...] = ()
+    asleep: bool = False
+    """Whether weights are thrown away (sleep level 2) before each update, as some trainers do."""
+
+
+FORMATS = {
+    "dense": Format("qwen3"),
+    "dense-runner1": Format("qwen3", environment=(("VLLM_USE_V2_MODEL_RUNNER", "0"),)),
+    "dense-runner2": Format("qwen3", environment=(("VLLM_USE_V2_MODEL_RUNNER", "1"),)),
+    "dense-asleep": Format("qwen3", ("--enable-sleep-mode",), asleep=True),
+    "tied": Format("tied"),
+    "moe": Format("moe"),
+    "fp8block": Format("fp8block"),
+    "fp8tensor": Format("fp8tensor"),
+    "fp8channel": Format("fp8channel"),
+    "fp8online": Format("wide", ("--quantization", "fp8")),
+    "fp8moe": Format("fp8moe"),
+    "fp8moe-triton": Format("fp8moe", ("--moe-backend", "triton")),
+    "fp8kv": Format("fp8kv", ("--kv-cache-dtype", "fp8")),
+    "int8": Format("int8"),
+    "wna16": Format("wna16"),
+    "mla": Format("mla"),
+    "mla-mtp": Format("mla", ("--speculative-config", MTP)),
+    "fp8mla": Format("fp8mla"),
+}
+
+
+def main() -> None:
+    """Checks formats side by side, each in a process of its own, and prints a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("formats", nargs="*", metavar="FORMAT", help=f"of {', '.join(FORMATS)}")
+    parser.add_argument("--large", action="store_true", help="layers as wide as an 8B model's")
+    parser.add_argument("--at-once", type=int, default=4, help="formats that share the GPU at a time")
+    parser.add_argument("--work", type=Path, default=Path("/dev/shm/checkpoint-engine-formats"))
+    parser.add_argument("--serve-options", default="", help="more options of vllm serve, in one string")
+    parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if unknown := set(arguments.formats) - FORMATS.keys():
+        parser.error(f"{', '.join(sorted(unknown))}: not one of {', '.join(FORMATS)}")
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    if arguments.port is not None:
+        print(json.dumps(check(arguments.formats[0], arguments)), flush=True)
+        return
+    with ThreadPoolExecutor(arguments.at_once) as pool:
+        names = arguments.formats or list(FORMATS)
+        rows = list(pool.map(lambda item: apart(*item, arguments), enumerate(names)))
+    width = max(len(name) for name in names)
+    print()
+    for name, row in zip(names, rows, strict=True):
+        print(f"{name:{width}}  {row['result']:10} {row['seconds']:4.0f} s  {row['kernels']}  {row['detail']}")
+    sys.exit(any(row["result"] not in ("equal", "refused") for row in rows))
+
+
+def apart(index: int, name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """One format in a process of its own, since a parameter server has the GPU to itself there."""
+    command = [sys.executable, __file__, name, "--port", str(8100 + 2 * index), "--work", str(arguments.work)]
+    command += ["--large"] * arguments.large + [f"--serve-options={arguments.serve_options}"]
+    begin = time.perf_counter()
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False)
+        failed = f"{done.stdout}\n{done.stderr}" if done.returncode else ""
+        row = {"result": "failed"} if failed else json.loads(done.stdout.splitlines()[-1])
+    except subprocess.TimeoutExpired as late:
+        failed, row = f"{late.stdout}\n{late.stderr}", {"result": "late"}
+    if failed:
+        (arguments.work / f"{name}.log").write_text(failed)
+        row["detail"] = failed.strip().splitlines()[-1][-300:]
+    row = {"kernels": "", "detail": "", **row, "seconds": time.perf_counter() - begin}
+    print(f"{name}: {row['result']} after {row['seconds']:.0f} s {row['detail']}", flush=True)
+    return row
+
+
+def check(name: str, arguments: argparse.Namespace) -> dict[str, str]:
+    """What became of one format."""
+    form = FORMATS[name]
+    directory = arguments.work / name
+    made = [sys.executable, str(MAKER), str(directory), form.kind, f"{form.kind}-b", *["--large"] * arguments.large]
+    subprocess.run(made, check=True, timeout=200)
+    a, b = directory / form.kind, directory / f"{form.kind}-b"
+    # Servers that start side by side cannot measure how much memory is theirs.
+    options = ["--kv-cache-memory-bytes", str(1 << 28), "--max-model-len", "256", "--max-num-seqs", "4"]
+    options += ["--gpu-memory-utilization", "0.1", *form.options, *arguments.serve_options.split()]
+    with (
+        serving([a, b], directory, *options, port=arguments.port, **dict(form.environment)) as (updated, other),
+        ParameterServer(rank=0, world_size=1, master_port=arguments.port + 500) as ps,
+    ):
+        for path in (a, b):
+            files = sorted(path.glob("*.safetensors"))
+            ps.register_checkpoint(path.name, files=files, use_inplace_pin_memory=False)
+            ps.gather_metas(path.name)
+        kernels = ", ".join(updated.rpc("checkpoint_engine_kernels")[0])
+        addresses = updated.rpc("checkpoint_engine_addresses")
+        cold = {a: updated.state(), b: other.state()}
+        if cold[a]["tokens"] == cold[b]["tokens"]:
+            return {"result": "useless", "kernels": kernels, "detail": "A and B generate the same"}
+        row = {"kernels": kernels, "detail": ""}
+        wrong, detail = updates(ps, updated, cold, asleep=form.asleep)
+        if not wrong and updated.rpc("checkpoint_engine_addresses") != addresses:
+            wrong, detail = "moved", "parameters lie elsewhere"
+        if not wrong and (found := verified(updated, a, b) or differences(updated.state(), cold[a])):
+            wrong, detail = "verify", found
+        return row | {"result": wrong or "equal", "detail": detail}
+
+
+def updates(ps: ParameterServer, server: Server, cold: dict[Path, dict[str, Any]], *, asleep: bool) -> tuple[str, str]:
+    """Takes all steps; what went wrong, if anything did, and the details."""
+    a, b = cold
+    ways = []
+    for which, way in STEPS:
+        path = {"a": a, "b": b}[which]
+        try:
+            if asleep:
+                server.post("/sleep?level=2")
+                server.post("/wake_up?tags=weights")
+            update(ps, server, path.name, way)
+            if asleep:
+                server.post("/wake_up?tags=kv_cache")
+        except CheckpointEngineError as error:
+            refused = not ways and server.state() == cold[a]
+            return "refused" if refused else "failed", f"{way} {which}: {error}"
+        if difference := differences(server.state(), cold[path]):
+            return "different", f"{way} {which}: {difference}"
+        ways.append(f"{ps.last_report.engine['reload']} {ps.last_report.engine['loader_bytes']}")
+    return "", "; ".join(ways)
+
+
+def differences(found: dict[str, Any], expected: dict[str, Any]) -> str:
+    """What is not the same, in words; empty if all is."""
+    if found == expected:
+        return ""
+    sums = [(one, two) for one, two in zip(found["checksum"], expected["checksum"], strict=True)]
+    names = [name for one, two in sums for name in one.keys() | two.keys() if one.get(name) != two.get(name)]
+    tokens = "" if found["tokens"] == expected["tokens"] else "tokens; "
+    return f"{tokens}{len(names)} modules, {', '.join(sorted(names)[:4])}"
+
+
+def verified(server: Server, same: Path, other: Path) -> str:
+    """What the command `verify` says wrongly; empty if it is right about both checkpoints."""
+    for path, expected in ((same, 0), (other, 1)):
+        command = [sys.executable, "-m", "checkpoint_engine", "verify", str(path), "--engine", "vllm"]
+        command += ["--endpoint", server.url, "--timeout", "60", "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        if done.returncode != expected:
+            return f"verify {path.name}: exit code {done.returncode}: {(done.stderr or done.stdout)[-300:]}"
+    # The tokens of a prompt whose beginning is cached may differ by rounding; nothing was updated to drop the cache.
+    server.post("/reset_prefix_cache")
+    return ""
+
+
+if __name__ == "__main__":
+    main()

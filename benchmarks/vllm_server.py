@@ -1,0 +1,133 @@
+"""A `vllm serve` of its own for a measurement or a check, and updates of it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from checkpoint_engine.deadline import Deadline
+from checkpoint_engine.engine.endpoint import Endpoint, Reply
+from checkpoint_engine.server import ParameterServer
+from checkpoint_engine_vllm import VllmClient
+
+HERE = Path(__file__).parent
+PROMPTS = [[3, 17, 42, 99], [7] * 9, list(range(100, 130))]
+START_SECONDS = 300.0
+
+
+class TimedEndpoint(Endpoint):
+    """Keeps how many seconds the last request to each path took."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__(address)
+        self.seconds: dict[str, float] = {}
+
+    def send(self, method: str, path: str, deadline: Deadline, **request: Any) -> Reply:  # noqa: ANN401 - handed on
+        """Sends it, and measures."""
+        begin = time.perf_counter()
+        try:
+            return super().send(method, path, deadline, **request)
+        finally:
+            self.seconds[path] = time.perf_counter() - begin
+
+
+class Server:
+    """A running `vllm serve`."""
+
+    def __init__(self, model: Path, port: int, log: Path, *options: str, **environment: str) -> None:
+        self.url = f"http://127.0.0.1:{port}"
+        self.log = log
+        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model), "--port", str(port)]
+        command += ["--host", "127.0.0.1", "--served-model-name", "bench", "--dtype", "bfloat16"]
+        command += ["--worker-extension-cls", "checksum_extension.ChecksumExtension", *options]
+        environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1", **environment}
+        environment["PYTHONPATH"] = f"{HERE}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+        with log.open("w") as output:
+            self.process = subprocess.Popen(
+                command, env=environment, stdout=output, stderr=output, start_new_session=True
+            )
+        self.client = VllmClient(self.url, timeout=60.0)
+        self.client.endpoint = self.timed = TimedEndpoint(self.url)
+
+    def wait(self) -> None:
+        """Waits until it serves; shows the end of its log if it ends instead."""
+        deadline = Deadline(START_SECONDS)
+        while not deadline.expired and self.process.poll() is None:
+            with contextlib.suppress(httpx.TransportError):
+                if httpx.get(f"{self.url}/health", timeout=5).is_success:
+                    return
+            time.sleep(0.5)
+        raise SystemExit(f"vLLM did not start:\n{self.log.read_text()[-6000:]}")
+
+    def rpc(self, method: str) -> list[object]:
+        """Runs a method on all workers."""
+        reply = httpx.post(f"{self.url}/collective_rpc", json={"method": method}, timeout=120)
+        reply.raise_for_status()
+        return reply.json()["results"]
+
+    def post(self, path: str) -> None:
+        """A request without a body."""
+        httpx.post(f"{self.url}{path}", timeout=120).raise_for_status()
+
+    def tokens(self) -> list[str]:
+        """Greedy continuations, with their token ids where this vLLM tells them."""
+        texts = []
+        for prompt in PROMPTS:
+            body = {"model": "bench", "prompt": prompt, "max_tokens": 24, "temperature": 0, "ignore_eos": True}
+            reply = httpx.post(f"{self.url}/v1/completions", json={**body, "return_token_ids": True}, timeout=120)
+            reply.raise_for_status()
+            choice = reply.json()["choices"][0]
+            texts.append(str(choice.get("token_ids") or choice["text"]))
+        return texts
+
+    def state(self) -> dict[str, object]:
+        """All that two engines with the same weights must have in common."""
+        return {"checksum": self.rpc("checkpoint_engine_checksum"), "tokens": self.tokens()}
+
+    def close(self) -> None:
+        """Ends it."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGINT)
+        try:
+            self.process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def serving(
+    models: list[Path], work: Path, *options: str, port: int = 8100, **environment: str
+) -> Iterator[list[Server]]:
+    """Several servers, started side by side."""
+    servers = [
+        Server(m, port + i, work / f"serve-{m.name}-{i}.log", *options, **environment) for i, m in enumerate(models)
+    ]
+    try:
+        for server in servers:
+            server.wait()
+        yield servers
+    finally:
+        for server in servers:
+            server.close()
+
+
+def update(ps: ParameterServer, server: Server, name: str, way: str = "broadcast:auto") -> None:
+    """One update of one server; a way is a method and how vLLM takes tensors over."""
+    method, reload = way.split(":")
+    ps.update(
+        name,
+        lambda handles: server.client.update_weights(
+            dict(handles), version=name, pause="keep", reset_caches=True, timeout=300
+        ),
+        method=method,
+        reload=reload,
+    )
