@@ -137,7 +137,7 @@ class PatientDevice(CountingDevice):
 def test_a_large_checkpoint_has_few_segments_and_a_small_one_some(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(filling, "SEGMENT_TARGET", 1 << 20)
     monkeypatch.setattr(filling, "_SMALLEST_TARGET", 1 << 12)
-    for nbytes, segments in ((1 << 14, 4), (1 << 16, 8), (1 << 22, 8), (1 << 24, 16)):
+    for nbytes, segments in ((1 << 14, 4), (1 << 16, 16), (1 << 22, 16), (1 << 25, 32)):
         named = {str(index): torch.zeros(nbytes // 64, dtype=torch.uint8) for index in range(64)}
         store = CheckpointStore(CountingDevice())
         assert len(store.register("a", named_tensors=named).segments) == segments

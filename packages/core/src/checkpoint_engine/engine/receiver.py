@@ -194,9 +194,8 @@ class _Reception:
             key = (layout.name, message)
             delivery = deliveries.get(key)
             if delivery is None:
-                delivery = view_bucket(
-                    _part(staging, message.segment), buckets[message.bucket], message.offset, stays=begin.staging.lease
-                )
+                memory = self._part(staging, message.segment)
+                delivery = view_bucket(memory, buckets[message.bucket], message.offset, stays=begin.staging.lease)
                 if delivery.stays:
                     deliveries[key] = delivery
             self._adapter.load(delivery)
@@ -208,6 +207,13 @@ class _Reception:
             self._send(Loaded(message.bucket, seconds, began))
         if len(done) != len(buckets):
             raise LinkError(f"the parameter server finished after {len(done)} of {len(buckets)} buckets")
+
+    def _part(self, mapped: Mapped, segment: int) -> torch.Tensor:
+        if isinstance(mapped, MappedSegments):
+            return mapped.part(segment, self._deadline)
+        if segment:
+            raise LinkError(f"a bucket lies in segment {segment} of staging memory, which has one")
+        return mapped.tensor
 
     def _finish(self) -> tuple[Mapping[str, str | int | float], float]:
         self._phase = "finish"
@@ -263,13 +269,6 @@ def _wanted(adapter: Adapter, bucket: Sequence[TensorSlice]) -> Wanted:
     if not isinstance(adapter, Selective):
         return None
     return adapter.wanted([(entry.name, entry.offset) for entry in bucket])
-
-
-def _part(mapped: Mapped, segment: int) -> torch.Tensor:
-    parts = mapped.tensors if isinstance(mapped, MappedSegments) else (mapped.tensor,)
-    if not 0 <= segment < len(parts):
-        raise LinkError(f"a bucket lies in segment {segment}, and {len(parts)} are mapped")
-    return parts[segment]
 
 
 _kept: WeakKeyDictionary[Mapped, dict[tuple[str, Load], Delivery]] = WeakKeyDictionary()

@@ -24,8 +24,9 @@ SEGMENT_TARGET = 8 << 30
 """Bytes of a segment, at most: few enough for a large checkpoint that engines' workers can map them all."""
 
 _SMALLEST_TARGET = 1 << 30
-_SEGMENTS = 8
-"""As many as this for a smaller checkpoint: they are pinned side by side while the next ones are filled.
+_SEGMENTS = 16
+"""As many as this for a smaller checkpoint: they are pinned side by side while the next ones are filled, and engines'
+workers, which register them too, begin to copy out of the first ones while they register the rest.
 
 No bucket spans two segments, so no copy ever straddles two registrations, which drivers refuse.
 """

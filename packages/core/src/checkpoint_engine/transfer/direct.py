@@ -102,16 +102,17 @@ class LentSegments:
         opened: list[int] = []
         self.descriptors: tuple[int, ...] = ()
         self._numbers: dict[tuple[int, int], int] = {}
+        # In the order in which workers will need them: the ranks take turns, and each sends segment by segment.
+        places = sorted((index, rank) for rank, offer in offers.items() for index in range(len(offer.segments)))
         try:
-            for rank, offer in offers.items():
-                for index, segment in enumerate(offer.segments):
-                    self._numbers[rank, index] = len(opened)
-                    opened.append(_open(rank, offer, segment))
+            for index, rank in places:
+                self._numbers[rank, index] = len(opened)
+                opened.append(_open(rank, offers[rank], offers[rank].segments[index]))
         finally:
             self.descriptors = tuple(opened)
             if len(self._numbers) > len(opened):
                 self.close()
-        sizes = tuple(segment.nbytes for offer in offers.values() for segment in offer.segments)
+        sizes = tuple(offers[rank].segments[index].nbytes for index, rank in places)
         self.memory: Memory = SharedSegments(sizes, _lease(offers.values()))
 
     def number(self, rank: int, segment: int) -> int:
