@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from checkpoint_engine.device import CpuDevice
-from checkpoint_engine.host.numa import memory_nodes, near, node_of, parse_list
+from checkpoint_engine.host import filling, numa
+from checkpoint_engine.host.numa import memory_nodes, near, node_of, parse_list, taking_turns
+from checkpoint_engine.host.segment import Segment
 from checkpoint_engine.host.store import CheckpointStore
 
 ADDRESS = "0000:1b:00.0"
@@ -128,23 +132,51 @@ def test_it_does_nothing_where_it_cannot_help(tmp_path: Path, two: tuple[int, in
         assert os.sched_getaffinity(0) == before
 
 
+class Touches:
+    """Notes on which processors segments are touched."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seen: list[frozenset[int]] = []
+        monkeypatch.setattr(filling, "_CHUNK", 4096)
+        touch = Segment.touch
+
+        def spy(segment: Segment, start: int, end: int) -> None:
+            self.seen.append(frozenset(os.sched_getaffinity(0)))
+            time.sleep(0.01)  # so that every thread gets a piece
+            touch(segment, start, end)
+
+        monkeypatch.setattr(Segment, "touch", spy)
+
+    def of(self, device: CpuDevice) -> list[frozenset[int]]:
+        store = CheckpointStore(device)
+        store.register("a", named_tensors={"x": torch.ones(40 * 4096, dtype=torch.uint8)})
+        store.close()
+        return self.seen
+
+
 def test_segments_are_filled_near_the_device(
     tmp_path: Path, two: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import torch
-
-    from checkpoint_engine.host import numa, segment
-
     monkeypatch.setattr(numa, "_SYS", make_sys(tmp_path, {0: str(two[0]), 1: str(two[1])}, "1"))
-    seen: set[frozenset[int]] = set()
-    touch = segment.Segment.touch
+    assert set(Touches(monkeypatch).of(PciDevice(ADDRESS))) == {frozenset({two[1]})}
 
-    def spy(self: segment.Segment, start: int, end: int) -> None:
-        seen.add(frozenset(os.sched_getaffinity(0)))
-        touch(self, start, end)
 
-    monkeypatch.setattr(segment.Segment, "touch", spy)
-    store = CheckpointStore(PciDevice(ADDRESS))
-    store.register("a", named_tensors={"x": torch.ones(10)})
-    store.close()
-    assert seen == {frozenset({two[1]})}
+def test_segments_of_a_rank_without_a_gpu_are_spread_over_the_nodes(
+    tmp_path: Path, two: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = os.sched_getaffinity(0)
+    nodes = {0: str(two[0]), 1: f"{two[1]},100000", 2: "100001"}
+    monkeypatch.setattr(numa, "_SYS", make_sys(tmp_path, nodes, None))
+    seen = Touches(monkeypatch).of(CpuDevice(0))
+    assert set(seen) == {frozenset({two[0]}), frozenset({two[1]})}
+    assert min(seen.count(node) for node in set(seen)) >= len(seen) / 4
+    assert os.sched_getaffinity(0) == before
+
+
+def test_with_one_node_threads_stay_where_they_are(tmp_path: Path, two: tuple[int, int]) -> None:
+    before = os.sched_getaffinity(0)
+    for nodes in ({0: str(two[0])}, {0: str(two[0]), 1: "100000"}, {}):
+        root = tmp_path / str(len(list(tmp_path.iterdir())))
+        take_turn = taking_turns(make_sys(root, nodes, None))
+        take_turn()
+        assert os.sched_getaffinity(0) == before

@@ -16,6 +16,7 @@ from checkpoint_engine.catalog import SegmentEntry, TensorEntry
 from checkpoint_engine.dtypes import torch_dtype
 from checkpoint_engine.errors import CheckpointFormatError, HostMemoryError
 from checkpoint_engine.host.memory import require_host_memory
+from checkpoint_engine.host.numa import taking_turns
 from checkpoint_engine.host.safetensors_file import SafetensorsFile
 from checkpoint_engine.host.segment import LARGEST_SEGMENT, Segment
 from checkpoint_engine.planning.buckets import align_up
@@ -90,8 +91,9 @@ class NewSegments:
 
 
 def workers() -> ThreadPoolExecutor:
-    """As many threads as this process has processors, at most 16."""
-    return ThreadPoolExecutor(min(_MOST_THREADS, len(os.sched_getaffinity(0))), "checkpoint-engine-host")
+    """As many threads as this process has processors, at most 16; on all memory nodes that it may use."""
+    threads = min(_MOST_THREADS, len(os.sched_getaffinity(0)))
+    return ThreadPoolExecutor(threads, "checkpoint-engine-host", initializer=taking_turns())
 
 
 def place(tensors: Sequence[TensorEntry], source: SegmentSource) -> Iterator[Placement]:

@@ -1,15 +1,16 @@
-"""Keeps a rank's threads near its GPU on hosts with several memory nodes.
+"""Where a rank's host memory lies on hosts with several memory nodes: near its GPU, or spread evenly without one.
 
 The kernel takes a page from the node of whoever first touches it. So it is enough that the threads that fill host
-memory run on the processors of the GPU's node; memory policies, which containers often forbid, are not needed.
+memory run on the processors of the right node; memory policies, which containers often forbid, are not needed.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 from checkpoint_engine.device.base import Device
@@ -35,6 +36,23 @@ def near(device: Device, sys: Path | None = None) -> Generator[None]:
         yield
     finally:
         _set_affinity(allowed)
+
+
+def taking_turns(sys: Path | None = None) -> Callable[[], None]:
+    """What each thread of a pool calls first: it then runs on the next of the nodes that this thread may use.
+
+    What the pool fills is then spread evenly over the nodes, piece by piece. Every GPU reads out of all of a direct
+    update's memory, so that no node is near all readers. Does nothing where there is one node, and within `near`.
+    """
+    allowed = os.sched_getaffinity(0)
+    nodes = [mine for processors in memory_nodes(sys or _SYS).values() if (mine := processors & allowed)]
+    turns = itertools.cycle(nodes)
+
+    def take_turn() -> None:
+        if len(nodes) > 1:
+            _set_affinity(next(turns))
+
+    return take_turn
 
 
 def memory_nodes(sys: Path = _SYS) -> dict[int, frozenset[int]]:
@@ -77,7 +95,7 @@ def _set_affinity(processors: frozenset[int]) -> None:
     try:
         os.sched_setaffinity(0, processors)
     except OSError as error:  # the processors were taken from us meanwhile; slower, not wrong
-        logger.warning("cannot run near the GPU: %s", error.strerror)
+        logger.warning("cannot run on the processors of a memory node: %s", error.strerror)
 
 
 def _read(path: Path) -> str:
