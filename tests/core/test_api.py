@@ -370,6 +370,30 @@ def test_tcp_needs_the_token(checkpoints: Path, engine: ReferenceProcess) -> Non
         assert "2" in wrong.json()["message"]
 
 
+def test_one_rank_feeds_all_workers_of_a_host(checkpoints: Path, engine: ReferenceProcess, tmp_path: Path) -> None:
+    arguments = ["--allow-root", str(checkpoints), "--ranks", "1", "--uds", str(tmp_path / "ps.sock")]
+    with HttpRanks(arguments, 1, SMALL_BUCKETS) as server:
+        for name in ("a", "b"):
+            body = {"files": [str(file) for file in sorted((checkpoints / name).glob("*.safetensors"))]}
+            assert server.clients[0].post(f"/v1/checkpoints/{name}/files", json=body).status_code == 200
+            assert server.clients[0].post(f"/v1/checkpoints/{name}/gather-metas").status_code == 200
+        for name, group in (("a", []), ("b", [0]), ("a", [])):
+            (answer,) = update(
+                server, name, rpc(engine), method="direct", workers=2, inference_group_ranks=group, version=name
+            )
+            assert answer.status_code == 200, answer.text
+            assert answer.json()["method"] == "direct"
+            assert_holds(engine, checkpoints / name)
+        for method, workers, message in (
+            ("direct", 0, "workers: Input should be greater"),
+            ("broadcast", 2, "only in a direct update"),
+            ("auto", 2, "only in a direct update"),
+        ):
+            (answer,) = update(server, "a", rpc(engine), method=method, workers=workers)
+            assert (answer.status_code, error_of(answer)) == (422, "SettingError")
+            assert message in answer.json()["message"]
+
+
 def test_serve_refuses_what_cannot_work(checkpoints: Path, tmp_path: Path) -> None:
     root = ["--allow-root", str(checkpoints)]
     for arguments, ranks, message in (

@@ -69,6 +69,14 @@ class UpdateBody(BaseModel):
         Method,
         Field(description="How the bytes travel: broadcast, direct (each worker reads this host), auto (if possible)."),
     ] = "broadcast"
+    workers: Annotated[
+        int,
+        Field(
+            ge=1,
+            description="Engine workers that each rank feeds, the same for all ranks. With `direct`, one rank can feed "
+            "all workers of its host; it then needs no GPU.",
+        ),
+    ] = 1
     trace: Annotated[
         bool, Field(description="Whether the report shall say when this rank copied, broadcast and loaded each bucket.")
     ] = False

@@ -84,7 +84,9 @@ class Service:
 
         def ask(addresses: list[tuple[str, str]]) -> None:
             if url is not None:
-                handles = dict(addresses[rank] for rank in chosen) if chosen else dict(addresses)
+                ranks = chosen or range(len(addresses) // body.workers)
+                places = [rank * body.workers + worker for rank in ranks for worker in range(body.workers)]
+                handles = dict(addresses[place] for place in places)
                 request_inference_to_update(url, handles, timeout=body.timeout, uds=socket)
 
         with self._named(name), self._alone(f"an update to {name!r}"):
@@ -100,6 +102,7 @@ class Service:
                     trace=body.trace,
                     reload=body.reload,
                     method=body.method,
+                    workers=body.workers,
                 )
                 self._last_error = None
             except CheckpointEngineError as error:

@@ -105,7 +105,12 @@ def serve(
             rich_help_panel=_ALLOWED,
         ),
     ] = False,
-    device: Annotated[DeviceKind, typer.Option(help="Where the engines' workers run.")] = DeviceKind.AUTO,
+    device: Annotated[
+        DeviceKind,
+        typer.Option(
+            help="Where the engines' workers run; cpu also for ranks that only update directly, which need no GPU.",
+        ),
+    ] = DeviceKind.AUTO,
     verbose_: Verbose = False,
 ) -> None:
     """Serve the parameter server over HTTP: register, gather, update, progress, abort.
@@ -122,6 +127,10 @@ def serve(
     [dim]# two ranks on this host, over TCP[/]
     export CHECKPOINT_ENGINE_TOKEN=$(python -c 'import secrets; print(secrets.token_urlsafe(32))')
     checkpoint-engine serve --allow-root /models --ranks 2 --port 9000
+
+    \b
+    [dim]# one rank for all workers of this host, updated with "method": "direct", "workers": 8[/]
+    checkpoint-engine serve --allow-root /models --ranks 1 --device cpu
     """
     del verbose_
     _check_extra()

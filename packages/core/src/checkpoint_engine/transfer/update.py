@@ -242,9 +242,8 @@ class UpdateRun:
         """Asks the engine to update, and begins with its workers as soon as they have come."""
         self._progress.phase = "connect"
         connecting = time.perf_counter()
-        addresses = addresses_of(
-            ranks, by_place=self._order.method == "direct" and self._device.torch_device.type == "cpu"
-        )
+        without_device = self._device.torch_device.type == "cpu" or self._order.workers > 1
+        addresses = addresses_of(ranks, by_place=self._order.method == "direct" and without_device)
         request = EngineRequest(lambda: self._order.ask_engine(addresses), self.cancel)
         stack.callback(self._workers.close)
         first = self._board.rank * len(listeners)
