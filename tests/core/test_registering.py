@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,9 +14,10 @@ import torch
 from cluster import Cluster, check
 
 from checkpoint_engine.deadline import Deadline
-from checkpoint_engine.device import CpuDevice, Pinned
+from checkpoint_engine.device import CpuDevice, Pinned, open_device
 from checkpoint_engine.device import registering as module
 from checkpoint_engine.device.registering import Registration
+from checkpoint_engine.device.segments import MappedSegments
 from checkpoint_engine.errors import DeadlineError, HostMemoryError, UpdateError
 from checkpoint_engine.host import filling
 from checkpoint_engine.host.segment import Segment
@@ -234,3 +236,25 @@ def test_segments_are_lent_in_the_order_in_which_they_are_needed() -> None:
     lent.close()
     for segment in [*segments[0], *segments[1], ring]:
         segment.close()
+
+
+@pytest.mark.gpu
+def test_a_gpu_copies_out_of_segments_that_are_registered_in_the_background() -> None:
+    device = open_device("cuda")
+    segments = [Segment.create(64 << 20) for _ in range(6)]
+    for number, segment in enumerate(segments):
+        segment.tensor.fill_(number)
+    lent = LentSegments({0: make_offer(segments)})
+    for _ in range(2):
+        mapped = device.map(lent.memory, tuple(os.dup(descriptor) for descriptor in lent.descriptors))
+        assert isinstance(mapped, MappedSegments)
+        parts = [mapped.part(number, Deadline(20)) for number in range(len(segments))]
+        assert all(part.is_pinned() for part in parts)
+        assert [part.to(device.torch_device).unique().tolist() for part in parts] == [[n] for n in range(6)]
+        mapped.close()
+        assert not any(part.is_pinned() for part in parts)
+        del mapped, parts
+    lent.close()
+    for segment in segments:
+        segment.close()
+    assert mapped_segments() == 0

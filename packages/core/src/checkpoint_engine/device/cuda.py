@@ -15,6 +15,7 @@ import torch
 
 from checkpoint_engine.device.base import Event, Memory
 from checkpoint_engine.device.host_memory import CpuMapped, map_host_memory
+from checkpoint_engine.device.pages import TOUCH_TO_READ, advise
 from checkpoint_engine.device.segments import MappedSegments, map_segments
 from checkpoint_engine.errors import (
     CheckpointEngineError,
@@ -159,6 +160,9 @@ class CudaPinned:
         self._pointer = buffer.data_ptr() if buffer.nbytes else 0
         if not self._pointer:
             return
+        # The driver takes pages one by one, and has each that is not mapped here yet mapped alone; the kernel by itself
+        # maps many of them at once. If it does not do so, registering takes longer.
+        advise(self._pointer, buffer.nbytes, TOUCH_TO_READ)
         (error,) = runtime.cudaHostRegister(self._pointer, buffer.nbytes, runtime.cudaHostRegisterPortable)
         if error != runtime.cudaError_t.cudaSuccess:
             runtime.cudaGetLastError()  # the error is sticky and would be blamed on the next kernel

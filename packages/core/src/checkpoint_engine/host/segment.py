@@ -12,19 +12,16 @@ from pathlib import Path
 import torch
 
 from checkpoint_engine.device.base import Device, Pinned
+from checkpoint_engine.device.pages import HUGE, REMOVE, TOUCH_TO_WRITE, advise
 from checkpoint_engine.errors import CheckpointFormatError, HostMemoryError
 from checkpoint_engine.host.memory import require_host_memory
 
 LARGEST_SEGMENT = 64 << 30
 """Bytes. Recent drivers refuse to register several hundred GiB in one call."""
 
-_MADV_REMOVE = 9
-_MADV_POPULATE_WRITE = 23
 _PAGE = mmap.PAGESIZE
 
-_libc = ctypes.CDLL(None, use_errno=True)  # unlike mmap.madvise, a foreign call lets other threads run
-_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-_libc.madvise.restype = ctypes.c_int
+_libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
@@ -114,11 +111,9 @@ class Segment:
             return
         require_host_memory(end - start, "filling a segment")
         first = start // _PAGE * _PAGE
-        if _libc.madvise(self.address + first, end - first, _MADV_POPULATE_WRITE) == 0:
-            return
-        code = ctypes.get_errno()
+        code = advise(self.address + first, end - first, TOUCH_TO_WRITE)
         # Before Linux 5.14 there is no such advice; then the first write touches the page.
-        if code not in (errno.EINVAL, errno.EINTR, errno.EAGAIN):
+        if code not in (0, errno.EINVAL, errno.EINTR, errno.EAGAIN):
             raise HostMemoryError(f"the kernel hands over no more host memory: {os.strerror(code)}")
 
     def mark_touched(self) -> None:
@@ -165,12 +160,12 @@ class Segment:
     def discard(self) -> None:
         """Closes it, and gives anonymous memory back at once even if a view lives on, which then reads zeros."""
         if self.file is None and self._mapping is not None:
-            _libc.madvise(self.address, self.nbytes, _MADV_REMOVE)
+            advise(self.address, self.nbytes, REMOVE)
         self.close()
 
     def _prefer_huge_pages(self) -> None:
         # Touching and pinning are several times faster where the administrator allows it for shared memory.
-        _libc.madvise(self.address, self.nbytes, mmap.MADV_HUGEPAGE)
+        advise(self.address, self.nbytes, HUGE)
 
 
 class ReadOnlyView:
