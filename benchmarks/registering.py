@@ -1,8 +1,8 @@
 """What registering another process's memory with a GPU costs: threads, pieces, pages touched before, huge pages.
 
     python benchmarks/registering.py                     # an NVIDIA GPU, 30 GB of free host memory; under 40 s
+    python benchmarks/registering.py --huge              # as root, a second run: are huge pages better?
     python benchmarks/registering.py --device cpu --gb 1 --each 0.5     # shows that it runs; registers nothing
-    echo advise > /sys/kernel/mm/transparent_hugepage/shmem_enabled     # before a second run: are huge pages better?
 
 A child process fills anonymous shared memory, as a rank of the parameter server does. This process maps it, as an
 engine's worker does, anew for each row, and registers `--each` of it; the last rows take all of it, with the fastest
@@ -14,7 +14,8 @@ setting found. It needs PyTorch only. Columns:
 - touch s: of all threads together; seconds: until all is registered; free s: until nothing is registered any more
 - device MB, left: memory of the GPU that is in use once it is registered, and again afterwards, above the beginning
 
-Rows that would begin after `--seconds` are left out, and named.
+`--huge` lets the kernel give huge pages to shared memory that asks for them, and takes that back in the end. Rows that
+would begin after `--seconds` are left out, and named.
 """
 
 from __future__ import annotations
@@ -249,8 +250,15 @@ def fill(total: int) -> None:
             if any(pool.map(touch, chunks)):
                 raise SystemExit("the kernel hands over no more memory")
             descriptors.append(descriptor)
-    print(json.dumps([time.perf_counter() - began, [f"/proc/{os.getpid()}/fd/{fd}" for fd in descriptors]]), flush=True)
+    seconds = time.perf_counter() - began
+    print(json.dumps([seconds, [f"/proc/{os.getpid()}/fd/{fd}" for fd in descriptors], huge_bytes()]), flush=True)
     sys.stdin.read()
+
+
+def huge_bytes() -> int:
+    """Shared memory that this process has mapped in huge pages."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("ShmemPmdMapped"))
 
 
 def touch(block: Block, how: str = "write") -> int:
@@ -393,12 +401,25 @@ def main() -> None:
     parser.add_argument("--gb", type=float, default=30, help="GiB of shared memory")
     parser.add_argument("--each", type=float, default=4, help="GiB that a row registers")
     parser.add_argument("--seconds", type=float, default=34, help="no row begins later")
+    parser.add_argument("--huge", action="store_true", help="let shared memory have huge pages meanwhile")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     parser.add_argument("--fill", type=int, default=0, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.fill:
         fill(arguments.fill)
         return
+    before = (THP / "shmem_enabled").read_text().partition("[")[2].partition("]")[0]
+    if arguments.huge:
+        (THP / "shmem_enabled").write_text("advise")
+    try:
+        run(arguments)
+    finally:
+        if arguments.huge:
+            (THP / "shmem_enabled").write_text(before)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measures all rows."""
     deadline = time.perf_counter() + arguments.seconds
     total, each = int(arguments.gb * GIB) // MIB * MIB, int(arguments.each * GIB) // MIB * MIB
     child = subprocess.Popen(
@@ -408,8 +429,9 @@ def main() -> None:
     assert child.stdin
     device: Gpu | NoGpu = Gpu() if arguments.device == "cuda" else NoGpu()
     try:
-        seconds, paths = json.loads(child.stdout.readline())
+        seconds, paths, huge = json.loads(child.stdout.readline())
         print(f"{total / 1e9:.1f} GB filled by another process within {seconds:.1f} s", end="; ")
+        print(f"{huge / 1e9:.1f} GB of it in huge pages", end="; ")
         print(", ".join(f"{name}: {(THP / name).read_text().strip()}" for name in ("enabled", "shmem_enabled")))
         names = ("threads", "MiB", "touch", "extra", "GB", "touch s", "seconds", "GB/s", "free s", "device MB", "left")
         print(" ".join(f"{name:>{w}}" for name, w in zip(names, (7, 6, 6, 10, 6, 8, 8, 7, 7, 10, 6), strict=True)))
