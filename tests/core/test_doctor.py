@@ -14,8 +14,8 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from checkpoint_engine.cli import checks
-from checkpoint_engine.cli.checks import Finding
+from checkpoint_engine.cli import checks_machine, checks_software
+from checkpoint_engine.cli.finding import Finding
 from checkpoint_engine.cli.main import app
 
 
@@ -102,12 +102,12 @@ def engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-FAKE = checks.Engine("fake_engine", "checkpoint-engine-fake", "fake.plugins", "FAKE_PLUGINS")
+FAKE = checks_software.Engine("fake_engine", "checkpoint-engine-fake", "fake.plugins", "FAKE_PLUGINS")
 ANNOUNCED = "[fake.plugins]\ncheckpoint_engine = checkpoint_engine_fake:register\n"
 
 
 def look(status: str, words: str) -> Finding:
-    finding = checks.check_engine("fake", FAKE)
+    finding = checks_software.check_engine("fake", FAKE)
     assert finding.status == status, finding
     assert words in f"{finding.value} {finding.advice}", finding
     return finding
@@ -151,14 +151,29 @@ def test_a_plugin_says_itself_what_it_finds_in_its_engine(
     (engines / "fake_checks.py").write_text(f"def look():\n    {body}\n")
     monkeypatch.delitem(sys.modules, "fake_checks", raising=False)
     install(engines, FAKE.plugin, "0.1.0", f"{ANNOUNCED}\n[checkpoint_engine.checks]\nfake = fake_checks:look\n")
-    (finding,) = checks.look_inside("fake")
+    (finding,) = checks_software.look_inside("fake")
     assert (finding.name, finding.status) == ("fake hooks", status)
     assert words in finding.value
 
 
 def test_limits() -> None:
-    assert checks.check_memlock(resource.RLIM_INFINITY, rdma=True).status == "ok"
-    assert checks.check_memlock(1 << 26, rdma=False).status == "ok"
-    limited = checks.check_memlock(1 << 26, rdma=True)
+    assert checks_machine.check_memlock(resource.RLIM_INFINITY, rdma=True).status == "ok"
+    assert checks_machine.check_memlock(1 << 26, rdma=False).status == "ok"
+    limited = checks_machine.check_memlock(1 << 26, rdma=True)
     assert (limited.status, "ulimit -l unlimited" in limited.advice) == ("problem", True)
-    assert checks.check_shm(Path("/nowhere/at/all")).status == "problem"
+    assert checks_machine.check_shm(Path("/nowhere/at/all")).status == "problem"
+
+
+@pytest.mark.parametrize(
+    ("setting", "status"),
+    [
+        ("always within_size [advise] never deny force", "ok"),
+        ("always advise [never] deny force", "note"),
+        ("", "note"),
+    ],
+)
+def test_huge_pages_of_shared_memory(tmp_path: Path, setting: str, status: str) -> None:
+    (tmp_path / "shmem_enabled").write_text(setting)
+    finding = checks_machine.check_huge_pages(tmp_path / "shmem_enabled")
+    assert (finding.status, "echo advise" in finding.advice) == (status, status == "note")
+    assert checks_machine.check_huge_pages(tmp_path / "nothing").status == "note"

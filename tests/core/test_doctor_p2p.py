@@ -9,8 +9,9 @@ import pytest
 from p2p_help import needs_mooncake
 
 from checkpoint_engine.cli import checks_p2p
-from checkpoint_engine.cli.checks import Finding, look_everywhere
+from checkpoint_engine.cli.checks import look_everywhere
 from checkpoint_engine.cli.checks_p2p import check_p2p
+from checkpoint_engine.cli.finding import Finding
 from checkpoint_engine.host import p2p_open
 from checkpoint_engine.host.network_cards import Card
 

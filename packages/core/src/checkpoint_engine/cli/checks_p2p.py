@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator
 
-from checkpoint_engine.cli.checks import Finding
+from checkpoint_engine.cli.finding import Finding
 
 _ADVICE_GPU = "modprobe nvidia_peermem; until then bytes land in host memory first, as this version does anyway"
 

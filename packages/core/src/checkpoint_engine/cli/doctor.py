@@ -7,8 +7,9 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from checkpoint_engine.cli.checks import Finding, look_everywhere
+from checkpoint_engine.cli.checks import look_everywhere
 from checkpoint_engine.cli.common import Json, Verbose, output, print_json
+from checkpoint_engine.cli.finding import Finding
 
 _MARKS = {"ok": ("✓", "green"), "note": ("!", "yellow"), "problem": ("✗", "bold red")}
 
