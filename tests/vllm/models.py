@@ -64,6 +64,7 @@ KINDS = {
     "int8": Kind("qwen3", "int8-channel", WIDE),
     "wna16": Kind("qwen3", "int4-packed", WIDE),
     "fp8moe": Kind("moe", "fp8-block", WIDE),
+    "fp8experts": Kind("moe", "fp8-channel", WIDE),
     "fp8kv": Kind("qwen3", "fp8-tensor", WIDE, cache_scales=True),
     "mla": Kind("deepseek", size=WIDE),
     "fp8mla": Kind("deepseek", "fp8-block", WIDE),
