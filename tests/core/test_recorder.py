@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable, Iterable
 
@@ -258,6 +259,37 @@ def test_values_that_are_computed_are_named(compute: Callable[[torch.Tensor], to
     assert "computed from a" in plan.flaws["a"]
     assert says in plan.flaws["a"] or "a copy" in plan.flaws["a"]
     assert plan.is_traced()
+
+
+@pytest.mark.parametrize("make", [lambda: torch.zeros(4), lambda: torch.tensor([1.0, 2.0, 3.0, 4.0])])
+def test_what_a_loader_makes_itself_has_no_data_either(make: Callable[[], torch.Tensor]) -> None:
+    """Nor does it fail beside tensors without data; it is only not movement."""
+    devices = []
+
+    def load(parameters: dict[str, torch.Tensor], tensors: Tensors) -> None:
+        for name, tensor in tensors:
+            own = make()
+            devices.append(own.device.type)
+            parameters[name].copy_(tensor + own if name == "a" else own)
+
+    with torch.device("cpu"):
+        plan = plan_of(load, {"a": (4,), "b": (4,)}, {"a": numbered(4), "b": numbered(4)})
+    assert devices == ["meta", "meta"]
+    assert plan.is_traced()
+    assert "computed from a" in plan.flaws["a"]
+    assert "computed from nothing" in plan.flaws["b"]
+
+
+def test_garbage_is_collected_again_even_after_a_loader_that_fails() -> None:
+    seen = []
+
+    def load(parameters: dict[str, torch.Tensor], tensors: Tensors) -> None:
+        seen.append(gc.isenabled())
+        raise KeyError(next(iter(tensors))[0])
+
+    with pytest.raises(LoaderError):
+        plan_of(load, {"a": (4,)}, {"a": numbered(4)})
+    assert (seen, gc.isenabled()) == ([False], True)
 
 
 def test_a_parameter_that_is_changed_after_its_copy() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -17,7 +19,8 @@ from checkpoint_engine.errors import WeightsRejectedError, WorkerError
 from checkpoint_engine.reload import proof
 from checkpoint_engine.reload import reloader as reloading
 from checkpoint_engine.reload.plan import ReloadPlan, make_plan
-from checkpoint_engine.reload.proof import Checksums
+from checkpoint_engine.reload.proof import Checksums, Proof
+from checkpoint_engine.reload.recorder import record
 from checkpoint_engine.reload.reloader import Reloader
 
 DENSE, MOE, TIED = ModelSpec(), ModelSpec(experts=4), ModelSpec(tied=True, extras=False, dtype="float32")
@@ -89,7 +92,7 @@ def altered(plan: ReloadPlan) -> ReloadPlan:
     """The same plan, but one of its copies takes its rows in the wrong order."""
     name, (piece, *rest) = next((name, pieces) for name, pieces in plan.pieces.items() if pieces[0].region.offset == 0)
     region = piece.region
-    wrong = replace(piece, region=type(region)(region.offset, region.shape, (0, *region.stride[1:])))
+    wrong = msgspec.structs.replace(piece, region=type(region)(region.offset, region.shape, (0, *region.stride[1:])))
     return replace(plan, pieces={**plan.pieces, name: (wrong, *rest)})
 
 
@@ -195,3 +198,54 @@ def test_checksums_tell_chunks_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     words = torch.arange(11, dtype=torch.int64)
     exchanged = torch.cat((words[4:8], words[:4], words[8:]))
     assert int(checksums.of(words)) != int(checksums.of(exchanged))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8, torch.float8_e4m3fn, torch.int64, torch.complex128])
+@pytest.mark.parametrize("shape", [(), (0, 3), (5,), (3, 7), (8, 16), (2, 3, 5)])
+@pytest.mark.parametrize("batch", [1, 1 << 20])
+def test_checksums_of_many_are_those_of_each(
+    dtype: torch.dtype, shape: tuple[int, ...], batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against the definition, in Python's own integers: chunks of four words with odd weights, and an odd one each."""
+    monkeypatch.setattr(proof, "_CHUNK", 4)
+    monkeypatch.setattr(proof, "_BATCH", batch)
+    checksums = Checksums()
+    memory = torch.randint(0, 256, (5, *shape, dtype.itemsize), dtype=torch.uint8).view(dtype)[..., 0]
+    for tensors in (list(memory), [tensor.mT if tensor.dim() > 1 else tensor for tensor in memory]):
+        found = [int(value) for value in checksums.of_each(tensors)]
+        assert found == [int(checksums.of(tensor)) for tensor in tensors]
+        for tensor, value in zip(tensors, found, strict=True):
+            raw = bytes(tensor.reshape(-1, 1).view(torch.uint8).flatten().tolist()) if tensor.numel() else b""
+            words = [int.from_bytes(raw[at : at + 8], "little") for at in range(0, len(raw), 8)]  # zeros behind the end
+            weights = checksums._weights_on(tensor.device).tolist()
+            terms = [weight * word for weight, word in zip(itertools.cycle(weights), words, strict=False)]
+            sums = [sum(terms[at : at + 4]) for at in range(0, len(terms), 4)]
+            sums = [sums[-1], *sums[:-1]] if len(words) % 4 else [0, *sums]
+            expected = sum((2 * index + 1) * each for index, each in enumerate(sums))
+            assert (value - expected) % (1 << 64) == 0
+
+
+def test_every_single_piece_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One element of one piece among many alike is wrong; wherever it is, its tensor is named."""
+    monkeypatch.setattr(proof, "_BATCH", 200)  # three pieces at a time
+
+    def load(tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        for name, tensor in tensors:
+            shadow["p"][int(name)].copy_(tensor.t())
+
+    shadow = {"p": torch.empty(8, 5, 3, device="meta")}
+    specs = {str(index): TensorSpec(torch.float32, (3, 5)) for index in range(8)}
+    plan = make_plan(record(load, shadow, specs), shadow)
+    tensors = {name: torch.rand(3, 5) for name in specs}
+    memory = torch.stack([tensor.t() for tensor in tensors.values()])
+    found = Proof(plan, torch.device("cpu"))
+    found.expect(list(tensors.items()), ["p"])
+    assert found.differing(["p"]) == {"p": "0"}, "nothing was looked at"
+    found.find("p", memory)
+    assert found.differing(["p"]) == {}
+    for index in range(8):
+        wrong = memory.clone()
+        wrong[index, 4, 2] += 1
+        found.find("p", wrong)
+        assert found.differing(["p"]) == {"p": str(index)}
+        assert found.differing([]) == {}

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
+import msgspec
 import torch
 from safetensors import safe_open
 from vllm.distributed import cleanup_dist_env_and_memory
@@ -273,7 +274,9 @@ def altered_plan(target: str) -> Iterator[None]:
         pieces = {}
         for name, found in plan.pieces.items():
             pieces[name] = tuple(
-                replace(piece, region=type(piece.region)(piece.region.offset, piece.region.shape, (0, 1)))
+                msgspec.structs.replace(
+                    piece, region=type(piece.region)(piece.region.offset, piece.region.shape, (0, 1))
+                )
                 if piece.target == target and len(piece.region.shape) == 2
                 else piece
                 for piece in found

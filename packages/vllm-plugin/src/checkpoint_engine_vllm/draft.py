@@ -144,8 +144,10 @@ class DraftReload:
 
     def _needs(self, plan: LoadPlan) -> frozenset[str]:
         """Tensors that go into modules of the draft model's own."""
-        own: set[str] = set()
-        for prefix, module in compat.modules_by_name(self._model).items():
-            if module not in self._lent:
-                own.update(f"{prefix}.{name}".lstrip(".") for name, _ in module.named_parameters(recurse=False))
-        return frozenset(name for name, parameters in plan.destinations.items() if not parameters.isdisjoint(own))
+        return frozenset(
+            tensor
+            for prefix, module in compat.modules_by_name(self._model).items()
+            if module not in self._lent
+            for name, _ in module.named_parameters(recurse=False)
+            for tensor in plan.reload.recording.origins.get(f"{prefix}.{name}".lstrip("."), ())
+        )

@@ -56,9 +56,6 @@ class LoadPlan:
     parameters: Mapping[str, Coverage]
     """Those of them that are parameters."""
 
-    destinations: Mapping[str, frozenset[str]]
-    """Name of a tensor -> names of the parameters and buffers it goes to; one that is ignored goes nowhere."""
-
     @property
     def taken(self) -> Mapping[str, int]:
         """Name of a tensor -> how many of its elements this worker takes."""
@@ -183,16 +180,11 @@ def _make_plan(
         logger.info("tensor %r is loaded by vLLM: %s", name, reason)
     targets = _targets(model)
     plan = make_plan(recording, targets)
-    destinations: dict[str, set[str]] = {}
-    for target, sources in recording.origins.items():
-        for source in sources:
-            destinations.setdefault(source, set()).add(target)
     return LoadPlan(
         key,
         plan,
         targets,
         {name: _coverage(name, parameter, plan) for name, parameter in model.named_parameters() if name in targets},
-        {name: frozenset(found) for name, found in destinations.items()},
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -90,9 +90,11 @@ class ProvingReload:
                 return original(module)
             self._seen.add(layer.name)
             self._find(layer)
+            if not type(method).__name__.startswith("Unquantized"):
+                return original(module)
             before = self._state(layer, method)
             result = original(module)
-            if before == self._state(layer, method) and type(method).__name__.startswith("Unquantized"):
+            if before == self._state(layer, method):
                 self._untouched.add(layer.name)
             return result
 
@@ -129,9 +131,9 @@ class ProvingReload:
             for name, value in vars(owner).items()
             if name not in {*_MARKS, "_parameters", "_buffers", "process_weights_after_loading"}
         }
-        tensors = {
-            name: (tensor.shape, tensor.stride(), tensor.dtype, int(self._proof.checksums.of(tensor)))
-            for name, tensor in layer.module.state_dict(keep_vars=True).items()
-            if not tensor.is_meta
-        }
-        return held, tensors
+        own: dict[str, torch.Tensor] = layer.module.state_dict(keep_vars=True)
+        tensors = {name: tensor for name, tensor in own.items() if not tensor.is_meta}
+        layouts = {name: (tensor.shape, tensor.stride(), tensor.dtype) for name, tensor in tensors.items()}
+        sums = [self._proof.checksums.of(tensor) for tensor in tensors.values()]
+        values: list[int] = cast("Any", torch.stack(sums)).tolist() if sums else []
+        return held, layouts, values

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
+import msgspec
 import torch
 
+from checkpoint_engine.reload.overheads import kept_garbage
 from checkpoint_engine.reload.regions import Region, find_flaws
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(msgspec.Struct, frozen=True, gc=False):
     """One copy: elements of a tensor go to as many elements of a target, in the order of their regions."""
 
     source: str
@@ -116,6 +117,7 @@ class ReloadPlan:
         )
 
 
+@kept_garbage()
 def make_plan(recording: Recording, targets: Mapping[str, torch.Tensor]) -> ReloadPlan:
     """Orders a recording, and finds the targets that it covers only in part, or writes twice.
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 
+from checkpoint_engine.reload.overheads import without_functions
 from checkpoint_engine.reload.plan import Piece, ReloadPlan
 from checkpoint_engine.reload.replay import view_of
 
 _CHUNK = 1 << 20
-"""Words summed at a time, so that the memory needed stays small."""
+"""Words that have weights of their own; what is longer is summed in chunks."""
+_BATCH = 32 << 20
+"""Bytes summed at a time, so that the memory needed stays small."""
 _WORD = 8
 """Bytes."""
 _SEED = 0x5EED
+
+Numbered = Iterable[tuple[int, torch.Tensor]]
 
 
 class Checksums:
@@ -29,22 +34,25 @@ class Checksums:
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         """The checksum of a tensor's elements in their order, whatever its strides: a scalar int64 on its device."""
-        raw = tensor.contiguous().view(-1).view(torch.uint8)
-        if raw.storage_offset() % _WORD:
-            raw = raw.clone()
-        whole = raw.numel() // _WORD * _WORD
-        weights = self._weights_on(tensor.device)
-        # As few operations as possible: there are two such sums for every piece of a plan.
-        sums = [(chunk * weights[: chunk.numel()]).sum() for chunk in _chunks(raw[:whole].view(torch.int64))]
-        if whole < raw.numel():
-            rest = raw[whole:].to(torch.int64)
-            sums.append((rest * weights[: rest.numel()]).sum())
-        if not sums:
-            return torch.zeros((), dtype=torch.int64, device=tensor.device)
-        total = sums[0]
-        for index, other in enumerate(sums[1:], start=1):
-            total += (2 * index + 1) * other  # so that chunks cannot be exchanged
-        return total
+        return self.of_each([tensor])[0]
+
+    def of_each(self, tensors: list[torch.Tensor]) -> torch.Tensor:
+        """The checksums of tensors of one shape and dtype, in as few operations as one takes: 1-D int64."""
+        if not tensors[0].numel():
+            return torch.zeros(len(tensors), dtype=torch.int64, device=tensors[0].device)
+        words = _words(tensors)
+        weights = self._weights_on(words.device)
+        whole = words.shape[1] // _CHUNK * _CHUNK
+        rest = words[:, whole:]
+        sums = (rest * weights[: rest.shape[1]]).sum(1, keepdim=True)
+        if not whole:
+            return sums[:, 0]
+        chunks = words[:, :whole].view(len(tensors), -1, _CHUNK)
+        step = max(1, _BATCH // (len(tensors) * _CHUNK * _WORD))
+        some = (chunks[:, start : start + step] for start in range(0, chunks.shape[1], step))
+        sums = torch.cat([sums, *((each * weights).sum(2) for each in some)], dim=1)
+        # So that chunks cannot be exchanged.
+        return (sums * torch.arange(1, 2 * sums.shape[1], 2, device=sums.device)).sum(1)
 
     def _weights_on(self, device: torch.device) -> torch.Tensor:
         if device not in self._weights:
@@ -57,9 +65,51 @@ class Checksums:
         return self._weights[device]
 
 
-def _chunks(words: torch.Tensor) -> Iterator[torch.Tensor]:
-    for start in range(0, words.numel(), _CHUNK):
-        yield words[start : start + _CHUNK]
+def _words(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """One row of 64-bit words for each tensor, filled up with zeros."""
+    one = tensors[0]
+    rows = one.contiguous() if len(tensors) == 1 else torch.stack(tensors)
+    raw = rows.reshape(len(tensors), one.numel()).view(torch.uint8)
+    if raw.shape[1] % _WORD:
+        raw = torch.nn.functional.pad(raw, (0, -raw.shape[1] % _WORD))
+    elif raw.storage_offset() % _WORD:
+        raw = raw.clone()
+    return raw.view(torch.int64)
+
+
+class _Sums:
+    """Checksums of numbered pieces, many at a time."""
+
+    def __init__(self, checksums: Checksums) -> None:
+        self._checksums = checksums
+        self._taken: list[tuple[list[int], torch.Tensor]] = []
+        self._known: dict[int, int] = {}
+
+    def take(self, pieces: Numbered) -> None:
+        """Takes the checksums of pieces as they are now; of two with one number, the last counts."""
+        alike: dict[tuple[torch.Size, torch.dtype], tuple[list[int], list[torch.Tensor]]] = {}
+        with without_functions():
+            for number, part in pieces:
+                kind = part.shape, part.dtype
+                numbers, parts = alike.setdefault(kind, ([], []))
+                numbers.append(number)
+                parts.append(part)
+                if len(parts) * part.nbytes >= _BATCH:
+                    self._sum(*alike.pop(kind))
+            for numbers, parts in alike.values():
+                self._sum(numbers, parts)
+
+    def known(self) -> Mapping[int, int]:
+        """Number -> checksum; waits for the device."""
+        if self._taken:
+            numbers = [number for taken, _ in self._taken for number in taken]
+            sums = cast("list[int]", cast("Any", torch.cat([sums for _, sums in self._taken])).tolist())
+            self._known.update(zip(numbers, sums, strict=True))
+            self._taken.clear()
+        return self._known
+
+    def _sum(self, numbers: list[int], parts: list[torch.Tensor]) -> None:
+        self._taken.append((numbers, self._checksums.of_each(parts)))
 
 
 class Proof:
@@ -68,46 +118,39 @@ class Proof:
     def __init__(self, plan: ReloadPlan, device: torch.device) -> None:
         """Makes an empty one; `device` is where the targets lie, and where the sums are taken."""
         self._device = device
-        self._plan = plan
         self.checksums = Checksums()
-        self._pieces: dict[str, list[Piece]] = {}
-        for pieces in plan.pieces.values():
-            for piece in pieces:
-                self._pieces.setdefault(piece.target, []).append(piece)
-        self._expected: dict[Piece, torch.Tensor] = {}
-        self._found: dict[Piece, torch.Tensor] = {}
+        self._pieces = [piece for pieces in plan.pieces.values() for piece in pieces]
+        self._of_source: dict[str, list[tuple[int, Piece]]] = {}
+        self._of_target: dict[str, list[tuple[int, Piece]]] = {}
+        for number, piece in enumerate(self._pieces):
+            self._of_source.setdefault(piece.source, []).append((number, piece))
+            self._of_target.setdefault(piece.target, []).append((number, piece))
+        self._expected, self._found = _Sums(self.checksums), _Sums(self.checksums)
 
     def expect(self, tensors: Sequence[tuple[str, torch.Tensor]], targets: Iterable[str]) -> None:
         """Takes the checksums of what these tensors bring to `targets`."""
-        wanted = set(targets)
-        for name, tensor in tensors:
-            pieces = [piece for piece in self._plan.pieces.get(name, ()) if piece.target in wanted]
-            if pieces and tensor.device != self._device:
-                tensor = tensor.to(self._device)  # noqa: PLW2901 - the same tensor elsewhere
-            for piece in pieces:
-                part = view_of(tensor, piece.region, piece.source_dtype).to(piece.target_dtype)
-                self._expected[piece] = self.checksums.of(part)
+        self._expected.take(self._parts(tensors, set(targets)))
 
     def find(self, target: str, memory: torch.Tensor) -> None:
         """Takes the checksums of what a target holds; the last call counts."""
-        for piece in self._pieces.get(target, ()):
-            self._found[piece] = self.checksums.of(view_of(memory, piece.place, piece.target_dtype))
+        self._found.take(
+            (number, view_of(memory, piece.place, piece.target_dtype))
+            for number, piece in self._of_target.get(target, ())
+        )
 
     def differing(self, targets: Iterable[str]) -> Mapping[str, str]:
         """Target -> the first tensor that is not in it as planned, of those whose checksums were taken."""
-        wanted = set(targets)
-        pieces = [piece for piece in self._expected if piece.target in wanted]
-        if not pieces:
-            return {}
-        missing = [piece for piece in pieces if piece not in self._found]
-        pieces = [piece for piece in pieces if piece in self._found]
-        wrong = list[Piece]()
-        if pieces:
-            expected = torch.stack([self._expected[piece] for piece in pieces])
-            found = torch.stack([self._found[piece] for piece in pieces])
-            differs = cast("list[bool]", cast("Any", expected != found).tolist())
-            wrong = [piece for piece, wrong in zip(pieces, differs, strict=True) if wrong]
+        wanted, found = set(targets), self._found.known()
         result: dict[str, str] = {}
-        for piece in (*missing, *wrong):
-            result.setdefault(piece.target, piece.source)
+        for number, expected in self._expected.known().items():
+            piece = self._pieces[number]
+            if piece.target in wanted and found.get(number) != expected:
+                result.setdefault(piece.target, piece.source)
         return result
+
+    def _parts(self, tensors: Sequence[tuple[str, torch.Tensor]], targets: set[str]) -> Numbered:
+        for name, tensor in tensors:
+            pieces = [pair for pair in self._of_source.get(name, ()) if pair[1].target in targets]
+            here = tensor.to(self._device, non_blocking=self._device.type != "cpu") if pieces else tensor
+            for number, piece in pieces:
+                yield number, view_of(here, piece.region, piece.source_dtype).to(piece.target_dtype)

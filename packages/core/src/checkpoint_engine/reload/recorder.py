@@ -8,6 +8,7 @@ reason why the plan does not cover it.
 
 from __future__ import annotations
 
+import enum
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from checkpoint_engine.engine.adapter import TensorSpec
+from checkpoint_engine.reload.overheads import kept_garbage, without_functions
 from checkpoint_engine.reload.plan import Fill, Piece, Recording
 from checkpoint_engine.reload.regions import Region, trace_back
 
@@ -31,6 +33,17 @@ _COPIES = {_aten.clone.default, _aten._to_copy.default, _aten.contiguous.default
 _FILLS = {_aten.fill_.Scalar, _aten.zero_.default}
 
 
+class _Kind(enum.Enum):
+    """What an operator does, as far as that can be told without its arguments."""
+
+    VIEW = enum.auto()
+    """Shows memory of its first argument in another way."""
+    NEW = enum.auto()
+    """Makes a tensor from none."""
+    OTHER = enum.auto()
+
+
+@kept_garbage()
 def record(load: Loader, targets: Mapping[str, torch.Tensor], tensors: Mapping[str, TensorSpec]) -> Recording:
     """Runs `load` over tensors without data.
 
@@ -47,7 +60,7 @@ def record(load: Loader, targets: Mapping[str, torch.Tensor], tensors: Mapping[s
     feed = _Feed(sources, recorder)
     while not feed.exhausted:
         try:
-            with torch.no_grad(), torch.device("meta"), recorder:
+            with torch.no_grad(), without_functions(), recorder:
                 load(iter(feed))
             break
         except Exception as error:
@@ -117,7 +130,8 @@ class _Recorder(TorchDispatchMode):
         self._sources = {_storage(tensor): (name, tensor) for name, tensor in sources.items()}
         self._memory: dict[int, _Copy | _Computed] = {}
         self._recording = Recording()
-        self._touched: set[str] = set()
+        self._touched: list[torch.Tensor] = []
+        """What the loader has used since it took the last tensor, for the time that it cannot go on."""
         self._current = ""
         self._value_of = ""
         """The tensor whose value the loader has read, until it takes the next one."""
@@ -141,14 +155,20 @@ class _Recorder(TorchDispatchMode):
         self._touched.clear()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401 - torch's own signature
+        kwargs = kwargs or {}
+        kind = _kind(func)
+        if kind is _Kind.VIEW:
+            self._touched.append(args[0])
+            return func(*args, **kwargs)
+        if kind is _Kind.NEW:
+            return func(*args, **{**kwargs, "device": "meta"})
+        if func is _aten.lift_fresh.default:  # numbers out of Python
+            return args[0].to("meta")
         if func is _aten._local_scalar_dense.default and self._is_lone(args[0]):  # noqa: SLF001 - its name in ATen
             return self._read(args[0])
-        result = func(*args, **(kwargs or {}))
-        inputs = _tensors_in((*args, *cast("dict[str, object]", kwargs or {}).values()))
-        for tensor in inputs:
-            target = self._targets.get(_storage(tensor))
-            if target is not None:
-                self._touched.add(target[0])
+        result = func(*args, **kwargs)
+        inputs = _tensors_in((*args, *cast("dict[str, object]", kwargs).values()))
+        self._touched.extend(inputs)
         written = [tensor for tensor in _written(func, args, kwargs or {}) if tensor.numel()]
         if func is _aten.copy_.default and written:
             self._note_copy(written[0], args[1])
@@ -166,7 +186,8 @@ class _Recorder(TorchDispatchMode):
         reason = f"its loader reads values ({str(error)[:100]})"
         self._recording.unreadable[name] = reason
         self._recording.drop(name)
-        for target in self._touched:
+        touched = {self._targets[key][0] for key in map(_storage, self._touched) if key in self._targets}
+        for target in sorted(touched):
             self._recording.flaws.setdefault(target, f"{name}: {reason}")
             self._recording.note_write(target, 0, {name})
 
@@ -233,7 +254,7 @@ class _Recorder(TorchDispatchMode):
             self._note_copy_elsewhere(target, source)
             return
         name, parameter = self._targets[_storage(target)]
-        found = self._trace(source.expand(target.shape))
+        found = self._trace(source if source.shape == target.shape else source.expand(target.shape))
         unknown = found is None or found[0] in self._recording.unreadable
         if found is None or unknown or target.dtype.itemsize != parameter.dtype.itemsize:
             self._note_computed(target, [source], "a copy")
@@ -311,6 +332,18 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> lis
     return _tensors_in(
         args[index] if index < len(args) else kwargs.get(name) for index, name in _written_arguments(func)
     )
+
+
+@functools.cache
+def _kind(func: Any) -> _Kind:  # noqa: ANN401 - torch's own types
+    arguments, returns = func._schema.arguments, func._schema.returns  # noqa: SLF001 - the only way to ask
+    if _written_arguments(func) or func is _aten.lift_fresh.default:
+        return _Kind.OTHER
+    if returns and all(each.alias_info is not None for each in (*returns, arguments[0])):
+        return _Kind.VIEW
+    takes_tensors = any("Tensor" in str(argument.type) for argument in arguments)
+    takes_device = any(argument.name == "device" for argument in arguments)
+    return _Kind.NEW if takes_device and not takes_tensors else _Kind.OTHER
 
 
 @functools.cache

@@ -24,7 +24,7 @@ _HERE = torch.device("cpu")
 """Engines plan inside a context that makes another device the default."""
 
 
-class Region(msgspec.Struct, frozen=True, array_like=True):
+class Region(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Elements of a block of memory: `offset + sum(index[i] * stride[i])` for every index within `shape`."""
 
     offset: int

@@ -15,6 +15,7 @@ import torch
 from checkpoint_engine.device.host_copies import HostCopies, prepare_copies
 from checkpoint_engine.planning.byte_runs import Copy, Layout, box_of, plan_byte_runs
 from checkpoint_engine.reload.delivery import Delivery
+from checkpoint_engine.reload.overheads import without_functions
 from checkpoint_engine.reload.plan import Fill, Piece, ReloadPlan
 from checkpoint_engine.reload.regions import Region, contiguous
 
@@ -74,7 +75,11 @@ class Replay:
         """
         if isinstance(tensors, Delivery) and _uses_host(tensors, self._fixed, moving):
             self._program_for(tensors).run(self._fixed, moving)
-            return
+        else:
+            with without_functions():
+                self._copy_each(tensors, moving)
+
+    def _copy_each(self, tensors: Sequence[tuple[str, torch.Tensor]], moving: Mapping[str, torch.Tensor]) -> None:
         batches: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
         for name, tensor in tensors:
             for step in self._steps.get(name, ()):
