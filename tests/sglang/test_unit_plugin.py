@@ -16,7 +16,7 @@ import pytest
 from checkpoint_engine.deadline import Deadline
 from checkpoint_engine.engine.auto import AutoClient
 from checkpoint_engine.errors import DeadlineError, EngineRequestError, SettingError
-from checkpoint_engine_sglang import SGLangClient, places, routes
+from checkpoint_engine_sglang import SGLangClient, compat, places, routes
 from checkpoint_engine_sglang.gate import Gate, GateMiddleware
 from checkpoint_engine_sglang.messages import Order, Report, describe_failures, pack, unpack
 from checkpoint_engine_sglang.places import Place
@@ -250,3 +250,30 @@ def test_it_does_not_start_where_it_could_not_be_kept_closed(setting: dict[str, 
     else:
         check_settings(lambda _: None, arguments)
     check_settings(lambda _: None, SimpleNamespace(**setting))
+
+
+class OldScheduler:
+    """Stands in for a scheduler before 0.5.22, which flushes its cache only while nothing waits."""
+
+    def __init__(self, *requests: SimpleNamespace, paused: bool) -> None:
+        self.running_batch, self._engine_paused, self.waiting_queue = (), paused, list(requests)
+
+    def is_fully_idle(self, for_health_check: bool = False) -> bool:
+        return not self.waiting_queue and not for_health_check
+
+
+RETRACTED, HOLDS_CACHE = SimpleNamespace(req_pool_idx=None), SimpleNamespace(req_pool_idx=3)
+
+
+@pytest.mark.parametrize(
+    ("requests", "paused", "can_flush"),
+    [((RETRACTED,), True, True), ((RETRACTED,), False, False), ((RETRACTED, HOLDS_CACHE), True, False)],
+)
+def test_an_old_scheduler_flushes_while_retracted_requests_wait(
+    requests: tuple[SimpleNamespace, ...], paused: bool, can_flush: bool
+) -> None:
+    scheduler = OldScheduler(*requests, paused=paused)
+    assert compat.cannot_flush(scheduler) is not can_flush
+    with compat.retracted_set_aside(scheduler):
+        assert scheduler.is_fully_idle() is can_flush
+    assert tuple(scheduler.waiting_queue) == requests

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Iterator
+import inspect
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -162,10 +163,32 @@ def cannot_update(manager: Any, model: torch.nn.Module) -> str:  # noqa: ANN401
 def cannot_flush(manager: Any) -> bool:  # noqa: ANN401
     """Whether requests still hold the cache, so that SGLang would refuse to flush it (or, before 0.5.22, end)."""
     scheduler = scheduler_of(manager)
-    try:
+    if _flushes_while_requests_wait(scheduler):
         return not scheduler.is_fully_idle(ignore_waiting=bool(scheduler._engine_paused))  # noqa: SLF001 - no other way
-    except TypeError:  # before 0.5.22
+    with retracted_set_aside(manager):
         return not scheduler.is_fully_idle()
+
+
+@contextlib.contextmanager
+def retracted_set_aside(manager: Any) -> Generator[None]:  # noqa: ANN401
+    """Takes what waits in a paused engine and holds no cache out of its sight.
+
+    A pause puts running requests back into the queue. Before 0.5.22, SGLang would not flush its cache for them.
+    """
+    scheduler = scheduler_of(manager)
+    if not is_paused(scheduler) or _flushes_while_requests_wait(scheduler):
+        yield
+        return
+    queue: list[Any] = scheduler.waiting_queue
+    scheduler.waiting_queue = [request for request in queue if request.req_pool_idx is not None]
+    try:
+        yield
+    finally:
+        scheduler.waiting_queue = queue
+
+
+def _flushes_while_requests_wait(scheduler: Any) -> bool:  # noqa: ANN401
+    return "ignore_waiting" in inspect.signature(scheduler.is_fully_idle).parameters
 
 
 def is_paused(scheduler: Any) -> bool:  # noqa: ANN401

@@ -126,7 +126,7 @@ class SchedulerSide:
         if failures:
             words = _encode(Answer(reports, stages)) if from_front else f"{failures}; {_state(worker)}"
             return _answer(success=False, message=words)
-        with self._updated():
+        with self._updated(), compat.retracted_set_aside(self._manager):
             done = original(self._manager, request)
         if not from_front:
             return done
