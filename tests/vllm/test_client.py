@@ -177,6 +177,18 @@ def test_after_a_failure_it_serves_again_only_with_whole_weights(vllm: StandIn, 
     assert ("/resume" in vllm.asked) == resumed
 
 
+def test_a_comparison_does_not_pass_for_an_update(vllm: StandIn) -> None:
+    """As when the parameter server was asked for `reload="verify"` and its client for an update."""
+    compared = results({**OK, "version": "v1", "verified": True})
+    vllm.with_rpc(checkpoint_engine_update=compared, checkpoint_engine_status=results(STATUS))
+    vllm.with_routes("/pause", "/resume", "/update_weight_version")
+    with pytest.raises(EngineRequestError, match=r"only had it compare.* still holds its old weights"):
+        vllm.update()
+    assert "/update_weight_version" not in vllm.asked
+    assert vllm.asked[-1] == "/resume"
+    vllm.client.verify_weights({"cpu:0": "h"}, version="v2", timeout=10)
+
+
 def stand_in_for_vllm(monkeypatch: pytest.MonkeyPatch, worker: str, extension: str) -> type:
     class EngineArgs:
         def create_engine_config(self) -> SimpleNamespace:

@@ -79,7 +79,8 @@ class WorkerState:
             received = self.receive(handles, timeout)
         except Exception:  # noqa: BLE001 - the status has it; the report carries it to whoever asked
             return {**self.status(), "ok": False, "phase": "update", "seconds": time.perf_counter() - start}
-        return {**received.details, **self.status(), "ok": True, "phase": "", "seconds": received.seconds}
+        done = {"ok": True, "phase": "", "seconds": received.seconds, "verified": received.verified}
+        return {**received.details, **self.status(), **done}
 
     def receive(self, handles: Mapping[str, str], timeout: float) -> Received:
         """Takes an update.

@@ -92,6 +92,8 @@ class WorkerReport(msgspec.Struct, frozen=True):
     error: str = ""
     phase: str = ""
     seconds: float = 0.0
+    verified: bool = False
+    """Whether its weights were only compared with what came."""
 
 
 class WorkerStatus(msgspec.Struct, frozen=True):
@@ -225,7 +227,7 @@ class CollectiveRpcClient:
             EngineRequestError: the engine refuses, or a worker failed; the message names the worker.
             DeadlineError: it does not answer in time.
         """
-        self._update_workers(handles, version, Deadline(timeout))
+        self._update_workers(handles, version, Deadline(timeout), compare=True)
 
     def _pause_or_undo(self, mode: PauseMode, reset_caches: bool, deadline: Deadline) -> None:  # noqa: FBT001
         try:
@@ -235,7 +237,9 @@ class CollectiveRpcClient:
             self._resume_quietly()
             raise
 
-    def _update_workers(self, handles: Mapping[str, str], version: str, deadline: Deadline) -> None:
+    def _update_workers(
+        self, handles: Mapping[str, str], version: str, deadline: Deadline, *, compare: bool = False
+    ) -> None:
         args = (dict(handles), version, deadline.remaining)
         try:
             results = self.collective_rpc("checkpoint_engine_update", deadline, args)
@@ -249,6 +253,11 @@ class CollectiveRpcClient:
         if failures or not reports:
             words = (f"worker {', '.join(map(str, ranks))} {text}" for text, ranks in failures.items())
             raise EngineRequestError(f"{self.endpoint.address}: {'; '.join(words) or 'no worker answered'}")
+        if not compare and any(report.verified for report in reports):
+            raise EngineRequestError(
+                f"{self.endpoint.address} was to be updated, but the parameter server only had it compare: with "
+                "`reload='verify'` belongs the client's `verify_weights`"
+            )
 
     def _settle(self, paused: bool) -> str:  # noqa: FBT001
         """After a failure: resumes the engine if its weights are whole; says what was found, for people."""

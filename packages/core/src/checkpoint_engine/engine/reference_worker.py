@@ -113,6 +113,7 @@ class Worker:
             "phase": "",
             "seconds": received.seconds,
             "load_seconds": received.load_seconds,
+            "verified": received.verified,
         }
 
     def checkpoint_engine_status(self) -> dict[str, Any]:
