@@ -1,19 +1,24 @@
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
+from checkpoint_engine.device.host_memory import map_host_memory
+from checkpoint_engine.device.pages import COLLAPSE, HUGE, HUGE_PAGE, advise
 from checkpoint_engine.errors import CheckpointFormatError, HostMemoryError
 from checkpoint_engine.host.memory import FreeMemory, free_host_memory, require_host_memory
 from checkpoint_engine.host.segment import LARGEST_SEGMENT, Segment
+from checkpoint_engine.link.messages import HostMemory
 
 MIB = 1 << 20
 
@@ -115,6 +120,65 @@ def test_threads_touch_it_together_and_content_stays() -> None:
     for thread in threads:
         thread.join()
     assert segment.tensor.eq(9).all()
+    segment.close()
+
+
+def huge_bytes() -> int:
+    """Shared memory that this process has mapped in huge pages."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("ShmemPmdMapped"))
+
+
+def test_touching_makes_huge_pages_which_others_map_as_such() -> None:
+    before = huge_bytes()
+    segment = Segment.create(9 * MIB + 5)
+    segment.touch(3 * MIB, 9 * MIB + 5)
+    if huge_bytes() == before:
+        pytest.skip("this kernel makes no huge pages of shared memory, or has none left")
+    assert huge_bytes() == before + 6 * MIB, "those in which the range lies; what is left in the end is small"
+    segment.tensor[5 * MIB :].fill_(7)
+    memory = map_host_memory(HostMemory(segment.nbytes), (os.dup(segment.fd),))
+    assert memory.tensor.data_ptr() % HUGE_PAGE == 0
+    assert memory.tensor[5 * MIB :].eq(7).all()
+    assert not memory.tensor[: 5 * MIB].any()
+    assert huge_bytes() > before + 6 * MIB
+    memory.close()
+    segment.close()
+    gc.collect()
+    assert huge_bytes() == before
+
+
+def test_small_pages_do_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, asked = huge_bytes(), []
+
+    def without(address: int, nbytes: int, advice: int) -> int:
+        asked.append(advice)
+        return errno.EINVAL if advice in (COLLAPSE, HUGE) else advise(address, nbytes, advice)
+
+    monkeypatch.setattr("checkpoint_engine.host.segment.advise", without)
+    segment = Segment.create(8 * MIB)
+    segment.touch(0, 4 * MIB)
+    segment.touch(4 * MIB, 8 * MIB)
+    assert asked.count(COLLAPSE) == 1, "a kernel that cannot is asked once"
+    assert os.fstat(segment.fd).st_blocks * 512 == 8 * MIB
+    assert huge_bytes() in (before, before + 8 * MIB), "small, unless the administrator wants them huge"
+    segment.close()
+
+
+def test_threads_that_fill_neighbouring_places_at_once_lose_nothing() -> None:
+    segment = Segment.create(40 * MIB)
+    step = 1_300_001
+    starts = range(0, segment.nbytes, step)
+
+    def fill(start: int) -> None:
+        end = min(start + step, segment.nbytes)
+        segment.touch(start, end)
+        segment.buffer(start, end)[:] = bytes([start // step + 1]) * (end - start)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(fill, starts))
+    for start in starts:
+        assert segment.tensor[start : start + step].eq(start // step + 1).all()
     segment.close()
 
 

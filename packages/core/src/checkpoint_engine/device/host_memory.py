@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import fcntl
-import mmap
 import os
 
 import torch
 
 from checkpoint_engine.device.base import Memory
+from checkpoint_engine.device.pages import map_shared
 from checkpoint_engine.errors import LinkError
 from checkpoint_engine.link.messages import HostMemory
 
@@ -56,4 +56,4 @@ def view_of(descriptor: int, nbytes: int) -> torch.Tensor:
     """1-D uint8 over a mapping of its own, which lives as long as the tensor or a view of it."""
     if nbytes == 0:
         return torch.empty(0, dtype=torch.uint8)
-    return torch.frombuffer(mmap.mmap(descriptor, nbytes), dtype=torch.uint8)
+    return torch.frombuffer(map_shared(descriptor, nbytes), dtype=torch.uint8)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import mmap
@@ -12,7 +11,17 @@ from pathlib import Path
 import torch
 
 from checkpoint_engine.device.base import Device, Pinned
-from checkpoint_engine.device.pages import HUGE, REMOVE, TOUCH_TO_WRITE, advise
+from checkpoint_engine.device.pages import (
+    COLLAPSE,
+    HUGE,
+    HUGE_PAGE,
+    REMOVE,
+    TOUCH_TO_WRITE,
+    advise,
+    map_read_only,
+    map_shared,
+    unmap,
+)
 from checkpoint_engine.errors import CheckpointFormatError, HostMemoryError
 from checkpoint_engine.host.memory import require_host_memory
 
@@ -20,12 +29,6 @@ LARGEST_SEGMENT = 64 << 30
 """Bytes. Recent drivers refuse to register several hundred GiB in one call."""
 
 _PAGE = mmap.PAGESIZE
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
-_libc.mmap.restype = ctypes.c_void_p
-_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
-_MAP_FAILED = ctypes.c_void_p(-1).value
 
 
 class Segment:
@@ -42,7 +45,7 @@ class Segment:
         """The file that is mapped, None for anonymous memory."""
         self.file_start = file_start
         """Where in the file the segment begins."""
-        self._mapping = mmap.mmap(descriptor, nbytes, offset=file_start) if nbytes else None
+        self._mapping = map_shared(descriptor, nbytes, file_start) if nbytes else None
         # Whatever mode the caller is in, our threads must be able to write to it.
         with torch.inference_mode(mode=False):
             self.tensor = _empty() if self._mapping is None else torch.frombuffer(self._mapping, dtype=torch.uint8)
@@ -51,6 +54,8 @@ class Segment:
         self.shared: Pinned | None = None
         """Its registration with a transport that reads other hosts' memory into it, or by which they read it."""
         self._touched = file is not None
+        self._huge = file is None
+        """Whether huge pages are worth a try."""
 
     @classmethod
     def create(cls, nbytes: int) -> Segment:
@@ -99,7 +104,7 @@ class Segment:
         """The bytes `start` to `end`, writable. Do not keep it: it holds the mapping."""
         if self._mapping is None:
             return memoryview(bytearray())
-        return memoryview(self._mapping)[start:end]
+        return memoryview(self._mapping).cast("B")[start:end]
 
     def touch(self, start: int, end: int) -> None:
         """Makes the kernel hand over the pages of `start` to `end`. Several threads may do this at once.
@@ -110,6 +115,8 @@ class Segment:
         if self._touched or start >= end:
             return
         require_host_memory(end - start, "filling a segment")
+        if self._huge:
+            self._make_huge(start, end)
         first = start // _PAGE * _PAGE
         code = advise(self.address + first, end - first, TOUCH_TO_WRITE)
         # Before Linux 5.14 there is no such advice; then the first write touches the page.
@@ -164,8 +171,17 @@ class Segment:
         self.close()
 
     def _prefer_huge_pages(self) -> None:
-        # Touching and pinning are several times faster where the administrator allows it for shared memory.
+        # Where the administrator allows it for shared memory, the kernel hands these over by itself.
         advise(self.address, self.nbytes, HUGE)
+
+    def _make_huge(self, start: int, end: int) -> None:
+        """Has the kernel make huge pages where they fit: filling and registering are several times faster then."""
+        first = start // HUGE_PAGE * HUGE_PAGE
+        last = min(-(-end // HUGE_PAGE), self.nbytes // HUGE_PAGE) * HUGE_PAGE
+        for place in range(first, last, HUGE_PAGE):  # where nothing is at all, it makes none
+            advise(self.address + place, _PAGE, TOUCH_TO_WRITE)
+        if last > first and advise(self.address + first, last - first, COLLAPSE) in (errno.EINVAL, errno.ENOMEM):
+            self._huge = False  # this kernel cannot, or has none left; small pages do as well
 
 
 class ReadOnlyView:
@@ -178,15 +194,15 @@ class ReadOnlyView:
             HostMemoryError: the kernel refuses.
         """
         self._nbytes = segment.nbytes
-        address = _libc.mmap(None, segment.nbytes, mmap.PROT_READ, mmap.MAP_SHARED, segment.fd, segment.file_start)
-        if address in (None, _MAP_FAILED):
-            raise HostMemoryError(f"cannot map {segment.nbytes} bytes once more: {os.strerror(ctypes.get_errno())}")
-        self.address: int = address
+        try:
+            self.address = map_read_only(segment.fd, segment.nbytes, segment.file_start)
+        except OSError as error:
+            raise HostMemoryError(f"cannot map {segment.nbytes} bytes once more: {error.strerror}") from error
 
     def close(self) -> None:
         """Unmaps it."""
         if self.address:
-            _libc.munmap(self.address, self._nbytes)
+            unmap(self.address, self._nbytes)
             self.address = 0
 
 
