@@ -1,51 +1,50 @@
 """What registering another process's memory with a GPU costs: threads, pieces, pages touched before, huge pages.
 
-    python benchmarks/registering.py                     # an NVIDIA GPU, 30 GB of free host memory; under 40 s
-    python benchmarks/registering.py --huge              # as root, a second run: are huge pages better?
+    python benchmarks/registering.py                     # an NVIDIA GPU, 20 GB of free host memory; under 40 s
+    python benchmarks/registering.py --small             # small pages, as where the kernel makes no huge ones
     python benchmarks/registering.py --device cpu --gb 1 --each 0.5     # shows that it runs; registers nothing
 
 A child process fills anonymous shared memory, as a rank of the parameter server does. This process maps it, as an
 engine's worker does, anew for each row, and registers `--each` of it; the last rows take all of it, with the fastest
-setting found. It needs PyTorch only. Columns:
+setting found. Columns:
 
 - threads, MiB: pieces of so many MiB are registered by so many threads, in order
 - touch: before that, each piece is touched for reading or writing by the same thread (MADV_POPULATE_READ, …_WRITE)
-- extra: `huge` asks for huge pages on the mapping (MADV_HUGEPAGE), `read-only` registers for reading only
+- extra: `read-only` registers for reading only
 - touch s: of all threads together; seconds: until all is registered; free s: until nothing is registered any more
 - device MB, left: memory of the GPU that is in use once it is registered, and again afterwards, above the beginning
 
-`--huge` lets the kernel give huge pages to shared memory that asks for them, and takes that back in the end. Rows that
-would begin after `--seconds` are left out, and named.
+Rows that would begin after `--seconds` are left out, and named.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import json
 import mmap
+import multiprocessing
 import os
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from checkpoint_engine.device.pages import COLLAPSE, HUGE_PAGE, TOUCH_TO_READ, TOUCH_TO_WRITE, advise, map_shared
+
 MIB, GIB = 1 << 20, 1 << 30
 FILE = 8 * GIB
 """Bytes of a file in memory, as large as a segment is at most."""
-TOUCH = {"read": 22, "write": 23}
+TOUCH = {"read": TOUCH_TO_READ, "write": TOUCH_TO_WRITE}
 PORTABLE, READ_ONLY = 1, 8
 THP = Path("/sys/kernel/mm/transparent_hugepage")
-
-libc = ctypes.CDLL(None, use_errno=True)
-libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 @dataclass(frozen=True)
@@ -59,20 +58,16 @@ class Setting:
 
 
 SETTINGS = (
-    Setting(1, 8192),  # what was done until now: segment by segment
     Setting(1, 1024),
-    Setting(4, 1024),
-    Setting(8, 512),
-    Setting(16, 256),
     Setting(1, 1024, "read"),
     Setting(4, 1024, "read"),
-    Setting(4, 512, "read"),
     Setting(8, 512, "read"),
     Setting(16, 256, "read"),
-    Setting(1, 1024, "write"),
-    Setting(8, 512, "write"),
-    Setting(8, 512, "read", "huge"),
-    Setting(8, 512, "", "read-only"),
+    Setting(4, 1024),
+    Setting(16, 256),
+    Setting(4, 1024, "write"),
+    Setting(4, 1024, "read", "read-only"),
+    Setting(1, 8192, "read"),
 )
 
 
@@ -97,7 +92,8 @@ class Gpu:
         self._library.cudaGetErrorString.restype = ctypes.c_char_p
         self._stream = torch.cuda.Stream()
         self._target = torch.zeros(256 * MIB, dtype=torch.uint8, device="cuda")
-        self._free = torch.cuda.mem_get_info()[0]
+        self._memory = torch.cuda.mem_get_info
+        self._free = self._memory()[0]
 
     def register(self, block: Block, extra: str) -> None:
         """Registers host memory."""
@@ -122,7 +118,7 @@ class Gpu:
 
     def used(self) -> int:
         """Bytes of its memory, above the beginning."""
-        return self._free - torch.cuda.mem_get_info()[0]
+        return self._free - self._memory()[0]
 
     def _check(self, error: int) -> None:
         if error:
@@ -153,19 +149,16 @@ class NoGpu:
 class Mapping:
     """Files of another process, mapped anew."""
 
-    def __init__(self, paths: list[str], nbytes: int, extra: str = "") -> None:
-        self._mappings: list[mmap.mmap] = []
+    def __init__(self, paths: list[str], nbytes: int) -> None:
+        self._mappings: list[Any] = []
         self._blocks: list[Block] = []
         for path in paths:
             descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
             size = min(nbytes, os.fstat(descriptor).st_size)
-            mapping = mmap.mmap(descriptor, size)
+            mapping = map_shared(descriptor, size)
             os.close(descriptor)
-            block = Block(address_of(mapping), size)
-            if extra == "huge":
-                libc.madvise(*block, mmap.MADV_HUGEPAGE)
             self._mappings.append(mapping)
-            self._blocks.append(block)
+            self._blocks.append(Block(ctypes.addressof(mapping), size))
             nbytes -= size
             if not nbytes:
                 break
@@ -181,8 +174,7 @@ class Mapping:
 
     def close(self) -> None:
         """Unmaps them."""
-        for mapping in self._mappings:
-            mapping.close()
+        self._mappings.clear()
 
 
 class Registration:
@@ -223,36 +215,45 @@ class Registration:
 
     def _register(self, piece: Block) -> None:
         began = time.perf_counter()
-        if self._setting.touch and touch(piece, self._setting.touch):
-            raise OSError(os.strerror(ctypes.get_errno()))
+        if self._setting.touch and (code := advise(*piece, TOUCH[self._setting.touch])):
+            raise OSError(code, os.strerror(code))
         self.touching += time.perf_counter() - began
         self._device.register(piece, self._setting.extra)
 
 
-def address_of(mapping: mmap.mmap) -> int:
-    """Where it begins."""
-    return ctypes.addressof(ctypes.c_char.from_buffer(mapping))
-
-
-def fill(total: int) -> None:
-    """The child: makes memory, says where it is, and keeps it until its input ends."""
+def fill(total: int, small: bool, parent: Connection, other_end: Connection) -> None:  # noqa: FBT001 - what a process is started with
+    """The child: makes memory, says where it is, and keeps it until it is told that it may go, or the parent dies."""
+    other_end.close()
     began = time.perf_counter()
     descriptors: list[int] = []
+    mappings: list[Any] = []
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         for start in range(0, total, FILE):
             size = min(FILE, total - start)
-            descriptor = os.memfd_create("registering")
-            os.ftruncate(descriptor, size)
-            mapping = mmap.mmap(descriptor, size)
-            address = address_of(mapping)
-            libc.madvise(address, size, mmap.MADV_HUGEPAGE)
+            descriptors.append(os.memfd_create("registering"))
+            os.ftruncate(descriptors[-1], size)
+            mappings.append(map_shared(descriptors[-1], size))
+            address = ctypes.addressof(mappings[-1])
             chunks = [Block(address + at, min(64 * MIB, size - at)) for at in range(0, size, 64 * MIB)]
-            if any(pool.map(touch, chunks)):
+            if any(pool.map(touch if small else make_huge, chunks)):
                 raise SystemExit("the kernel hands over no more memory")
-            descriptors.append(descriptor)
     seconds = time.perf_counter() - began
-    print(json.dumps([seconds, [f"/proc/{os.getpid()}/fd/{fd}" for fd in descriptors], huge_bytes()]), flush=True)
-    sys.stdin.read()
+    parent.send((seconds, [f"/proc/{os.getpid()}/fd/{descriptor}" for descriptor in descriptors], huge_bytes()))
+    with contextlib.suppress(EOFError):
+        parent.recv()
+
+
+def touch(block: Block) -> int:
+    """Has the kernel hand pages over; 0 unless it refuses."""
+    return advise(*block, TOUCH_TO_WRITE)
+
+
+def make_huge(block: Block) -> int:
+    """The same, in huge pages where it has them."""
+    for place in range(block.address, block.address + block.nbytes, HUGE_PAGE):
+        advise(place, mmap.PAGESIZE, TOUCH_TO_WRITE)
+    advise(*block, COLLAPSE)
+    return touch(block)
 
 
 def huge_bytes() -> int:
@@ -261,14 +262,9 @@ def huge_bytes() -> int:
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("ShmemPmdMapped"))
 
 
-def touch(block: Block, how: str = "write") -> int:
-    """Has the kernel hand pages over; 0 unless it refuses."""
-    return int(libc.madvise(*block, TOUCH[how]))
-
-
 def measure(device: Gpu | NoGpu, paths: list[str], nbytes: int, setting: Setting) -> dict[str, Any]:
     """One row."""
-    mapping = Mapping(paths, nbytes, setting.extra)
+    mapping = Mapping(paths, nbytes)
     began = time.perf_counter()
     registration = Registration(device, mapping.pieces(setting.mib), setting)
     row: dict[str, Any] = {**asdict(setting), "bytes": nbytes}
@@ -289,7 +285,7 @@ def measure(device: Gpu | NoGpu, paths: list[str], nbytes: int, setting: Setting
 
 def follow(device: Gpu | NoGpu, paths: list[str], nbytes: int, setting: Setting) -> str:
     """Copies each piece as soon as it is registered."""
-    mapping = Mapping(paths, nbytes, setting.extra)
+    mapping = Mapping(paths, nbytes)
     pieces = mapping.pieces(setting.mib)
     began = time.perf_counter()
     registration = Registration(device, pieces, setting)
@@ -317,7 +313,7 @@ def follow(device: Gpu | NoGpu, paths: list[str], nbytes: int, setting: Setting)
 
 def disturb(device: Gpu | NoGpu, paths: list[str], nbytes: int, setting: Setting) -> str:
     """How long a small copy, and Python itself, have to wait while registering goes on."""
-    mapping = Mapping(paths, nbytes, setting.extra)
+    mapping = Mapping(paths, nbytes)
     pieces = mapping.pieces(setting.mib)
     own = Block(pieces[0].address, MIB)
     device.register(own, "")
@@ -398,38 +394,22 @@ def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
-    parser.add_argument("--gb", type=float, default=30, help="GiB of shared memory")
+    parser.add_argument("--gb", type=float, default=20, help="GiB of shared memory")
     parser.add_argument("--each", type=float, default=4, help="GiB that a row registers")
     parser.add_argument("--seconds", type=float, default=34, help="no row begins later")
-    parser.add_argument("--huge", action="store_true", help="let shared memory have huge pages meanwhile")
+    parser.add_argument("--small", action="store_true", help="fill small pages")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
-    parser.add_argument("--fill", type=int, default=0, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.fill:
-        fill(arguments.fill)
-        return
-    before = (THP / "shmem_enabled").read_text().partition("[")[2].partition("]")[0]
-    if arguments.huge:
-        (THP / "shmem_enabled").write_text("advise")
-    try:
-        run(arguments)
-    finally:
-        if arguments.huge:
-            (THP / "shmem_enabled").write_text(before)
-
-
-def run(arguments: argparse.Namespace) -> None:
-    """Measures all rows."""
     deadline = time.perf_counter() + arguments.seconds
     total, each = int(arguments.gb * GIB) // MIB * MIB, int(arguments.each * GIB) // MIB * MIB
-    child = subprocess.Popen(
-        [sys.executable, __file__, "--fill", str(total)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert child.stdout
-    assert child.stdin
+    processes = multiprocessing.get_context("fork")  # before there is a GPU in this process
+    parent, theirs = processes.Pipe()
+    child = processes.Process(target=fill, args=(total, arguments.small, theirs, parent), daemon=True)
+    child.start()
+    theirs.close()
     device: Gpu | NoGpu = Gpu() if arguments.device == "cuda" else NoGpu()
     try:
-        seconds, paths, huge = json.loads(child.stdout.readline())
+        seconds, paths, huge = parent.recv()
         print(f"{total / 1e9:.1f} GB filled by another process within {seconds:.1f} s", end="; ")
         print(f"{huge / 1e9:.1f} GB of it in huge pages", end="; ")
         print(", ".join(f"{name}: {(THP / name).read_text().strip()}" for name in ("enabled", "shmem_enabled")))
@@ -441,7 +421,7 @@ def run(arguments: argparse.Namespace) -> None:
             show(rows[-1])
         best = chosen(rows)
         print("all of it:")
-        for setting in within((best, replace(best, mib=1024), Setting(1, 8192)), deadline):
+        for setting in within((best, Setting(4, 4096, "read"), Setting(1, 8192)), deadline):
             rows.append(measure(device, paths, total, setting))
             show(rows[-1])
         for act in (follow, disturb):
@@ -450,8 +430,8 @@ def run(arguments: argparse.Namespace) -> None:
         if time.perf_counter() < deadline:
             print(unregistered(device, paths, min(each, 2 * GIB)))
     finally:
-        child.stdin.close()
-        child.wait(30)
+        parent.send(None)
+        child.join(30)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1))
 
