@@ -164,16 +164,10 @@ def test_limits() -> None:
     assert checks_machine.check_shm(Path("/nowhere/at/all")).status == "problem"
 
 
-@pytest.mark.parametrize(
-    ("setting", "status"),
-    [
-        ("always within_size [advise] never deny force", "ok"),
-        ("always advise [never] deny force", "note"),
-        ("", "note"),
-    ],
-)
-def test_huge_pages_of_shared_memory(tmp_path: Path, setting: str, status: str) -> None:
-    (tmp_path / "shmem_enabled").write_text(setting)
-    finding = checks_machine.check_huge_pages(tmp_path / "shmem_enabled")
-    assert (finding.status, "echo advise" in finding.advice) == (status, status == "note")
-    assert checks_machine.check_huge_pages(tmp_path / "nothing").status == "note"
+def test_huge_pages_of_shared_memory(tmp_path: Path) -> None:
+    setting = tmp_path / "shmem_enabled"
+    setting.write_text("always within_size advise [never] deny force")
+    assert checks_machine.check_huge_pages(setting, made=True).status == "ok"
+    finding = checks_machine.check_huge_pages(setting, made=False)
+    assert (finding.status, "(never)" in finding.value, "echo advise" in finding.advice) == ("note", True, True)
+    assert "no such setting" in checks_machine.check_huge_pages(tmp_path / "nothing", made=False).value
