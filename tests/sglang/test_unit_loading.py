@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from torch import nn
 
+from checkpoint_engine.engine import receiver
 from checkpoint_engine.engine.adapter import TensorSpec
+from checkpoint_engine.engine.layouts import Bucket
 from checkpoint_engine.errors import WeightsRejectedError, WorkerError
+from checkpoint_engine.link.messages import TensorSlice
 from checkpoint_engine_sglang import layouts
 from checkpoint_engine_sglang.compat import Runner
 from checkpoint_engine_sglang.load import Load
@@ -218,6 +222,31 @@ def holds(model: Quantised) -> dict[str, Any]:
         "rows": layer.rows.tolist(),
         "switches": (layer.is_open, layer.loaded, layer.scale.latched),
     }
+
+
+def test_once_the_plan_is_trusted_only_what_it_copies_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, plans = Model(), Plans()
+    given = {name: tensor for name, tensor in tensors().items() if name in ("plain", "shard")}
+    memory = torch.cat([tensor.flatten().view(torch.uint8) for tensor in given.values()])
+    place = {"plain": 0, "shard": given["plain"].nbytes}
+    bucket = Bucket([TensorSlice(name, "float32", tuple(given[name].shape), at) for name, at in place.items()])
+    views = Mock(wraps=receiver._tensors_in)
+    monkeypatch.setattr(receiver, "_tensors_in", views)
+    asked = []
+    for _ in range(4):
+        for parameter in model.parameters():
+            parameter.data.zero_()
+        prepared = plans.of(runner(model), specs(given))
+        prepared.prepare("auto")
+        load = Load(prepared, {name: name for name in given}, planned=True)
+        asked.append(load.wanted(list(place.items())))
+        load.begin()
+        load.take(receiver.view_bucket(memory, bucket, 0))
+        load.finish()
+        assert torch.equal(model.plain, given["plain"])
+        assert torch.equal(model.shard, given["shard"][:3])
+    assert asked == [None, None, ((0, 24 * 4 + 18 * 4),), ((0, 24 * 4 + 18 * 4),)]
+    assert views.call_count == 2, "once the copies are worked out, no tensor is looked at"
 
 
 def test_a_processed_layer_takes_weights_again_at_its_old_address() -> None:

@@ -82,6 +82,10 @@ class SGLangAdapter:
         for load in self._loads:
             load.begin()
 
+    def wanted(self, bucket: Sequence[tuple[str, int]]) -> tuple[tuple[int, int], ...] | None:
+        """Only what the plan copies, once it is trusted and nothing is left to SGLang's loaders."""
+        return self._loads[0].wanted(bucket) if len(self._loads) == 1 else None
+
     def load(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
         """Gives tensors to SGLang's loaders."""
         if self._update is None:

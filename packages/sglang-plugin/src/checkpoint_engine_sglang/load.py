@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
 
 from checkpoint_engine.engine.loading import Tensors, give_to_loader
 from checkpoint_engine.errors import WeightsRejectedError, WorkerError
+from checkpoint_engine.reload.delivery import names_of, nbytes_of
 from checkpoint_engine.reload.reloader import Trust
 from checkpoint_engine_sglang import compat
 from checkpoint_engine_sglang.layouts import deriving_nothing
@@ -51,6 +52,9 @@ class Load:
         self._moving: dict[str, torch.Tensor] = {}
         self._derived = _derived_tensors(model)
         self._places = _places(model)
+        own = {name for name, inside in names.items() if name == inside}
+        self._copied_alone = (own & set(model.tensors)) - set(model.loaded) if self._by_plan else set[str]()
+        """Tensors that only copies take, under the names that they come with."""
         self.nbytes = {"plan": 0, "loader": 0}
 
     @property
@@ -63,6 +67,12 @@ class Load:
         for layer in self.model.rebuilt if self.model.trial is None else ():
             self._open_layer(layer)
 
+    def wanted(self, bucket: Sequence[tuple[str, int]]) -> tuple[tuple[int, int], ...] | None:
+        """See `checkpoint_engine.engine.adapter.Selective`."""
+        if self._replay is None or self._proof is not None:
+            return None
+        return self._replay.spans(bucket) if self._copied_alone.issuperset(name for name, _ in bucket) else None
+
     def take(self, tensors: Tensors) -> None:
         """Loads those of the tensors that are this model's; their memory may be used again afterwards.
 
@@ -70,13 +80,12 @@ class Load:
             WeightsRejectedError: the loader does not take a tensor.
             WorkerError: the loader or SGLang's processing failed.
         """
-        mine = [(self.names[name], tensor) for name, tensor in tensors if name in self.names]
-        self._delivered.update(name for name, _ in mine)
-        copied = [pair for pair in mine if self._by_plan and pair[0] in self.model.tensors]
-        loaded = self._complete_groups([pair for pair in mine if not self._by_plan or pair[0] in self.model.loaded])
+        mine, copied, loaded = self._sort(tensors)
+        self._delivered.update(names_of(mine))
+        loaded = self._complete_groups(loaded)
         if self._proof is not None:
             self._proof.expect(mine, self.model.targets)
-        arrived = {name for name, _ in (*copied, *loaded)}
+        arrived = {*names_of(copied), *names_of(loaded)}
         layers = sorted({layer for name in arrived for layer in self._layers_of.get(name, ())})
         for layer in layers:
             if layer not in self._open:
@@ -86,7 +95,7 @@ class Load:
         if loaded:
             self._give_to_loader(loaded)
         for way, pairs in (("plan", copied), ("loader", loaded)):
-            self.nbytes[way] += sum(tensor.nbytes for _, tensor in pairs)
+            self.nbytes[way] += nbytes_of(pairs)
         for layer in layers:
             self._missing[layer].difference_update(arrived)
             if not self._missing[layer] and layer not in self._waits:
@@ -127,6 +136,14 @@ class Load:
         for layer in self._open.values():
             layer.undo()
         self._open.clear()
+
+    def _sort(self, tensors: Tensors) -> tuple[Tensors, Tensors, Tensors]:
+        """What is this model's, under its own names, and of that what copies and what the loader take over."""
+        if self._copied_alone.issuperset(names_of(tensors)):
+            return tensors, tensors, ()  # as it came: then what was worked out for it serves again
+        mine = [(self.names[name], tensor) for name, tensor in tensors if name in self.names]
+        copied = [pair for pair in mine if self._by_plan and pair[0] in self.model.tensors]
+        return mine, copied, [pair for pair in mine if not self._by_plan or pair[0] in self.model.loaded]
 
     def _refuse_lost(self) -> None:
         lost = [own for own in self.names.values() if own not in self._delivered]

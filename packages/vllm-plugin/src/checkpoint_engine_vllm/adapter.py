@@ -12,7 +12,7 @@ import torch
 
 from checkpoint_engine.engine.adapter import TensorSpec, Update
 from checkpoint_engine.errors import CheckpointStateError, WeightsRejectedError
-from checkpoint_engine.reload.delivery import Delivery
+from checkpoint_engine.reload.delivery import names_of, nbytes_of
 from checkpoint_engine_vllm import compat, formats
 from checkpoint_engine_vllm.draft import NAME, DraftReload, open_draft
 from checkpoint_engine_vllm.layers import Way
@@ -105,15 +105,11 @@ class VllmAdapter:
             raise CheckpointStateError("load was called outside of an update")
         start = time.perf_counter()
         with compat.engine_context(self._worker):
-            target.load(tensors if draft is None else [pair for pair in tensors if not draft.only(pair[0])])
+            target.load(tensors if draft is None else draft.others(tensors))
             if draft is not None:
                 draft.load(tensors)
-        if isinstance(tensors, Delivery):
-            self._delivered |= tensors.names
-            self._nbytes += tensors.nbytes
-        else:
-            self._delivered.update(name for name, _ in tensors)
-            self._nbytes += sum(tensor.nbytes for _, tensor in tensors)
+        self._delivered.update(names_of(tensors))
+        self._nbytes += nbytes_of(tensors)
         self._seconds["load"] += time.perf_counter() - start
 
     def finish(self) -> Mapping[str, str | int | float]:

@@ -88,6 +88,10 @@ class DraftReload:
         """Whether a tensor is the draft model's alone."""
         return self._prefixed and name.startswith(PREFIX)
 
+    def others(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> Sequence[tuple[str, torch.Tensor]]:
+        """Those that are not the draft model's alone."""
+        return [pair for pair in tensors if not self.only(pair[0])] if self._prefixed else tensors
+
     def begin(self, repairs: Repairs) -> None:
         """Called after the served model's reload has begun."""
         self._repairs = repairs

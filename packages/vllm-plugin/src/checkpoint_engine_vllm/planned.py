@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from checkpoint_engine.errors import WorkerError
+from checkpoint_engine.reload.delivery import names_of
 from checkpoint_engine.reload.proof import Proof
 from checkpoint_engine_vllm import compat
 from checkpoint_engine_vllm.layers import Layer, Way
@@ -89,7 +90,7 @@ class PlannedReload:
             WorkerError: vLLM's loader or processing failed.
         """
         self._open_layers(tensors)
-        self._written = self._written or any(name in self._routes.direct for name, _ in tensors)
+        self._written = self._written or not self._routes.direct.isdisjoint(names_of(tensors))
         self._replay.load(tensors, self._moving)
         if self._proof is not None:
             self._proof.expect(tensors, self._routes.planned)
@@ -138,7 +139,7 @@ class PlannedReload:
     def _to_rebuild(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> Iterator[Layer]:
         """The layers to be rebuilt that these tensors have pieces for, once for each piece."""
         rebuilt = self._routes.rebuilt
-        return (layer for name, _ in tensors if name in rebuilt for layer in rebuilt[name]) if rebuilt else iter(())
+        return (layer for name in names_of(tensors) for layer in rebuilt.get(name, ())) if rebuilt else iter(())
 
     def _open_layers(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
         """Gives memory laid out as in the checkpoint to the layers to be rebuilt that these tensors belong to."""

@@ -18,7 +18,8 @@ logger = logging.getLogger(__name__)
 
 MOST_COPIES = 4096
 """Of one call."""
-_HOST_TO_DEVICE = 1
+_BY_ADDRESS = 4
+"""`cudaMemcpyDefault`: the driver knows which memory an address is of."""
 _IN_STREAM_ORDER = 1
 _WITHOUT_FAIL_INDEX = 13
 """The major version from which on `cudaMemcpyBatchAsync` says no more which copy failed."""
@@ -55,7 +56,7 @@ class CopyCalls:
 
         Args:
             targets: Addresses on the GPU.
-            sources: Addresses in the host's memory.
+            sources: Addresses on the GPU or in the host's memory.
             sizes: Bytes of each.
             stream: The runtime's handle; not that of the default stream, which takes no batches.
 
@@ -75,7 +76,7 @@ class CopyCalls:
         """
         rows: Any = table
         for row in rows.tolist():
-            self._check(self._copy_rows(*row, _HOST_TO_DEVICE, stream), "copying rows to the GPU")
+            self._check(self._copy_rows(*row, _BY_ADDRESS, stream), "copying rows")
 
     def _copy_batch(self, targets: torch.Tensor, sources: torch.Tensor, sizes: torch.Tensor, stream: int) -> bool:
         """Whether the runtime, and the driver below it, can do it."""
@@ -104,7 +105,7 @@ class CopyCalls:
     def _copy_each(self, targets: torch.Tensor, sources: torch.Tensor, sizes: torch.Tensor, stream: int) -> None:
         table: Any = torch.stack((targets, sources, sizes), 1)
         for target, source, nbytes in table.tolist():
-            self._check(self._copy(target, source, nbytes, _HOST_TO_DEVICE, stream), f"copying {nbytes} bytes")
+            self._check(self._copy(target, source, nbytes, _BY_ADDRESS, stream), f"copying {nbytes} bytes")
 
     def _check(self, error: int, doing: str) -> None:
         if error:

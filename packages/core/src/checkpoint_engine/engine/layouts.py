@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -12,10 +12,37 @@ import msgspec
 from checkpoint_engine.dtypes import torch_dtype
 from checkpoint_engine.engine.adapter import TensorSpec
 from checkpoint_engine.errors import LinkError
-from checkpoint_engine.link.messages import Begin, Buckets, decode_buckets, name_of_layout
+from checkpoint_engine.link.messages import Begin, TensorSlice, decode_buckets, name_of_layout
 
 _MOST = 2
 """Layouts that are kept: of a model and, where its checkpoints come apart, of another."""
+
+
+class Bucket:
+    """The tensors of a bucket, wherever it lies; the very same object in every update of its layout."""
+
+    def __init__(self, entries: Sequence[TensorSlice]) -> None:
+        """Works out what is asked for each time that it comes.
+
+        Raises:
+            LinkError: a dtype is unknown, or a size negative.
+        """
+        self.entries = entries
+        self.names = tuple(entry.name for entry in entries)
+        items = [torch_dtype(entry.dtype).itemsize for entry in entries]
+        sizes = [math.prod(entry.shape) * item for entry, item in zip(entries, items, strict=True)]
+        if any(size < 0 for entry in entries for size in entry.shape):
+            raise LinkError("the parameter server announces a tensor of negative size")
+        self.nbytes = sum(sizes)
+        self.begin = min((entry.offset for entry in entries), default=0)
+        self.end = max((entry.offset + size for entry, size in zip(entries, sizes, strict=True)), default=0)
+        aligned = all(entry.offset % item == 0 for entry, item in zip(entries, items, strict=True))
+        self.alignment = max(items, default=1) if aligned else 0
+        """A bucket at a multiple of it has all tensors where their dtypes may lie; 0: there is no such place."""
+
+    def fits(self, offset: int, nbytes: int) -> bool:
+        """Whether it can lie `offset` bytes into so many bytes of memory."""
+        return offset + self.begin >= 0 and offset + self.end <= nbytes
 
 
 @dataclass(frozen=True)
@@ -23,7 +50,7 @@ class Layout:
     """What an update brings, and in which buckets."""
 
     name: str
-    buckets: Buckets
+    buckets: tuple[Bucket, ...]
     tensors: Mapping[str, TensorSpec]
     """By name; the very same object in every update of this layout."""
     nbytes: int
@@ -59,12 +86,11 @@ def layout_of(begin: Begin, known: Mapping[str, Layout]) -> Layout:
 
 def _read(name: str, begin: Begin) -> Layout:
     try:
-        buckets = decode_buckets(begin.buckets)
+        buckets = tuple(map(Bucket, decode_buckets(begin.buckets)))
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise LinkError(f"the parameter server announces no buckets: {error}") from error
-    entries = [entry for bucket in buckets for entry in bucket]
+    entries = [entry for bucket in buckets for entry in bucket.entries]
     tensors = {entry.name: TensorSpec(torch_dtype(entry.dtype), entry.shape) for entry in entries}
     if len(tensors) < len(entries):
         raise LinkError("the parameter server announces a tensor twice")
-    nbytes = sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in tensors.values())
-    return Layout(name, buckets, tensors, nbytes)
+    return Layout(name, buckets, tensors, sum(bucket.nbytes for bucket in buckets))

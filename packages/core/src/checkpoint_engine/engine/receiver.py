@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
@@ -17,7 +19,7 @@ from checkpoint_engine.device.base import Memory
 from checkpoint_engine.device.segments import MappedSegments
 from checkpoint_engine.dtypes import torch_dtype
 from checkpoint_engine.engine.adapter import Adapter, Selective, Update, Verifiable
-from checkpoint_engine.engine.layouts import Layout, known_layouts, layout_of
+from checkpoint_engine.engine.layouts import Bucket, Layout, known_layouts, layout_of
 from checkpoint_engine.engine.mappings import mapped_staging
 from checkpoint_engine.errors import CheckpointEngineError, LinkError, LinkRefusedError, WorkerError
 from checkpoint_engine.link.channel import ReceiverChannel, connect
@@ -174,7 +176,7 @@ class _Reception:
             self._adapter = _verifier_of(self._adapter)
         self._begun = True
         self._adapter.begin(Update(begin.update_id, begin.checkpoint, begin.version, layout.tensors, begin.reload))
-        self._send(Accepted(tuple(_wanted(self._adapter, layout.buckets[index]) for index in begin.away)))
+        self._send(Accepted(tuple(_wanted(self._adapter, layout.buckets[index].entries) for index in begin.away)))
 
     def _load_all(self, begin: Begin, layout: Layout, staging: Mapped) -> None:
         self._phase = "load"
@@ -279,9 +281,7 @@ def _deliveries_of(mapped: Mapped, memory: Memory) -> dict[tuple[str, Load], Del
     return _kept.setdefault(mapped, {}) if memory.lease else {}
 
 
-def view_bucket(
-    staging: torch.Tensor, bucket: Sequence[TensorSlice], offset: int, *, stays: object = False
-) -> Delivery:
+def view_bucket(staging: torch.Tensor, bucket: Bucket, offset: int, *, stays: object = False) -> Delivery:
     """The tensors of a bucket that lies `offset` bytes into the staging memory, which `stays` or does not.
 
     A file used in place may hold tensors at addresses that their dtype does not allow; those are copied out.
@@ -289,31 +289,37 @@ def view_bucket(
     Raises:
         LinkError: a tensor would leave the staging memory.
     """
+    if not bucket.fits(offset, staging.numel()):
+        raise LinkError(
+            f"a bucket with {bucket.names[0]!r} and {len(bucket.names) - 1} more tensors at byte {offset} leaves the "
+            f"staging memory of {staging.numel()} bytes"
+        )
+    aligned = bucket.alignment > 0 and offset % bucket.alignment == 0
+    return Delivery(
+        bucket.names,
+        bucket.nbytes,
+        partial(_tensors_in, staging, bucket, offset),
+        staging,
+        start=offset,
+        bucket=bucket if aligned else None,
+        stays=bool(stays) and aligned,
+    )
+
+
+def _tensors_in(staging: torch.Tensor, bucket: Bucket, offset: int) -> list[tuple[str, torch.Tensor]]:
     views: dict[str, torch.Tensor] = {}
     result: list[tuple[str, torch.Tensor]] = []
-    for entry in bucket:
+    for entry in bucket.entries:
         begin, dtype = offset + entry.offset, torch_dtype(entry.dtype)
-        end = begin + _nbytes(entry)
-        if begin < 0 or end > staging.numel() or any(size < 0 for size in entry.shape):
-            raise LinkError(
-                f"tensor {entry.name!r} at bytes {begin} to {end} leaves the staging memory of {staging.numel()}"
-            )
         view = views.get(entry.dtype)
         if view is None:
             # One view of all of it for each dtype: a thousand small tensors then cost one operation each.
             views[entry.dtype] = view = staging[: staging.numel() // dtype.itemsize * dtype.itemsize].view(dtype)
         if begin % dtype.itemsize:
+            end = begin + math.prod(entry.shape) * dtype.itemsize
             tensor = staging[begin:end].clone().view(dtype).view(entry.shape)
-            stays = False
         else:
             place = int(view.storage_offset()) + begin // dtype.itemsize
             tensor = view.as_strided(entry.shape, contiguous(entry.shape), place)
         result.append((entry.name, tensor))
-    return Delivery(result, staging, stays=bool(stays))
-
-
-def _nbytes(entry: TensorSlice) -> int:
-    elements = 1
-    for size in entry.shape:
-        elements *= size
-    return elements * torch_dtype(entry.dtype).itemsize
+    return result

@@ -9,6 +9,7 @@ import torch
 from checkpoint_engine.engine.adapter import Adapter, TensorSpec, Update
 from checkpoint_engine.engine.findings import Findings, same_bytes
 from checkpoint_engine.engine.reference import ReferenceEngine
+from checkpoint_engine.reload.delivery import names_of
 from checkpoint_engine.reload.recorder import Loader
 from checkpoint_engine.reload.reloader import Reloader
 
@@ -50,7 +51,7 @@ class ReferenceAdapter:
         self.engine.check_tensors(_specs(tensors))
         self._written = self.dirty = True
         self._reloader.load(tensors)
-        self._loaded.update(name for name, _ in tensors)
+        self._loaded.update(names_of(tensors))
 
     def finish(self) -> Mapping[str, str | int | float]:
         """Completes the update.

@@ -10,7 +10,7 @@ import torch
 from checkpoint_engine.engine.adapter import TensorSpec
 from checkpoint_engine.errors import WeightsRejectedError, WorkerError
 from checkpoint_engine.link.messages import ReloadMode
-from checkpoint_engine.reload.delivery import Delivery
+from checkpoint_engine.reload.delivery import names_of, nbytes_of
 from checkpoint_engine.reload.plan import ReloadPlan, make_plan
 from checkpoint_engine.reload.proof import Proof
 from checkpoint_engine.reload.recorder import Loader, record
@@ -96,9 +96,9 @@ class Reloader:
             by_loader = self._left_to_loader(tensors)
         if by_loader:
             self._load(by_loader)
-        loaded = _nbytes(by_loader)
+        loaded = nbytes_of(by_loader)
         self._nbytes[False] += loaded
-        self._nbytes[True] += _nbytes(tensors) - loaded
+        self._nbytes[True] += nbytes_of(tensors) - loaded
 
     def finish(self) -> Mapping[str, str | int | float]:
         """Ends the update; returns how many bytes took which way.
@@ -126,7 +126,7 @@ class Reloader:
         self._plan, self._tensors = None, {}
 
     def _left_to_loader(self, tensors: Tensors) -> Tensors:
-        if isinstance(tensors, Delivery) and tensors.names <= self._planned:
+        if self._planned.issuperset(names_of(tensors)):
             return ()
         return [pair for pair in tensors if pair[0] not in self._planned]
 
@@ -143,7 +143,3 @@ class Reloader:
         if self._plan is not None:
             self._targets, self._planned = self._plan.covered(targets)
             self._replay = Replay(self._plan, {target: self._parameters[target] for target in self._targets})
-
-
-def _nbytes(tensors: Tensors) -> int:
-    return tensors.nbytes if isinstance(tensors, Delivery) else sum(tensor.nbytes for _, tensor in tensors)

@@ -1,6 +1,6 @@
-"""Replays a reload plan: batched copies out of a bucket, with a few launches a bucket.
+"""Replays a reload plan: batched copies out of a bucket, with a few calls a bucket.
 
-Out of host memory it is byte runs that are copied. They are worked out once for a bucket that comes again.
+What is copied are byte runs. They are worked out once for a bucket that comes again, wherever it then lies.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from checkpoint_engine.device.host_copies import HostCopies, prepare_copies
+from checkpoint_engine.device.prepared_copies import PreparedCopies, prepare_copies
 from checkpoint_engine.planning.byte_runs import Copy, Layout, box_of, plan_byte_runs
 from checkpoint_engine.reload.delivery import Delivery
 from checkpoint_engine.reload.overheads import without_functions
@@ -62,7 +62,8 @@ class Replay:
         }
         self._fills = plan.fills
         self._fixed = fixed
-        self._programs: WeakKeyDictionary[Delivery, _Program] = WeakKeyDictionary()
+        self._in_one_place = len({tensor.device for tensor in fixed.values()}) <= 1
+        self._programs: WeakKeyDictionary[object, _Program] = WeakKeyDictionary()
         self.nbytes = sum(step.piece.nbytes for steps in self._steps.values() for step in steps)
         """Bytes that one update reads."""
 
@@ -73,8 +74,8 @@ class Replay:
             tensors: Contiguous, by name; those that the plan does not have are passed over.
             moving: Target -> its memory, for those whose place is not fixed.
         """
-        if isinstance(tensors, Delivery) and _uses_host(tensors, self._fixed, moving):
-            self._program_for(tensors).run(self._fixed, moving)
+        if isinstance(tensors, Delivery) and tensors.bucket is not None and self._in_one_place:
+            self._program_for(tensors).run(tensors, self._fixed, moving)
         else:
             with without_functions():
                 self._copy_each(tensors, moving)
@@ -104,11 +105,11 @@ class Replay:
         return tuple((start, nbytes) for _, start, nbytes in plan_byte_runs(copies).spans(_GAP))
 
     def _program_for(self, delivery: Delivery) -> _Program:
-        program = self._programs.get(delivery)
+        # Memory that stays mapped has a program of its own, which goes with it.
+        key = delivery if delivery.stays else delivery.bucket
+        program = self._programs.get(key)
         if program is None:
-            program = _Program(self._steps, delivery)
-            if delivery.stays:
-                self._programs[delivery] = program
+            self._programs[key] = program = _Program(self._steps, delivery)
         return program
 
     def fill(self, target: str, memory: torch.Tensor) -> None:
@@ -124,55 +125,58 @@ class Replay:
 
 
 class _Program:
-    """What is to be copied out of one bucket in host memory."""
+    """What is to be copied out of one bucket."""
 
     def __init__(self, steps: Mapping[str, Sequence[_Step]], delivery: Delivery) -> None:
-        found = [(step, tensor) for name, tensor in delivery for step in steps.get(name, ())]
-        device = next((step.target.device for step, _ in found if step.target is not None), None)
-        self._fixed = _Runs(delivery, [pair for pair in found if pair[0].target is not None], device)
-        self._moving = _Runs(delivery, [pair for pair in found if pair[0].target is None])
+        found = [
+            (number, delivery.place_of(tensor), step)
+            for number, (name, tensor) in enumerate(delivery)
+            for step in steps.get(name, ())
+        ]
+        fixed = [part for part in found if part[2].target is not None]
+        moving = [part for part in found if part[2].target is None]
+        self._fixed = _Runs(fixed, source_stays=delivery.stays, targets_stay=True)
+        self._moving = _Runs(moving, source_stays=delivery.stays, targets_stay=False)
 
-    def run(self, fixed: Mapping[str, torch.Tensor], moving: Mapping[str, torch.Tensor]) -> None:
+    def run(self, delivery: Delivery, fixed: Mapping[str, torch.Tensor], moving: Mapping[str, torch.Tensor]) -> None:
         """Copies, on the current stream."""
-        self._fixed.run(fixed)
-        self._moving.run(moving)
+        self._fixed.run(delivery, fixed)
+        self._moving.run(delivery, moving)
 
 
 class _Runs:
     """Copies into targets of one kind: those that stay where they are, or those that do not."""
 
-    def __init__(
-        self, delivery: Delivery, found: Sequence[tuple[_Step, torch.Tensor]], device: torch.device | None = None
-    ) -> None:
-        self._memory = delivery.memory
-        self._stay = device is not None
+    def __init__(self, found: Sequence[tuple[int, int, _Step]], *, source_stays: bool, targets_stay: bool) -> None:
+        """Takes pieces, each of the tensor of that number, which begins at that byte of the bucket."""
+        self._source_stays, self._targets_stay = source_stays, targets_stay
         self._numbers: dict[str, int] = {}
         """Target -> its number; each of them in this order."""
-        pieces = [(step.piece, tensor) for step, tensor in found]
-        self._others = [pair for pair in pieces if pair[0].source_dtype != pair[0].target_dtype]
-        same = [pair for pair in pieces if pair[0].source_dtype == pair[0].target_dtype]
-        self._runs = plan_byte_runs(self._copy(piece, delivery.place_of(tensor)) for piece, tensor in same)
-        self._others += [same[number] for number in self._runs.apart]
-        self._copies = None if device is None else self._prepare(device)
+        same = [part for part in found if part[2].piece.source_dtype == part[2].piece.target_dtype]
+        self._runs = plan_byte_runs(self._copy(step.piece, at) for _, at, step in same)
+        apart = [same[number] for number in self._runs.apart]
+        casts = [part for part in found if part[2].piece.source_dtype != part[2].piece.target_dtype]
+        self._others = [(number, step.piece) for number, _, step in (*casts, *apart)]
+        self._copies: PreparedCopies | None = None
 
-    def run(self, targets: Mapping[str, torch.Tensor]) -> None:
+    def run(self, delivery: Delivery, targets: Mapping[str, torch.Tensor]) -> None:
         """Copies into these targets."""
         chosen = [targets[name] for name in self._numbers]
         if chosen:
-            copies = self._copies or self._prepare(chosen[0].device)
-            copies.start(chosen)
-        for piece, tensor in self._others:
+            if self._copies is None:
+                self._copies = prepare_copies(
+                    self._runs, chosen[0].device, source_stays=self._source_stays, targets_stay=self._targets_stay
+                )
+            self._copies.start(delivery.memory[delivery.start :], chosen)
+        for number, piece in self._others:
             target = view_of(targets[piece.target], piece.place, piece.target_dtype)
-            _copy(target, view_of(tensor, piece.region, piece.source_dtype))
+            _copy(target, view_of(delivery[number][1], piece.region, piece.source_dtype))
 
     def _copy(self, piece: Piece, at: int) -> Copy:
         item = piece.source_dtype.itemsize
         target = self._numbers.setdefault(piece.target, len(self._numbers))
         layout = Layout(piece.region.shape, piece.region.stride, piece.place.stride, item)
         return Copy(0, at + piece.region.offset * item, target, piece.place.offset * item, layout)
-
-    def _prepare(self, device: torch.device) -> HostCopies:
-        return prepare_copies(self._runs, self._memory, device, stay=self._stay)
 
 
 def _read_of(piece: Piece, at: int) -> Copy:
@@ -188,14 +192,6 @@ def _read_of(piece: Piece, at: int) -> Copy:
 def view_of(memory: torch.Tensor, region: Region, dtype: torch.dtype) -> torch.Tensor:
     """A region of a tensor, read as `dtype`, which is as wide as its own."""
     return region.view(memory if memory.dtype == dtype else memory.view(dtype))
-
-
-def _uses_host(delivery: Delivery, *targets: Mapping[str, torch.Tensor]) -> bool:
-    """Whether byte runs out of host memory are worth working out."""
-    if delivery.memory.device.type != "cpu":
-        return False
-    device = next((tensor.device.type for each in targets for tensor in each.values()), "cpu")
-    return delivery.stays or device != "cpu"
 
 
 def _copy_all(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from checkpoint_engine.device.copy_calls import MOST_COPIES, CopyCalls
-from checkpoint_engine.device.host_copies import prepare_copies
+from checkpoint_engine.device.prepared_copies import prepare_copies
 from checkpoint_engine.errors import CheckpointEngineError
 from checkpoint_engine.planning.byte_runs import ByteRuns, Copy, Layout, plan_byte_runs
 
@@ -49,22 +49,31 @@ def noise(seed: int) -> torch.Tensor:
 @pytest.mark.parametrize("stay", [True, False])
 def test_copies_in_host_memory_can_be_done_again(*, stay: bool) -> None:
     source = noise(1)
-    copies = prepare_copies(some_runs(), source, CPU, stay=stay)
+    copies = prepare_copies(some_runs(), CPU, source_stays=stay, targets_stay=stay)
     targets = [torch.zeros(512, dtype=torch.int16), torch.zeros(32, 8, dtype=torch.int16)]
     for seed in (2, 3):
         source.copy_(noise(seed))
-        copies.start(targets)
+        copies.start(source, targets)
         assert all(torch.equal(*pair) for pair in zip(targets, expected(source), strict=True))
+
+
+def test_another_block_is_another_source() -> None:
+    copies = prepare_copies(some_runs(), CPU, source_stays=False, targets_stay=True)
+    targets = [torch.zeros(512, dtype=torch.int16), torch.zeros(32, 8, dtype=torch.int16)]
+    for seed in (2, 3):
+        source = torch.cat([torch.zeros(256 * seed, dtype=torch.uint8), noise(seed)])[256 * seed :]
+        copies.start(source, targets)
+        assert all(torch.equal(*pair) for pair in zip(targets, expected(noise(seed)), strict=True))
 
 
 def test_targets_that_have_moved_are_found() -> None:
     source = noise(1)
-    copies = prepare_copies(some_runs(), source, CPU, stay=True)
+    copies = prepare_copies(some_runs(), CPU, source_stays=True, targets_stay=True)
     for _ in range(2):
         # Parts of larger tensors: places count from the part's own first element.
         whole = torch.zeros(600, dtype=torch.int16), torch.zeros(40, 8, dtype=torch.int16)
         targets = [whole[0][60:572], whole[1][3:35]]
-        copies.start(targets)
+        copies.start(source, targets)
         assert all(torch.equal(*pair) for pair in zip(targets, expected(source), strict=True))
         assert not whole[0][:60].any()
         assert not whole[1][35:].any()
@@ -86,13 +95,13 @@ class MemmoveDriver:
     @property
     def library(self) -> Any:
         def plain(target: int, source: int, nbytes: int, kind: int, stream: int) -> int:
-            assert (kind, stream) == (1, 77)
+            assert (kind, stream) == (4, 77)
             self.calls.append("plain")
             ctypes.memmove(target, source, nbytes)
             return self.copy_error
 
         def rows(target: int, to: int, source: int, of: int, width: int, height: int, kind: int, stream: int) -> int:
-            assert (kind, stream) == (1, 77)
+            assert (kind, stream) == (4, 77)
             self.calls.append("rows")
             for row in range(height):
                 ctypes.memmove(target + row * to, source + row * of, width)
@@ -170,16 +179,19 @@ def test_rows() -> None:
 
 
 @pytest.mark.gpu
-def test_copies_to_a_gpu() -> None:
+@pytest.mark.parametrize("memory", ["pinned", "pageable", "device"])
+def test_copies_to_a_gpu(memory: str) -> None:
     gpu = torch.device("cuda", torch.cuda.current_device())
-    source = noise(1).pin_memory()
-    copies = prepare_copies(some_runs(), source, gpu, stay=True)
+    source = {"pinned": torch.Tensor.pin_memory, "pageable": torch.Tensor.clone, "device": torch.Tensor.cuda}[memory](
+        noise(1)
+    )
+    copies = prepare_copies(some_runs(), gpu, source_stays=False, targets_stay=True)
     targets = [
         torch.zeros(512, dtype=torch.int16, device=gpu),
         torch.zeros(32, 8, dtype=torch.int16, device=gpu),
     ]
     for seed in (2, 3):
         source.copy_(noise(seed))
-        copies.start(targets)
+        copies.start(source, targets)
         arrived = [target.cpu() for target in targets]
-        assert all(torch.equal(*pair) for pair in zip(arrived, expected(source), strict=True))
+        assert all(torch.equal(*pair) for pair in zip(arrived, expected(source.cpu()), strict=True))

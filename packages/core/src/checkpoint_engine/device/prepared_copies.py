@@ -1,4 +1,4 @@
-"""Byte runs carried out: from host memory into tensors, on a GPU or beside it."""
+"""Byte runs carried out: out of one block of memory into tensors, on a GPU or in the host's memory."""
 
 from __future__ import annotations
 
@@ -14,57 +14,63 @@ from checkpoint_engine.planning.byte_runs import ByteRuns
 _HERE = torch.device("cpu")
 
 
-class HostCopies(Protocol):
-    """Copies made ready; they can be done any number of times."""
+class PreparedCopies(Protocol):
+    """Copies made ready; they can be done any number of times, out of any block."""
 
-    def start(self, targets: Sequence[torch.Tensor]) -> None:
+    def start(self, source: torch.Tensor, targets: Sequence[torch.Tensor]) -> None:
         """Does them on the current stream of the targets' device; returns before they are done, where it can.
 
         Args:
+            source: 1-D uint8, segment 0 of the runs: memory of the targets' device, or of the host. Unless that is
+                registered with the GPU, copies out of it are slow. It must live until they are done.
             targets: In the order of the runs' numbers of targets; places count from a tensor's first element.
         """
         ...
 
 
-def prepare_copies(runs: ByteRuns, source: torch.Tensor, device: torch.device, *, stay: bool) -> HostCopies:
-    """Makes runs out of one block of host memory ready.
+def prepare_copies(runs: ByteRuns, device: torch.device, *, source_stays: bool, targets_stay: bool) -> PreparedCopies:
+    """Makes runs out of one block of memory ready.
 
     Args:
-        runs: All of segment 0, which is `source`.
-        source: 1-D uint8; registered with the GPU, or the copies are slow. It is kept alive by whoever gave it.
+        runs: All of segment 0.
         device: Where the targets are.
-        stay: Whether the targets are the same tensors every time.
+        source_stays: Whether the block is the same every time; what is prepared may then keep it mapped.
+        targets_stay: Whether the targets are the same tensors every time.
     """
     if device.type == "cuda":
-        return _CopiesToGpu(runs, source, device)
-    return _CopiesInHost(runs, source, stay=stay)
+        return _CopiesToGpu(runs, device)
+    return _CopiesInHost(runs, source_stays=source_stays, targets_stay=targets_stay)
 
 
 class _CopiesInHost:
-    """Views of bytes, copied by torch. They keep the memory mapped."""
+    """Views of bytes, copied by torch. They keep memory mapped that stays."""
 
-    def __init__(self, runs: ByteRuns, source: torch.Tensor, *, stay: bool) -> None:
-        self._stay = stay
+    def __init__(self, runs: ByteRuns, *, source_stays: bool, targets_stay: bool) -> None:
+        self._source_stays, self._targets_stay = source_stays, targets_stay
         self._runs: list[list[int]] = cast("Any", runs.table).tolist()
-        self._sources = [
-            source.as_strided((height, width), (pitch, 1), start + int(source.storage_offset()))
-            for _, start, _, _, width, height, pitch, _ in self._runs
-        ]
+        self._sources: list[torch.Tensor] = []
         self._views: list[torch.Tensor] = []
         self._places: list[int] = []
 
-    def start(self, targets: Sequence[torch.Tensor]) -> None:
+    def start(self, source: torch.Tensor, targets: Sequence[torch.Tensor]) -> None:
         """Copies; done when it returns."""
+        sources = self._sources or self._parts_of(source)
+        if self._source_stays:
+            self._sources = sources
         places = [target.data_ptr() for target in targets]
-        if places == self._places and self._stay:
-            views = self._views
-        else:
-            views = self._views_of([_bytes_of(target) for target in targets])
-            if self._stay:
-                self._views, self._places = views, places
+        views = self._views if places == self._places else self._views_of([_bytes_of(target) for target in targets])
+        if self._targets_stay:
+            self._views, self._places = views, places
         if views:
             # Torch has no public name for many copies in one call, and its optimisers rely on this one.
-            cast("Any", torch)._foreach_copy_(views, self._sources)
+            cast("Any", torch)._foreach_copy_(views, sources)
+
+    def _parts_of(self, source: torch.Tensor) -> list[torch.Tensor]:
+        first = int(source.storage_offset())
+        return [
+            source.as_strided((height, width), (pitch, 1), first + start)
+            for _, start, _, _, width, height, pitch, _ in self._runs
+        ]
 
     def _views_of(self, memory: Sequence[tuple[torch.Tensor, int]]) -> list[torch.Tensor]:
         return [
@@ -76,22 +82,21 @@ class _CopiesInHost:
 class _CopiesToGpu:
     """Arrays of addresses: runs in batches, rows with the driver's own copy of rows.
 
-    Torch would copy rows that are apart at a few GB/s, row by row through a buffer of its own.
+    Torch would copy rows that are apart at a few GB/s out of host memory, row by row through a buffer of its own.
     """
 
-    def __init__(self, runs: ByteRuns, source: torch.Tensor, device: torch.device) -> None:
+    def __init__(self, runs: ByteRuns, device: torch.device) -> None:
         self._device = device
         self._calls = load_copy_calls()
         _, start, target, place, width, height, pitch, target_pitch = runs.table.unbind(1)
-        start = start + source.data_ptr()
         flat = height == 1
         self._flat_targets, self._flat_places = target[flat], place[flat]
-        self._flat_sources, self._flat_sizes = start[flat].contiguous(), width[flat].contiguous()
-        self._row_targets, self._row_places = target[~flat], place[~flat]
+        self._flat_sources, self._flat_sizes = start[flat], width[flat].contiguous()
+        self._row_targets, self._row_places, self._row_sources = target[~flat], place[~flat], start[~flat]
         rows = torch.stack((torch.zeros_like(start), target_pitch, start, pitch, width, height), 1)
         self._rows = rows[~flat]
 
-    def start(self, targets: Sequence[torch.Tensor]) -> None:
+    def start(self, source: torch.Tensor, targets: Sequence[torch.Tensor]) -> None:
         """Queues the copies.
 
         Raises:
@@ -102,8 +107,9 @@ class _CopiesToGpu:
         own.wait_stream(current)
         with torch.cuda.device(self._device):
             addresses = bases[self._flat_targets] + self._flat_places
-            self._calls.copy(addresses, self._flat_sources, self._flat_sizes, own.cuda_stream)
+            self._calls.copy(addresses, self._flat_sources + source.data_ptr(), self._flat_sizes, own.cuda_stream)
             self._rows[:, 0] = bases[self._row_targets] + self._row_places
+            self._rows[:, 2] = self._row_sources + source.data_ptr()
             self._calls.copy_rows(self._rows, own.cuda_stream)
         current.wait_stream(own)
 
