@@ -30,7 +30,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,6 +69,8 @@ SETTINGS = (
     Setting(4, 1024, "read", "read-only"),
     Setting(1, 8192, "read"),
 )
+
+AS_WORKERS_DO = Setting(4, 4096, "read")
 
 
 class Block(NamedTuple):
@@ -421,12 +423,12 @@ def main() -> None:
             show(rows[-1])
         best = chosen(rows)
         print("all of it:")
-        for setting in within((best, Setting(4, 4096, "read"), Setting(1, 8192)), deadline):
+        for setting in within((best, AS_WORKERS_DO, Setting(1, 8192)), deadline):
             rows.append(measure(device, paths, total, setting))
             show(rows[-1])
-        for act in (follow, disturb):
-            if time.perf_counter() < deadline:
-                print(f"{best}: {act(device, paths, total, best)}", flush=True)
+        for setting in within((AS_WORKERS_DO, replace(AS_WORKERS_DO, threads=1), Setting(1, 512, "read")), deadline):
+            for act in (follow, disturb):
+                print(f"{setting.threads} threads, {setting.mib} MiB: {act(device, paths, total, setting)}", flush=True)
         if time.perf_counter() < deadline:
             print(unregistered(device, paths, min(each, 2 * GIB)))
     finally:
