@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 
+from checkpoint_engine.errors import WorkerError
 from checkpoint_engine.reload.proof import Proof
+from checkpoint_engine_vllm.filling import Filling
 from checkpoint_engine_vllm.layers import Layer, Layers, Way
 from checkpoint_engine_vllm.reload import Reload
 
 _MARKS = ("_already_called_process_weights_after_loading",)
 """Attributes by which vLLM notes that a layer was processed."""
+_PART = 512 << 20
+"""Bytes given to vLLM's loader at a time, so that few layers are incomplete at once."""
+
+Tensors = Sequence[tuple[str, torch.Tensor]]
 
 
 class ProvingReload:
@@ -29,6 +35,7 @@ class ProvingReload:
         self._patched: list[Any] = []
         self._untouched: set[str] = set()
         """Names of layers that vLLM does not process, or whose processing changes nothing."""
+        self._filling = Filling((), {})
         self._seen: set[str] = set()
 
     @property
@@ -38,7 +45,9 @@ class ProvingReload:
 
     def begin(self) -> None:
         """See `Reload`."""
+        rebuilt = [layer for layer in self._planned.values() if not self._layers.can_be_rebuilt(layer)]
         self._reload.begin()
+        self._filling = Filling(rebuilt, self._layers.plan.reload.recording.origins)
         for layer in self._planned.values():
             method = getattr(layer.module, "quant_method", None)
             if hasattr(method, "process_weights_after_loading"):
@@ -47,17 +56,28 @@ class ProvingReload:
             else:
                 self._untouched.add(layer.name)
 
-    def load(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+    def load(self, tensors: Tensors) -> None:
         """See `Reload`."""
-        self._proof.expect(tensors, self._targets)
-        self._reload.load(tensors)
+        for part in self._parts(tensors):
+            names = [name for name, _ in part]
+            self._filling.open(names)
+            self._proof.expect(part, self._targets)
+            self._reload.load(part)
+            self._filling.close(names)
 
     def incomplete(self) -> list[str]:
         """See `Reload`."""
         return self._reload.incomplete()
 
     def finish(self) -> None:
-        """Completes the reload, and decides on the layers' ways."""
+        """Completes the reload, and decides on the layers' ways.
+
+        Raises:
+            WorkerError: a layer did not get all its tensors, although they came.
+        """
+        incomplete = self._filling.incomplete()
+        if incomplete:
+            raise WorkerError(f"vLLM's loader was not given all tensors of {', '.join(incomplete[:3])}")
         try:
             self._reload.finish()
         finally:
@@ -80,6 +100,18 @@ class ProvingReload:
         return self._reload.abort()
 
     # -- inside
+
+    def _parts(self, tensors: Tensors) -> Iterator[Tensors]:
+        """Some at a time; on the device, since the loader and the proof both read them."""
+        device, part, nbytes = self._layers.device, list[tuple[str, torch.Tensor]](), 0
+        for name, tensor in tensors:
+            part.append((name, tensor.to(device, non_blocking=device.type != "cpu")))
+            nbytes += tensor.nbytes
+            if nbytes >= _PART:
+                yield part
+                part, nbytes = [], 0
+        if part:
+            yield part
 
     def _watch(self, method: Any) -> None:  # noqa: ANN401 - vLLM's own class
         original: Callable[[torch.nn.Module], object] = method.process_weights_after_loading
