@@ -16,6 +16,7 @@ from p2p_processes import ENVIRONMENT, Joiner, Seed, tensors_of
 
 from checkpoint_engine.catalog import Catalog
 from checkpoint_engine.errors import DeadlineError, UpdateError
+from checkpoint_engine.host.mooncake import MooncakeEngine
 from checkpoint_engine.host.p2p_store import ByteRange, P2PStore, Peer
 from checkpoint_engine.pulling import Pull
 
@@ -126,6 +127,26 @@ def test_a_process_pulls_tensors_without_ranks_or_engine(survivor: Seed) -> None
     assert all(torch.equal(pulled[name], tensor) for name, tensor in expected.items())
     with pytest.raises(DeadlineError, match=r"within 0\.001 s"):
         dict(Pull([survivor.catalog], timeout=0.001).tensors())
+
+
+def test_pulling_leaves_nothing_registered(survivor: Seed, monkeypatch: pytest.MonkeyPatch) -> None:
+    registered: list[int] = []
+    register, unregister = MooncakeEngine.register, MooncakeEngine.unregister
+
+    def registering(engine: MooncakeEngine, address: int, nbytes: int) -> None:
+        register(engine, address, nbytes)
+        registered.append(address)
+
+    def unregistering(engine: MooncakeEngine, address: int) -> None:
+        unregister(engine, address)
+        registered.remove(address)
+
+    monkeypatch.setattr(MooncakeEngine, "register", registering)
+    monkeypatch.setattr(MooncakeEngine, "unregister", unregistering)
+    for _ in range(3):
+        dict(Pull([survivor.catalog], timeout=TIMEOUT).tensors())
+    late_answers = 3  # may land in a page of each, which is never unmapped
+    assert len(registered) == late_answers
 
 
 class Pair:

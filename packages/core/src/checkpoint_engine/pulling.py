@@ -16,6 +16,7 @@ from checkpoint_engine.device_utils import get_ip
 from checkpoint_engine.dtypes import torch_dtype
 from checkpoint_engine.errors import DeadlineError
 from checkpoint_engine.host.p2p_open import open_p2p_store
+from checkpoint_engine.host.p2p_store import P2PStore
 from checkpoint_engine.planning.buckets import Bucket
 from checkpoint_engine.planning.peers import plan_peer_reads
 from checkpoint_engine.planning.receivers import Port
@@ -107,8 +108,12 @@ class Pull:
         expired = threading.Timer(self._timeout, cancel.set, [late])
         expired.daemon = True
         expired.start()
-        with contextlib.closing(self._open(cancel)) as source:
-            try:
+        settings = P2PSettings.from_environment()
+        try:
+            with (
+                contextlib.closing(open_p2p_store(settings, get_ip(), *self._place)) as store,
+                contextlib.closing(self._open(store, cancel)) as source,
+            ):
                 for index, bucket in enumerate(self._plan.plan.buckets):
                     cancel.check()
                     memory = torch.empty(bucket.nbytes, dtype=torch.uint8, device=self._team.device)
@@ -117,16 +122,16 @@ class Pull:
                         source.release(index)
                     self._team.hand_on(memory, bucket.owner)
                     yield from _tensors_of(bucket, memory)
-            finally:
-                expired.cancel()
+        finally:
+            expired.cancel()
 
-    def _open(self, cancel: Cancel) -> PeerSource:
+    def _open(self, store: P2PStore, cancel: Cancel) -> PeerSource:
         return PeerSource(
             self._plan,
             self._team.rank,
             peers=peers_of(self._plan),
             local=lambda _bucket, _route: None,
-            store=open_p2p_store(P2PSettings.from_environment(), get_ip(), *self._place),
+            store=store,
             device=CpuDevice(self._place[0]),
             cancel=cancel,
             keep=False,

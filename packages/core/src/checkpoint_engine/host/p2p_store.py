@@ -78,11 +78,11 @@ class P2PStore:
         self.nic = ",".join(devices)
         self._lock = threading.Lock()
         self._leases: dict[str, tuple[int, Lease]] = {}
+        self._scratch = _page()
+        _kept.append(self._scratch)
+        self.register(self._scratch)
         self._control = _page()
         self._control_address = self._publish(self._control)
-        self._scratch = _page()
-        self.register(self._scratch)
-        _kept.append(self._scratch)
         self._free_leases = list(range(_SLOTS))
         self._free_scratch: queue.SimpleQueue[int] = queue.SimpleQueue()
         for slot in range(_SLOTS):
