@@ -24,10 +24,18 @@ def test_what_a_kernel_makes_anew_is_named_with_the_version_and_the_option_that_
     marlin = SimpleNamespace(scheme=SimpleNamespace(kernel=SimpleNamespace(workspace=torch.zeros(4))))
     (said,) = unreloadable(model(marlin), graphs=True)
     assert "layer '1': the work space of Marlin kernels (vllm#48438; use vLLM 0.32 or newer" in said
-    experts = SimpleNamespace(moe_kernel=SimpleNamespace(impl=SimpleNamespace(experts=SimpleNamespace())))
-    experts.moe_kernel.impl.experts.ab_strides1 = torch.zeros(4)
-    (said,) = unreloadable(model(experts), graphs=True)
-    assert "--moe-backend triton" in said
+    cutlass = SimpleNamespace(c_strides1=torch.zeros(4), scratch=SimpleNamespace(token_expert_indices=torch.zeros(4)))
+    either = SimpleNamespace(experts=cutlass, fallback_experts=SimpleNamespace())
+    experts = SimpleNamespace(moe_kernel=SimpleNamespace(impl=SimpleNamespace(fused_experts=either)))
+    strides, scratch = unreloadable(model(experts), graphs=True)
+    assert "the strides of CUTLASS experts" in strides
+    assert "--moe-backend triton" in scratch
+
+
+def test_a_method_that_is_a_module_is_looked_at_as_well() -> None:
+    method = torch.nn.Module()
+    method.kernel = SimpleNamespace(c_strides1=torch.zeros(4))
+    assert len(unreloadable(model(method), graphs=True)) == 1
 
 
 def test_without_graphs_nothing_is_in_the_way() -> None:
@@ -51,10 +59,13 @@ def test_what_no_reload_touches_is_left_alone() -> None:
     assert unreloadable(torch.nn.Sequential(norm), graphs=True) == []
 
 
-def test_other_modules_and_endless_references_are_not_followed() -> None:
-    method = SimpleNamespace(model=Linear(SimpleNamespace(workspace=torch.zeros(4))))
+def test_endless_references_end_and_each_tensor_is_named_with_the_layer_that_holds_it() -> None:
+    method = SimpleNamespace()
     method.itself = method
-    assert unreloadable(model(method), graphs=True) == []
+    made = torch.nn.Sequential(Linear(method), Linear(SimpleNamespace(workspace=torch.zeros(4))))
+    method.other = made[1]
+    (said,) = unreloadable(made, graphs=True)
+    assert said.startswith("layer '1'")
 
 
 @pytest.mark.parametrize("held", HELD.values(), ids=list(HELD))

@@ -33,17 +33,19 @@ _OTHER_EXPERTS = "--moe-backend triton or --enforce-eager"
 HELD: Mapping[str, Held] = {
     "workspace": Held("the work space of Marlin kernels", "0.32", _EAGER, "vllm#48438"),
     "g_idx_sort_indices": Held("the order of a Marlin kernel's groups", "0.32", _EAGER, "vllm#48438"),
-    "ab_strides1": Held("the strides of CUTLASS experts", "", _OTHER_EXPERTS, "vllm#41670"),
+    "c_strides1": Held("the strides of CUTLASS experts", "", _OTHER_EXPERTS, "vllm#41670"),
+    "token_expert_indices": Held("the scratch memory of experts", "0.32", _OTHER_EXPERTS, "vllm#48312"),
     "gemm1_alpha": Held("the constants of FlashInfer's experts", "", _OTHER_EXPERTS, "vllm#50521"),
+    "gemm1_clamp_limit": Held("the limits of FlashInfer's experts", "", _OTHER_EXPERTS, "vllm#50521"),
+    "fake_input_scale": Held("the input scales of FlashInfer's experts", "", _OTHER_EXPERTS, "vllm#50521"),
     "w1_sf_mma": Held("the scales of FlashInfer's B12x experts", "", _OTHER_EXPERTS, "vllm#50538"),
     "W_UV": Held("the projections of latent attention (MLA)", "0.26", _EAGER, "vllm#48251"),
 }
 """By the name of the attribute."""
 
-_PROCESSORS = {"quant_method", "scheme"}
-_PROCESSED = _PROCESSORS | {"W_UV"}
-_DEPTH = 3
-"""From a layer's method to its scheme, kernel and experts."""
+_PROCESSORS = ("quant_method", "scheme")
+_DEPTH = 5
+"""From a layer's method to its kernel, that one's implementation, experts, those they choose, and their scratch."""
 
 
 def unreloadable(model: torch.nn.Module, *, graphs: bool) -> list[str]:
@@ -57,9 +59,10 @@ def unreloadable(model: torch.nn.Module, *, graphs: bool) -> list[str]:
         return []
     tensors = (*model.parameters(), *model.buffers())
     kept = {_address(tensor) for tensor in tensors} - {0}
+    search = _Search(model)
     found: dict[str, str] = {}
     for name, layer in cast("Iterator[tuple[str, torch.nn.Module]]", cast("Any", model).named_modules()):
-        for attribute, tensor in _held_by_layer(layer):
+        for attribute, tensor in search.of_layer(layer):
             if attribute in HELD and attribute not in found and _address(tensor) not in kept:
                 found[attribute] = _sentence(name, HELD[attribute])
     return list(found.values())
@@ -70,26 +73,33 @@ def _sentence(layer: str, held: Held) -> str:
     return f"layer {layer!r}: {held.what} ({held.source}; use {remedy})"
 
 
-def _held_by_layer(layer: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Plain tensors of a layer that is processed after loading, and of what processes it."""
-    if not _PROCESSED & vars(layer).keys():
-        return
-    for name, value in vars(layer).items():
-        if isinstance(value, torch.Tensor):
-            yield name, value
-        elif name in _PROCESSORS:
-            yield from _held_by(value, _DEPTH)
+class _Search:
+    """For plain tensors that layers hold, and what processes them."""
 
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._layers = {id(module) for module in model.modules()}
+        """Looked at one by one, and not as parts of each other."""
+        self._followed: dict[int, int] = {}
+        """Object -> how deep it was followed; layers share much."""
 
-def _held_by(owner: object, depth: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """Tensors that are plain attributes of an object, or of those that it consists of; no module's."""
-    if isinstance(owner, (torch.nn.Module, type)):
-        return
-    for name, value in getattr(owner, "__dict__", dict[str, object]()).items():
-        if isinstance(value, torch.Tensor):
-            yield name, value
-        elif depth:
-            yield from _held_by(value, depth - 1)
+    def of_layer(self, layer: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+        """Those of a layer that is processed after loading."""
+        processors = [found for name in _PROCESSORS if (found := getattr(layer, name, None)) is not None]
+        if processors or "W_UV" in vars(layer):
+            yield from ((name, value) for name, value in vars(layer).items() if isinstance(value, torch.Tensor))
+        for processor in processors:
+            yield from self._of_parts(processor, _DEPTH)
+
+    def _of_parts(self, owner: object, depth: int) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, value in getattr(owner, "__dict__", dict[str, object]()).items():
+            if isinstance(value, torch.Tensor):
+                yield name, value
+            elif depth > self._followed.get(id(value), 0) and not self._is_apart(value):
+                self._followed[id(value)] = depth
+                yield from self._of_parts(value, depth - 1)
+
+    def _is_apart(self, value: object) -> bool:
+        return id(value) in self._layers or isinstance(value, type)
 
 
 def _address(tensor: torch.Tensor) -> int:
