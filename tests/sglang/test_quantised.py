@@ -26,6 +26,7 @@ FORMATS = {
     "fp8channel": "compressed-tensors, one scale a channel",
     "int8": "compressed-tensors, int8",
     "wide+fp8": "quantised by SGLang from bfloat16",
+    "moe+fp8": "experts quantised by SGLang from bfloat16",
     "fp8moe": "experts in blocks",
     "fp8tensormoe": "experts with one scale a tensor",
     "fp8mla": "DeepSeek's attention, w_kc and w_vc derived",

@@ -261,6 +261,12 @@ def is_unquantised(method: object) -> bool:
     return type(method).__name__.startswith("Unquantized")
 
 
+def finds_scales(layer: torch.nn.Module) -> bool:
+    """Whether a layer's scales are computed from its weights: SGLang quantises a checkpoint that is not."""
+    config = getattr(getattr(layer, "quant_method", None), "quant_config", None)
+    return getattr(config, "is_checkpoint_fp8_serialized", None) is False
+
+
 def forget_parameters(model: torch.nn.Module) -> None:
     """A few models keep a list of their parameters from their first load on."""
     vars(model).pop("_cached_params_dict", None)

@@ -21,6 +21,7 @@ from checkpoint_engine.engine.adapter import TensorSpec
 from checkpoint_engine.engine.loading import rejection
 from checkpoint_engine.reload.plan import Recording, ReloadPlan, make_plan
 from checkpoint_engine.reload.recorder import LoaderError, record
+from checkpoint_engine_sglang import compat
 from checkpoint_engine_sglang.compat import Runner
 from checkpoint_engine_sglang.layouts import without_data
 
@@ -69,7 +70,7 @@ class Trial:
             if isinstance(target, torch.nn.Parameter)
             and written.get(name, 0) < target.numel()
             and not (name in here and here[name].untyped_storage().data_ptr() in lent)
-            and not (quantised and "weight" not in name.rpartition(".")[2])
+            and not (quantised and _comes_without(runner.model, name))
         ]
 
     def too_large(self, tensors: Mapping[str, TensorSpec], tensor_parallel_size: int) -> list[str]:
@@ -131,6 +132,12 @@ def _places(model: torch.nn.Module) -> dict[str, tuple[int, int]]:
     """A tensor without data has no other place than its storage."""
     named = (*model.named_parameters(), *model.named_buffers())
     return {name: (id(tensor), cast("Any", tensor.untyped_storage())._cdata) for name, tensor in named}  # noqa: SLF001
+
+
+def _comes_without(model: torch.nn.Module, parameter: str) -> bool:
+    """Whether a quantised layer has a parameter for which its checkpoint need not have anything."""
+    layer, _, own = parameter.rpartition(".")
+    return "weight" not in own or ("scale" in own and compat.finds_scales(model.get_submodule(layer)))
 
 
 def _is_superfluous(name: str, runner: Runner) -> bool:
