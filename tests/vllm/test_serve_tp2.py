@@ -46,35 +46,25 @@ def test_two_workers_from_a_to_b_and_back(serve: Serve, update: Update, checkpoi
     second.close()
 
 
-def test_experts_that_are_spread_over_two_workers(
-    serve: Serve, update: Update, verify: Update, checkpoints: Path
+@pytest.mark.parametrize(
+    ("kind", "option"),
+    [
+        ("qwen3", ("--pipeline-parallel-size", "2")),
+        ("moe", ("--tensor-parallel-size", "2", "--enable-expert-parallel")),
+    ],
+    ids=["stages", "experts"],
+)
+def test_weights_that_are_spread_otherwise(
+    serve: Serve, update: Update, verify: Update, checkpoints: Path, kind: str, option: tuple[str, ...]
 ) -> None:
+    """Only weights are compared: vLLM's build for the CPU starts so, but answers no request."""
     two_workers = ("--tensor-parallel-size", "2")
-    spread = (*two_workers, "--enable-expert-parallel")
-    first = serve("moe", *spread, VLLM_CPU_OMP_THREADS_BIND="0|1")
-    of_a = first.tokens()
-    for name, ways in (("moe-b", []), ("moe", []), ("moe-b", []), ("moe", ["--method", "direct"]), ("moe-b", [])):
-        done = update(checkpoints / name, first, *two_workers, *ways)
+    a, b = checkpoints / kind, checkpoints / f"{kind}-b"
+    server = serve(a, *option, VLLM_CPU_OMP_THREADS_BIND="0|1")
+    for path, *way in ((b,), (a,), (b, "--method", "direct"), (a,)):
+        done = update(path, server, *two_workers, *way)
         assert done.returncode == 0, done.stderr
-    assert [worker["last_update"]["reload"] for worker in first.rpc("checkpoint_engine_status")] == ["plan", "plan"]
-    assert verify(checkpoints / "moe-b", first, *two_workers).returncode == 0
-    assert verify(checkpoints / "moe", first, *two_workers).returncode == 1
-    updated = first.tokens()
-    first.close()
-
-    second = serve("moe-b", *spread, VLLM_CPU_OMP_THREADS_BIND="0|1")
-    assert second.tokens() == updated != of_a
-    second.close()
-
-
-def test_two_pipeline_stages(serve: Serve, update: Update, verify: Update, checkpoints: Path) -> None:
-    """vLLM's build for the CPU answers no request in stages, so only the weights are compared."""
-    two_workers = ("--tensor-parallel-size", "2")
-    server = serve("qwen3", "--pipeline-parallel-size", "2", VLLM_CPU_OMP_THREADS_BIND="0|1")
-    for name, ways in (("qwen3-b", []), ("qwen3", []), ("qwen3-b", ["--method", "direct"]), ("qwen3", [])):
-        done = update(checkpoints / name, server, *two_workers, *ways)
-        assert done.returncode == 0, done.stderr
-        assert verify(checkpoints / name, server, *two_workers).returncode == 0
+        assert verify(path, server, *two_workers).returncode == 0
     assert [worker["last_update"]["reload"] for worker in server.rpc("checkpoint_engine_status")] == ["plan", "plan"]
-    assert verify(checkpoints / "qwen3-b", server, *two_workers).returncode == 1
+    assert verify(b, server, *two_workers).returncode == 1
     server.close()

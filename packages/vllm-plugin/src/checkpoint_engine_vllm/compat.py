@@ -293,6 +293,7 @@ def build_without_data(config: VllmConfig, model_config: ModelConfig) -> torch.n
         vllm_config.set_current_vllm_config(config),
         _default_dtype(model_config.dtype),
         _own_rotary_embeddings(),
+        _expert_maps_with_data(),
         torch.device("meta"),
     ):
         return initialize(vllm_config=config, model_config=model_config)
@@ -309,16 +310,23 @@ def load_without_processing(parameter: torch.Tensor) -> None:
 
 
 def lend_tables(live: torch.nn.Module, model: torch.nn.Module) -> None:
-    """Gives a model without data the live one's integer buffers: loaders look up in them which experts are here."""
+    """Gives a model without data the live one's integer tables: loaders look up in them which experts are here."""
     for prefix, layer in modules_by_name(model).items():
         try:
-            buffers = dict(live.get_submodule(prefix).named_buffers(recurse=False))
+            served = live.get_submodule(prefix)
         except AttributeError:
             continue
+        buffers = dict(served.named_buffers(recurse=False))
         for name, buffer in list(layer.named_buffers(recurse=False)):
             found = buffers.get(name)
-            if buffer.is_meta and found is not None and not found.is_floating_point() and found.shape == buffer.shape:
+            if found is not None and not found.is_floating_point() and found.shape == buffer.shape:
                 setattr(layer, name, found)
+        if _EXPERTS in vars(served):
+            setattr(layer, _EXPERTS, vars(served)[_EXPERTS])
+
+
+_EXPERTS = "expert_map_manager"
+"""Knows which experts are here; not in 0.16."""
 
 
 def _switch_off_compilation(compilation: object) -> None:
@@ -349,3 +357,34 @@ def _own_rotary_embeddings() -> Generator[None]:
     finally:
         cached.clear()
         cached.update(before)
+
+
+@contextlib.contextmanager
+def _expert_maps_with_data() -> Generator[None]:
+    """Has vLLM make the maps of which experts are here with data: it reads them while it builds a layer."""
+    package = "vllm.model_executor.layers.fused_moe"
+    manager = getattr(_optional(f"{package}.{_EXPERTS}"), "ExpertMapManager", None)
+    layer = _optional(f"{package}.layer")
+    owner, name = (manager, "__init__") if manager is not None else (layer, "determine_expert_map")
+    original: Callable[..., object] | None = getattr(owner, name, None)
+    if original is None:
+        yield
+        return
+
+    @wraps(original)
+    def make(*arguments: Any, **options: Any) -> object:  # noqa: ANN401 - vLLM's own
+        with torch.device("cpu"):
+            return original(*arguments, **options)
+
+    setattr(owner, name, make)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+def _optional(module: str) -> Any:  # noqa: ANN401
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        return None
