@@ -113,10 +113,15 @@ def prepare_experts(w13: torch.Tensor, w2: torch.Tensor) -> tuple[torch.Tensor, 
 
 
 class Experts(cpu_moe.CPUExpertsFp8):
-    """FP8 experts in blocks."""
+    """FP8 experts, in blocks or with one scale each."""
 
     @staticmethod
     def _supports_current_device() -> bool:
+        return True
+
+    @staticmethod
+    def _supports_quant_scheme(weight_key: Any, activation_key: Any) -> bool:
+        del weight_key, activation_key
         return True
 
     def apply(
@@ -131,14 +136,18 @@ class Experts(cpu_moe.CPUExpertsFp8):
         **__: Any,
     ) -> None:
         up, gate = w1.transpose(1, 2).chunk(2, dim=1)
-        gate_and_up = without_blocks(torch.cat([gate, up], dim=1), self.w1_scale)
-        down = without_blocks(w2.transpose(1, 2), self.w2_scale)
+        gate_and_up = scaled(torch.cat([gate, up], dim=1), self.w1_scale)
+        down = scaled(w2.transpose(1, 2), self.w2_scale)
         result = torch.zeros_like(hidden_states, dtype=torch.float32)
         for token, (experts, shares) in enumerate(zip(topk_ids.tolist(), topk_weights.float(), strict=True)):
             for expert, share in zip(experts, shares, strict=True):
                 opened, kept = (gate_and_up[expert] @ hidden_states[token].float()).chunk(2)
                 result[token] += share * (down[expert] @ (torch.nn.functional.silu(opened) * kept))
         output.copy_(result)
+
+
+def scaled(weights: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return weights.float() * scale[:, None, None] if scale.dim() == 1 else without_blocks(weights, scale)
 
 
 class MockedExtension(WorkerExtension):

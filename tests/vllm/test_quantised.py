@@ -28,6 +28,7 @@ FORMATS = [
     pytest.param("fp8channel", {}, 0, id="fp8-channel"),
     pytest.param("wide", {"quantization": "fp8"}, 0, id="fp8-while-loading"),
     pytest.param("fp8moe", {}, 0, id="fp8-experts"),
+    pytest.param("moe", {"quantization": "fp8"}, 0, id="fp8-experts-while-loading"),
     pytest.param("fp8kv", {"kv_cache_dtype": "fp8"}, CACHE_SCALES, id="fp8-cache-scales"),
     pytest.param("mla", {"speculative_config": MTP}, 0, id="latent-attention-mtp"),
     pytest.param("fp8mla", {}, 0, id="fp8-latent-attention"),
