@@ -90,6 +90,21 @@ def test_two_tensor_parallel_workers(
     assert server.state() == expected
 
 
+def test_experts_that_are_spread_over_two_workers(serve: Serve, update_command: Update, checkpoints: Path) -> None:
+    """Only weights are compared: SGLang on the CPU starts so, but ends at the first request."""
+    spread = ("--tp-size", "2", "--ep-size", "2", "--skip-server-warmup")
+    fresh = serve("moe-b", *spread, workers=2, until="/checkpoint_engine/status")
+    expected = fresh.checksums()
+    fresh.close()
+    server = serve("moe", *spread, workers=2, until="/checkpoint_engine/status")
+    before = server.checksums()
+    for name, *how in (("moe-b",), ("moe", "--reload", "plan"), ("moe-b", "--method", "direct", "--reload", "plan")):
+        done = update_command(checkpoints / name, server, "--engine", "sglang", *how)
+        assert done.returncode == 0, done.stderr
+        assert server.checksums() == (expected if name == "moe-b" else before) != {}
+    assert before != expected
+
+
 def test_two_pipeline_stages(serve: Serve, update_command: Update, checkpoints: Path, weights: Weights) -> None:
     fresh = serve("qwen3-b", "--pp-size", "2", workers=2)
     expected = fresh.tokens()
