@@ -7,8 +7,10 @@ Two servers for each format, CUDA graphs captured: one starts with A and is brou
 proof, its check, the plan), to A by vLLM's loader, and to B and A directly; the other starts with B. Each time hashes
 of all parameters and of what attention derives, and greedy tokens, must be those of the start, and addresses those of
 before; then `checkpoint-engine verify` must find A and not B. What vLLM cannot reload beside its graphs must be
-refused, and change nothing. Several formats share the GPU. Needs vLLM and both packages in this environment; exits
-with 1 if anything is not so.
+refused, and change nothing. *Alike* means that all hashes are those of the other server, and tokens always those that
+this one had with the same checkpoint, but not the other's: what torch compiled differs between the two (`--plain`
+compiles nothing). Several formats share the GPU. Needs vLLM and both packages in this environment; exits with 1 if
+anything is not so.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ STEPS = [
     ("a", "direct:auto"),
 ]
 LIMIT_SECONDS = 400.0
+PLAIN = ("--compilation-config", '{"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}')
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ FORMATS = {
     "fp8online": Format("wide", ("--quantization", "fp8")),
     "fp8moe": Format("fp8moe"),
     "fp8moe-triton": Format("fp8moe", ("--moe-backend", "triton")),
+    "fp8online-moe": Format("moe", ("--quantization", "fp8")),
     "fp8kv": Format("fp8kv", ("--kv-cache-dtype", "fp8")),
     "int8": Format("int8"),
     "wna16": Format("wna16"),
@@ -85,6 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("formats", nargs="*", metavar="FORMAT", help=f"of {', '.join(FORMATS)}")
     parser.add_argument("--large", action="store_true", help="layers as wide as an 8B model's")
+    parser.add_argument("--plain", action="store_true", help="graphs of the model as it is, without torch.compile")
     parser.add_argument("--at-once", type=int, default=4, help="formats that share the GPU at a time")
     parser.add_argument("--work", type=Path, default=Path("/dev/shm/checkpoint-engine-formats"))
     parser.add_argument("--serve-options", default="", help="more options of vllm serve, in one string")
@@ -109,7 +114,8 @@ def main() -> None:
 def apart(index: int, name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """One format in a process of its own, since a parameter server has the GPU to itself there."""
     command = [sys.executable, __file__, name, "--port", str(8100 + 2 * index), "--work", str(arguments.work)]
-    command += ["--large"] * arguments.large + [f"--serve-options={arguments.serve_options}"]
+    command += ["--large"] * arguments.large + ["--plain"] * arguments.plain
+    command += [f"--serve-options={arguments.serve_options}"]
     begin = time.perf_counter()
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False)
@@ -135,6 +141,7 @@ def check(name: str, arguments: argparse.Namespace) -> dict[str, str]:
     # Servers that start side by side cannot measure how much memory is theirs.
     options = ["--kv-cache-memory-bytes", str(1 << 28), "--max-model-len", "256", "--max-num-seqs", "4"]
     options += ["--gpu-memory-utilization", "0.1", *form.options, *arguments.serve_options.split()]
+    options += PLAIN if arguments.plain else ()
     with (
         serving([a, b], directory, *options, port=arguments.port, **dict(form.environment)) as (updated, other),
         ParameterServer(rank=0, world_size=1, master_port=arguments.port + 500) as ps,
@@ -150,9 +157,10 @@ def check(name: str, arguments: argparse.Namespace) -> dict[str, str]:
             return {"result": "useless", "kernels": kernels, "detail": "A and B generate the same"}
         row = {"kernels": kernels, "detail": ""}
         wrong, detail = updates(ps, updated, cold, asleep=form.asleep)
-        if not wrong and updated.rpc("checkpoint_engine_addresses") != addresses:
+        whole = wrong in ("", "alike")
+        if whole and updated.rpc("checkpoint_engine_addresses") != addresses:
             wrong, detail = "moved", "parameters lie elsewhere"
-        if not wrong and (found := verified(updated, a, b) or differences(updated.state(), cold[a])):
+        elif whole and (found := verified(updated, a, b) or differences(updated.state(), cold[a])):
             wrong, detail = "verify", found
         return row | {"result": wrong or "equal", "detail": detail}
 
@@ -160,7 +168,8 @@ def check(name: str, arguments: argparse.Namespace) -> dict[str, str]:
 def updates(ps: ParameterServer, server: Server, cold: dict[Path, dict[str, Any]], *, asleep: bool) -> tuple[str, str]:
     """Takes all steps; what went wrong, if anything did, and the details."""
     a, b = cold
-    ways = []
+    ways: list[str] = []
+    own = {a: cold[a]}
     for which, way in STEPS:
         path = {"a": a, "b": b}[which]
         try:
@@ -173,10 +182,13 @@ def updates(ps: ParameterServer, server: Server, cold: dict[Path, dict[str, Any]
         except CheckpointEngineError as error:
             refused = not ways and server.state() == cold[a]
             return "refused" if refused else "failed", f"{way} {which}: {error}"
-        if difference := differences(server.state(), cold[path]):
+        state = server.state()
+        if state["checksum"] == cold[path]["checksum"]:
+            own.setdefault(path, state)
+        if difference := differences(state, own.get(path, cold[path])):
             return "different", f"{way} {which}: {difference}"
         ways.append(f"{ps.last_report.engine['reload']} {ps.last_report.engine['loader_bytes']}")
-    return "", "; ".join(ways)
+    return "" if own[b] == cold[b] else "alike", "; ".join(ways)
 
 
 def differences(found: dict[str, Any], expected: dict[str, Any]) -> str:

@@ -24,10 +24,11 @@ import msgspec
 import torch
 from safetensors import safe_open
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.model_executor.layers.fused_moe.config import fp8_w8a8_moe_quant_config
 from vllm.model_executor.layers.linear import LinearBase
 
 from checkpoint_engine.engine.adapter import TensorSpec, Update
-from checkpoint_engine_vllm import compat, loadplan
+from checkpoint_engine_vllm import compat, formats, loadplan
 from checkpoint_engine_vllm.adapter import VllmAdapter
 from vllm import LLM, SamplingParams
 
@@ -133,6 +134,19 @@ class Engine:
         found = dict(compat.target_model(self.worker).named_parameters())[parameter]
         found.data.view(-1).view(torch.uint8)[-1] ^= 1
         return {}
+
+    def hold_cutlass_experts(self) -> dict[str, Any]:
+        """Puts vLLM's own experts for GPUs into the kernel of a layer: they can be made on a CPU, though not run."""
+        layer = next(module for module in compat.target_model(self.worker).modules() if hasattr(module, "w13_weight"))
+        experts = importlib.import_module("vllm.model_executor.layers.fused_moe.experts.triton_cutlass_moe")
+        config = fp8_w8a8_moe_quant_config(w1_scale=torch.ones(4), w2_scale=torch.ones(4))
+        method = layer.quant_method
+        method.moe_kernel.impl.fused_experts = experts.TritonOrCutlassExperts(method.moe, config)
+        return {}
+
+    def unreloadable(self) -> dict[str, Any]:
+        """What captured graphs would go on reading."""
+        return {"found": formats.unreloadable(compat.target_model(self.worker), graphs=True)}
 
     def mock_kernels(self) -> dict[str, Any]:
         """Engines started from now on have FP8 kernels, in plain torch."""

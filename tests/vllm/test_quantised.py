@@ -101,6 +101,16 @@ def test_from_dummy_weights(engine: Engine, cold: Cold, quantised: Path, kind: s
     assert holds(engine, expected)
 
 
+def test_what_kernels_keep_is_found_in_vllms_own_experts(engine: Engine, quantised: Path) -> None:
+    engine("mock_kernels")
+    engine("start", model=quantised / "fp8moe")
+    assert engine("unreloadable")["found"] == []
+    engine("hold_cutlass_experts")
+    (found,) = engine("unreloadable")["found"]
+    assert found.startswith("layer 'model.layers.0.mlp.experts")
+    assert "the strides of CUTLASS experts" in found
+
+
 @pytest.mark.parametrize("kind", ["fp8block", "fp8tensor", "wna16"])
 def test_the_loader_alone_would_be_wrong(engine: Engine, cold: Cold, quantised: Path, kind: str) -> None:
     """What makes the test above worth something: these kernels do not keep what a checkpoint has."""
