@@ -11,17 +11,16 @@ import argparse
 import json
 import statistics
 import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
+from checkpoints import make_model
 from vllm_server import serving, update
-from workloads import VOCABULARY, WORKLOADS, Tensor
+from workloads import WORKLOADS
 
 from checkpoint_engine.server import ParameterServer
 
 HERE = Path(__file__).parent
-SHARD_BYTES = 4 << 30
 WAYS = ["broadcast:loader", "broadcast:auto", "direct:auto"]
 
 
@@ -86,89 +85,6 @@ def measure(arguments: argparse.Namespace) -> None:
                 rate, each = nbytes / value / 1e9, value / tensors * 1e6
                 print(f"{stage:12}{value:8.3f} s {rate:8.1f} GB/s {each:8.1f} µs a tensor")
     print(f"{'register':10}{seconds['register']:8.3f} s;  staging {record['staging']}")
-
-
-def make_model(workload: str, directory: Path, *, holes: bool) -> Path:
-    """A checkpoint of that size with random weights, or of zeros that take no room on disk, and a configuration."""
-    directory.mkdir(parents=True, exist_ok=True)
-    experts = {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True}
-    shape = {
-        "moe30b": {"num_hidden_layers": 48, "hidden_size": 2048, "num_attention_heads": 32, "num_key_value_heads": 4},
-        "moe15b": {"num_hidden_layers": 24, "hidden_size": 2048, "num_attention_heads": 32, "num_key_value_heads": 4},
-        "dense32b": {"num_hidden_layers": 64, "hidden_size": 5120, "num_attention_heads": 64, "num_key_value_heads": 8},
-    }[workload]
-    dense = workload.startswith("dense")
-    config = {
-        "architectures": ["Qwen3ForCausalLM" if dense else "Qwen3MoeForCausalLM"],
-        "model_type": "qwen3" if dense else "qwen3_moe",
-        **shape,
-        **({} if dense else experts | {"decoder_sparse_step": 1, "mlp_only_layers": []}),
-        "vocab_size": VOCABULARY,
-        "head_dim": 128,
-        "intermediate_size": 25600 if dense else 6144,
-        "hidden_act": "silu",
-        "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1e6,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-    }
-    (directory / "config.json").write_text(json.dumps(config))
-    make_tokenizer(directory)
-    shards: list[list[Tensor]] = [[]]
-    for tensor in WORKLOADS[workload]():
-        if shards[-1] and sum(t.nbytes for t in shards[-1]) + tensor.nbytes > SHARD_BYTES:
-            shards.append([])
-        shards[-1].append(tensor)
-    begin = time.perf_counter()
-    with ProcessPoolExecutor(8) as pool:
-        files = [directory / f"model-{i:05}.safetensors" for i in range(len(shards))]
-        list(pool.map(write_shard, files, shards, [holes] * len(shards)))
-    print(f"made {workload} in {time.perf_counter() - begin:.0f} s", flush=True)
-    return directory
-
-
-def write_shard(path: Path, tensors: list[Tensor], holes: bool) -> None:  # noqa: FBT001 - a pool calls it
-    """Random weights written through a mapping of the file, without a second copy in memory; or nothing at all."""
-    header, offset = {}, 0
-    for tensor in tensors:
-        header[tensor.name] = {
-            "dtype": "BF16",
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + tensor.nbytes],
-        }
-        offset += tensor.nbytes
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 256 + 248)  # the data then begins at a multiple of 256
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + offset)
-    if holes:
-        return
-    torch.set_num_threads(2)
-    data = torch.from_file(str(path), shared=True, size=8 + len(text) + offset, dtype=torch.uint8)
-    # Drawing every number would take minutes; a megabyte of them, again and again, copies just as well.
-    weights = data[8 + len(text) :].view(torch.bfloat16)
-    block = torch.randn(1 << 19).mul_(0.02).to(torch.bfloat16)
-    for start in range(0, weights.numel(), block.numel()):
-        weights[start : start + block.numel()] = block[: weights.numel() - start]
-
-
-def make_tokenizer(directory: Path) -> None:
-    """A byte-level tokenizer without any merge."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: PLC0415 - this mode only
-
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {letter: index for index, letter in enumerate(["<s>", "</s>", *letters])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<s>", "</s>"])
-    tokenizer.save(str(directory / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
-    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 def main() -> None:

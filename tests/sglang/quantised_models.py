@@ -10,8 +10,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "vllm"))
 
+import models
 from models import KINDS, WIDE, Kind, make
+from quantise import FORMATS, Format
 
+models.FORMATS = {
+    **FORMATS,
+    "w8a8-int8": Format(FORMATS["int8-channel"].store, {"quant_method": "w8a8_int8", "ignore": []}),
+}
+KINDS["widemoe"] = Kind("moe", size=WIDE)
+KINDS["w8a8int8"] = Kind("qwen3", "w8a8-int8", WIDE)
 KINDS["fp8tensormoe"] = Kind("moe", "fp8-tensor", WIDE)
 
 if __name__ == "__main__":

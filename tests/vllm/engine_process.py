@@ -14,6 +14,7 @@ import importlib
 import json
 import os
 import sys
+import traceback
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -120,6 +121,7 @@ class Engine:
                     SCRATCH.fill_(0x41)
                 details = dict(adapter.finish())
             except Exception as error:  # noqa: BLE001 - reported to the test
+                traceback.print_exc()
                 intact = adapter.abort()
                 return {
                     "error": type(error).__name__,

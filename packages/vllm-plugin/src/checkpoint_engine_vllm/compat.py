@@ -133,14 +133,19 @@ def engine_context(worker: Worker) -> Generator[None]:
         torch.no_grad(),
         set_config(worker.vllm_config),
         _default_dtype(worker.model_config.dtype),
-        torch.device(worker.device),
+        device_of(worker),
     ):
         yield
 
 
+def device_of(worker: Worker) -> torch.device:
+    """Where a worker computes; before 0.20, those on the CPU do not know."""
+    return torch.device("cpu") if worker.device is None else worker.device
+
+
 def on_cpu(worker: Worker) -> bool:
     """Whether the worker computes on the CPU."""
-    return worker.device.type == "cpu"
+    return device_of(worker).type == "cpu"
 
 
 def captures_graphs(worker: Worker) -> bool:

@@ -129,5 +129,5 @@ def _place_of(worker: Worker, handles: int) -> tuple[Device, int, int]:
         rank, world_size = replica * world_size + rank, replicas * world_size
     elif not getattr(parallel, "data_parallel_external_lb", False):
         world_size *= max(int(parallel.data_parallel_size), 1)
-    kind = worker.device.type
-    return open_device(kind, index=worker.device.index or 0, rank=rank), rank, world_size
+    device = compat.device_of(worker)
+    return open_device(device.type, index=device.index or 0, rank=rank), rank, world_size

@@ -117,7 +117,7 @@ class PatchedAdapter:
         process = importlib.import_module("vllm.model_executor.model_loader.utils").process_weights_after_loading
         before = {name: (param, param.data) for name, param in model.named_parameters()}
         try:
-            process(model, self._worker.model_config, self._worker.device)
+            process(model, self._worker.model_config, compat.device_of(self._worker))
         except RuntimeError as error:
             if "came only in part" not in str(error):
                 raise

@@ -30,7 +30,7 @@ class Worker(Protocol):
     """A worker of vLLM, on a GPU or the CPU."""
 
     rank: int
-    device: torch.device
+    device: torch.device | None
     vllm_config: VllmConfig
     model_config: ModelConfig
     model_runner: Any
