@@ -35,7 +35,7 @@ class Layerwise:
     materialize: Callable[[torch.nn.Module], None]
     """Gives memory to a module's parameters that have none."""
     process: Callable[[torch.nn.Module], None]
-    """Processes a module whose weights are loaded, and puts the result where its parameters were before."""
+    """Processes a module whose weights are all loaded, and puts the result where its parameters were before."""
 
 
 @cache
@@ -46,21 +46,33 @@ def layerwise() -> Layerwise:
         MissingDependencyError: vLLM is missing, or older than 0.16.
     """
     try:
-        module = importlib.import_module(_RELOAD)
+        module: Any = importlib.import_module(_RELOAD)
         materialize, process, info = module.materialize_layer, module._layerwise_process, module.get_layerwise_info  # noqa: SLF001 - the steps of the public functions, for one layer
         wants_info = len(inspect.signature(materialize).parameters) > 1  # not in 0.16
+
+        def process_filled(layer: torch.nn.Module) -> None:
+            # It begins with giving memory to the layer; before 0.24 also to one that has some, whose weights are lost.
+            module.materialize_layer = _do_nothing
+            try:
+                process(layer, info(layer))
+            finally:
+                module.materialize_layer = materialize
+
         return Layerwise(
             initialize=module.initialize_layerwise_reload,
             finalize=module.finalize_layerwise_reload,
             info=info,
             materialize=lambda layer: materialize(layer, info(layer)) if wants_info else materialize(layer),
-            process=lambda layer: process(layer, info(layer)),
+            process=process_filled,
         )
     except (ImportError, AttributeError) as error:
         raise MissingDependencyError(
             f"vLLM {version()} cannot reload weights layer by layer ({error}); checkpoint-engine-vllm needs vLLM 0.16 "
             "or newer: pip install --upgrade 'vllm>=0.16'"
         ) from error
+
+
+def _do_nothing(*_: object) -> None: ...
 
 
 def watch_processing(
