@@ -25,6 +25,7 @@ import msgspec
 import torch
 from safetensors import safe_open
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.model_executor.layers import rotary_embedding
 from vllm.model_executor.layers.fused_moe.config import fp8_w8a8_moe_quant_config
 from vllm.model_executor.layers.linear import LinearBase
 
@@ -75,6 +76,8 @@ class Engine:
             self.llm.llm_engine.engine_core.shutdown()
             self.llm = None
             cleanup_dist_env_and_memory()
+            # vLLM keeps them for engines of the same process, of which there is only one elsewhere.
+            rotary_embedding._ROPE_DICT.clear()
             gc.collect()
         return {}
 

@@ -114,6 +114,9 @@ def keep_state(state: LayerState) -> Callable[[], None]:
 class Scope(torch.nn.Module):
     """Some modules of a model, to be given to vLLM's functions in place of all of them."""
 
+    _original_do_torchao_reload = False
+    """Asked for before 0.20, when a reload ends."""
+
     def __init__(self, modules: Iterable[torch.nn.Module]) -> None:
         super().__init__()
         self._scope = tuple(modules)
