@@ -1,0 +1,108 @@
+"""How long updates of a real SGLang on a GPU take, from dummy weights and with CUDA graphs captured.
+
+    python benchmarks/sglang_update.py moe30b --holes            a model of that size, made in /dev/shm
+    python benchmarks/sglang_update.py moe-small --device cpu    1.4 GB, to see that this script works
+
+Needs SGLang and both packages in this environment. `sglang_formats.py` beside this shows that updates are right.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from checkpoints import make_model
+from sglang_server import serving, update
+from workloads import WORKLOADS
+
+from checkpoint_engine.server import ParameterServer
+
+HERE = Path(__file__).parent
+WAYS = ["broadcast:loader", "broadcast:auto", "direct:auto"]
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    """Dummy start, then the same checkpoint again and again; the first update brings everything."""
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    model = make_model(arguments.workload, arguments.work / arguments.workload, holes=arguments.holes)
+    nbytes = sum(tensor.nbytes for tensor in WORKLOADS[arguments.workload]())
+    options = ["--mem-fraction-static", "0.9", *arguments.serve_options.split()]
+    started = time.perf_counter()
+    with (
+        serving([], arguments.work, *options, closed=model, device=arguments.device) as (server,),
+        ParameterServer(rank=0, world_size=1, device=arguments.device) as ps,
+    ):
+        print(f"SGLang can be updated after {time.perf_counter() - started:.0f} s", flush=True)
+        begin = time.perf_counter()
+        in_place = not any(way.startswith("direct") for way in arguments.ways)
+        files = sorted(model.glob("*.safetensors"))
+        ps.register_checkpoint("bench", files=files, use_inplace_pin_memory=in_place)
+        ps.gather_metas("bench")
+        registered = time.perf_counter() - begin
+        runs, tokens = [], None
+        # One way after the other: what a worker keeps registered for direct updates goes with a broadcast.
+        for way in (way for way in arguments.ways for _ in range(arguments.repeat)):
+            begin = time.perf_counter()
+            update(ps, server, "bench", way)
+            wall = time.perf_counter() - begin
+            runs.append({"way": way, "wall": wall, **ps.last_report.seconds, **ps.last_report.engine})
+            print(json.dumps(runs[-1]), flush=True)
+            before, tokens = tokens, server.tokens()
+            if before not in (None, tokens):
+                raise SystemExit("the same weights generate something else")
+        record = {
+            "workload": arguments.workload,
+            "ways": arguments.ways,
+            "system": "checkpoint-engine-sglang",
+            "device": torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu",
+            "versions": {"torch": torch.__version__, "sglang": server.status()["sglang"]},
+            "graphs": server.graphs(),
+            "bytes": nbytes,
+            "tensors": ps.last_report.tensors,
+            "staging": ps.last_report.staging,
+            "seconds": {"register": registered},
+            "updates": runs,
+        }
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    path = arguments.output / f"sglang-{arguments.workload}-{time.strftime('%Y%m%d-%H%M%S')}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    show(record)
+
+
+def show(record: dict) -> None:
+    """Prints a table."""
+    nbytes, tensors, version = record["bytes"], record["tensors"], record["versions"]["sglang"]
+    print(f"\n{record['workload']}: {nbytes / 1e9:.1f} GB in {tensors} tensors into SGLang {version}")
+    for way in record["ways"]:
+        # By plan, the first update of all is the proof and the second its check.
+        of_way = [run for run in record["updates"] if run["way"] == way]
+        print(f"{way}, first {of_way[0]['wall']:.3f} s; then, in medians:")
+        for stage in ("connect", "copy", "load", "finish", "total", "wall"):
+            values = [run[stage] for run in of_way[2:] or of_way if stage in run]
+            if values and (value := statistics.median(values)):
+                rate, each = nbytes / value / 1e9, value / tensors * 1e6
+                print(f"{stage:12}{value:8.3f} s {rate:8.1f} GB/s {each:8.1f} µs a tensor")
+    registered, staging, graphs = record["seconds"]["register"], record["staging"], record["graphs"]
+    print(f"register {registered:.3f} s; staging {staging}; graphs captured {graphs} times")
+
+
+def main() -> None:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("/dev/shm/checkpoint-engine-bench"))
+    parser.add_argument("--output", type=Path, default=HERE / "results")
+    parser.add_argument("workload", choices=["moe30b", "moe15b", "dense32b", "moe-small"])
+    parser.add_argument("--ways", nargs="+", default=WAYS, help="METHOD:RELOAD each")
+    parser.add_argument("--holes", action="store_true", help="weights of zeros, which take no room in /dev/shm")
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--serve-options", default="", help="more options of SGLang, in one string")
+    measure(parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()
