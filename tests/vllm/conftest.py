@@ -109,6 +109,14 @@ def engine(vllm_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     process.close()
 
 
+@pytest.fixture
+def fresh_engine(vllm_bin: Path, tmp_path: Path) -> Iterator[EngineProcess]:
+    """A process of its own, in which nothing was done before."""
+    process = EngineProcess(vllm_bin / "python", tmp_path / "log")
+    yield process
+    process.close()
+
+
 @pytest.fixture(scope="session")
 def cold(engine: EngineProcess, checkpoints: Path) -> Callable[..., dict[str, Any]]:
     """What a cold start of a checkpoint generates and computes; each is started once."""

@@ -40,3 +40,12 @@ def test_equal_different_and_spoiled(engine: Engine, cold: Cold, checkpoints: Pa
     assert engine("update", checkpoint=checkpoints / kind)["error"] is None
     assert engine("update", checkpoint=checkpoints / kind, reload="verify")["details"]["different_tensors"] == 0
     assert engine("tokens")["tokens"] == expected["tokens"]
+
+
+def test_updates_after_it_reach_every_layer(fresh_engine: Engine, cold: Cold, checkpoints: Path) -> None:
+    expected = cold("qwen3")
+    fresh_engine("start", model=checkpoints / "qwen3-b")
+    assert fresh_engine("update", checkpoint=checkpoints / "qwen3-b", reload="verify")["error"] is None
+    for _ in range(3):
+        assert fresh_engine("update", checkpoint=checkpoints / "qwen3")["error"] is None
+        assert fresh_engine("state")["served"] == expected["served"]

@@ -47,14 +47,15 @@ def layerwise() -> Layerwise:
     """
     try:
         module: Any = importlib.import_module(_RELOAD)
-        materialize, process, info = module.materialize_layer, module._layerwise_process, module.get_layerwise_info  # noqa: SLF001 - the steps of the public functions, for one layer
+        materialize, info = module.materialize_layer, module.get_layerwise_info
         wants_info = len(inspect.signature(materialize).parameters) > 1  # not in 0.16
+        _ = module._layerwise_process  # noqa: SLF001 - the steps of the public functions, for one layer
 
         def process_filled(layer: torch.nn.Module) -> None:
             # It begins with giving memory to the layer; before 0.24 also to one that has some, whose weights are lost.
             module.materialize_layer = _do_nothing
             try:
-                process(layer, info(layer))
+                module._layerwise_process(layer, info(layer))  # noqa: SLF001 - as it is now: `watch_processing` exchanges it
             finally:
                 module.materialize_layer = materialize
 
