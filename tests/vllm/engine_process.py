@@ -30,7 +30,7 @@ from vllm.model_executor.layers.fused_moe.config import fp8_w8a8_moe_quant_confi
 from vllm.model_executor.layers.linear import LinearBase
 
 from checkpoint_engine.engine.adapter import TensorSpec, Update
-from checkpoint_engine_vllm import compat, formats, loadplan
+from checkpoint_engine_vllm import compat, formats, loadplan, shadow
 from checkpoint_engine_vllm.adapter import VllmAdapter
 from vllm import LLM, SamplingParams
 
@@ -279,8 +279,20 @@ def placed(bucket: list[tuple[str, torch.Tensor]]) -> list[tuple[str, torch.Tens
 def lacking(thing: str) -> Any:
     """Takes something away that not every vLLM, or not every model, has."""
     if thing == "plan":
-        return mock.patch.object(compat, "build_without_data", side_effect=RuntimeError("taken away by the test"))
+        return mock.patch.object(shadow, "build_without_data", side_effect=RuntimeError("taken away by the test"))
+    if thing == "kept memory":
+        layerwise = importlib.import_module("vllm.model_executor.model_loader.reload.layerwise")
+        return mock.patch.object(layerwise, "materialize_layer", anew)
     return mock.patch.object(compat, "_mtp_switch", return_value=None)
+
+
+def anew(layer: torch.nn.Module, *_: Any) -> None:
+    """As before 0.24: gives memory to all tensors of a layer, those that have some included."""
+    meta = importlib.import_module("vllm.model_executor.model_loader.reload.meta")
+    for name, tensor in meta.get_layer_tensors(layer).items():
+        if name not in meta.SKIP_TENSORS:
+            setattr(layer, name, meta.materialize_meta_tensor(tensor))
+            getattr(layer, name).data.zero_()
 
 
 @contextmanager

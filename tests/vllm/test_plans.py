@@ -52,6 +52,16 @@ def test_three_updates_by_plan(engine: Engine, cold: Cold, checkpoints: Path, ki
     assert engine("state")["addresses"] == addresses
 
 
+def test_layers_keep_the_memory_that_they_were_given(engine: Engine, cold: Cold, checkpoints: Path) -> None:
+    """Before 0.24, vLLM gave a layer that it processes new memory, whatever it had."""
+    expected = {name: cold(name) for name in ("qwen3", "qwen3-b")}
+    engine("start", model=checkpoints / "qwen3", load_format="dummy")
+    for name in ("qwen3-b", "qwen3", "qwen3-b"):
+        done = engine("update", checkpoint=checkpoints / name, without=["kept memory"])
+        assert done["error"] is None, done
+        assert holds(engine, expected[name])
+
+
 def test_one_altered_entry_is_found_and_its_layer_left_to_the_loader(
     engine: Engine, cold: Cold, checkpoints: Path
 ) -> None:

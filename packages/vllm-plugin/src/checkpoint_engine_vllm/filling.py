@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 
-from checkpoint_engine.errors import WorkerError
 from checkpoint_engine_vllm import compat
 from checkpoint_engine_vllm.layers import Layer
 
@@ -42,12 +41,7 @@ class Filling:
         for layer in self._layers_of(names):
             self._left[layer.name] -= 1
             if not self._left[layer.name]:
-                try:
-                    self._layerwise.process(layer.module)
-                except Exception as error:
-                    raise WorkerError(
-                        f"vLLM could not process layer {layer.name!r}: {type(error).__name__}: {error}"
-                    ) from error
+                layer.process()
 
     def incomplete(self) -> list[str]:
         """Layers that did not get all their tensors."""

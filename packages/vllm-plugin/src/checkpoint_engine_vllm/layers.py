@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from checkpoint_engine.errors import WorkerError
 from checkpoint_engine_vllm import compat
 from checkpoint_engine_vllm.loadplan import LoadPlan
 
@@ -45,6 +46,17 @@ class Layer:
         if found is None:
             found = dict(self.module.named_buffers(recurse=False, remove_duplicate=False)).get(own)
         return None if found is None else found.data
+
+    def process(self) -> None:
+        """Has vLLM process its weights, which are all there, and put the result where its parameters were before.
+
+        Raises:
+            WorkerError: vLLM fails.
+        """
+        try:
+            compat.layerwise().process(self.module)
+        except Exception as error:
+            raise WorkerError(f"vLLM could not process layer {self.name!r}: {type(error).__name__}: {error}") from error
 
     def leave_to_loader(self, reason: str) -> None:
         """Gives up on planning it; the first reason counts."""
@@ -104,7 +116,7 @@ class Layers:
         """Tensors that layers of these ways need."""
         return {name for layer in self if layer.way in ways for name in self._sources(layer)}
 
-    def can_be_rebuilt(self, layer: Layer) -> str:
+    def obstacle_to_rebuilding(self, layer: Layer) -> str:
         """Says what keeps a layer from being rebuilt; empty if nothing does."""
         parameters, buffers = compat.layerwise().info(layer.module).restore_metadata
         if buffers:
@@ -132,7 +144,7 @@ class Layers:
     def rebuild(self, layer: Layer) -> None:
         """Has a layer rebuilt, or left to the loader where that cannot be done."""
         layer.way = Way.REBUILT
-        obstacle = self.can_be_rebuilt(layer)
+        obstacle = self.obstacle_to_rebuilding(layer)
         if obstacle:
             layer.leave_to_loader(obstacle)
 

@@ -20,7 +20,7 @@ from checkpoint_engine.engine.loading import rejection
 from checkpoint_engine.errors import CheckpointEngineError
 from checkpoint_engine.reload.plan import Recording, ReloadPlan, make_plan
 from checkpoint_engine.reload.recorder import LoaderError, record
-from checkpoint_engine_vllm import compat
+from checkpoint_engine_vllm import compat, shadow
 from checkpoint_engine_vllm.protocols import ModelConfig, VllmConfig
 
 logger = logging.getLogger(__name__)
@@ -161,8 +161,8 @@ def _make_plan(
     live: torch.nn.Module,
 ) -> LoadPlan | None:
     try:
-        model = compat.build_without_data(config, model_config)
-        compat.lend_tables(live, model)
+        model = shadow.build_without_data(config, model_config)
+        shadow.lend_tables(live, model)
     except CheckpointEngineError:
         raise
     except Exception as error:  # noqa: BLE001 - any model may fail in any way without data; the checks at the end remain

@@ -172,12 +172,7 @@ class PlannedReload:
             self._replay.fill(target, memory)
             if self._proof is not None:
                 self._proof.find(target, memory)
-        try:
-            self._layerwise.process(layer.module)
-        except Exception as error:
-            raise WorkerError(
-                f"vLLM could not process layer {layer.name!r}: {type(error).__name__}: {error}"
-            ) from error
+        layer.process()
         del self._open[layer.name], self._in_place[layer.name]
         self._done.append(layer)
 

@@ -45,7 +45,7 @@ class ProvingReload:
 
     def begin(self) -> None:
         """See `Reload`."""
-        rebuilt = [layer for layer in self._planned.values() if not self._layers.can_be_rebuilt(layer)]
+        rebuilt = [layer for layer in self._planned.values() if not self._layers.obstacle_to_rebuilding(layer)]
         self._reload.begin()
         self._filling = Filling(rebuilt, self._layers.plan.reload.recording.origins)
         for layer in self._planned.values():

@@ -291,7 +291,7 @@ def view_bucket(staging: torch.Tensor, bucket: Bucket, offset: int, *, stays: ob
     """
     if not bucket.fits(offset, staging.numel()):
         raise LinkError(
-            f"a bucket with {bucket.names[0]!r} and {len(bucket.names) - 1} more tensors at byte {offset} leaves the "
+            f"a bucket of {len(bucket.names)} tensors ({', '.join(bucket.names[:1])} …) at byte {offset} leaves the "
             f"staging memory of {staging.numel()} bytes"
         )
     aligned = bucket.alignment > 0 and offset % bucket.alignment == 0
