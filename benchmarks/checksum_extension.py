@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from typing import Any
 
 import torch
 
+from checkpoint_engine.engine.adapter import Update
+from checkpoint_engine.engine.layouts import known_layouts
+from checkpoint_engine.engine.receiver import view_bucket
 from checkpoint_engine_vllm import WorkerExtension, compat
+from checkpoint_engine_vllm.extension import state_of
 
 
 class ChecksumExtension(WorkerExtension):
@@ -43,6 +48,24 @@ class ChecksumExtension(WorkerExtension):
     def checkpoint_engine_memory(self: Any) -> tuple[int, int]:
         """Free and total bytes of this worker's GPU."""
         return torch.cuda.mem_get_info()
+
+    def checkpoint_engine_takeover(self: Any) -> dict[str, float]:
+        """Seconds that buckets of the last layout take once they lie on the GPU; leaves nonsense as weights."""
+        adapter, layout = state_of(self).adapter, list(known_layouts().values())[-1]
+        memory = torch.zeros(max(bucket.end for bucket in layout.buckets), dtype=torch.uint8, device="cuda")
+        torch.cuda.synchronize()
+        times = [time.perf_counter()]
+        adapter.begin(Update("takeover", "takeover", "takeover", layout.tensors, "auto"))
+        times.append(time.perf_counter())
+        for bucket in layout.buckets:
+            adapter.load(view_bucket(memory, bucket, 0))
+            torch.cuda.current_stream().synchronize()
+        times.append(time.perf_counter())
+        adapter.finish()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter())
+        steps = zip(("begin", "load", "finish"), times, times[1:], strict=False)
+        return {"buckets": len(layout.buckets), **{step: end - begin for step, begin, end in steps}}
 
 
 def _digest(module: torch.nn.Module) -> str:

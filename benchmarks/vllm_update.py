@@ -2,6 +2,8 @@
 
     python benchmarks/vllm_update.py moe30b --holes     a model of that size, made in /dev/shm
 
+Then how long buckets take once they lie on the GPU, which is what vLLM's own loader compares with.
+
 Needs vLLM and both packages in this environment. `vllm_formats.py` beside this shows that updates are right.
 """
 
@@ -58,6 +60,8 @@ def measure(arguments: argparse.Namespace) -> None:
             print(json.dumps(runs[-1]), flush=True)
         if server.tokens() == before:
             raise SystemExit("the update changed nothing")
+        # Last: it leaves nonsense as weights. What lies on the GPU waits for nothing but the engine.
+        takeovers = [server.rpc("checkpoint_engine_takeover")[0] for _ in range(arguments.repeat)]
         record = {
             "workload": arguments.workload,
             "ways": arguments.ways,
@@ -69,6 +73,7 @@ def measure(arguments: argparse.Namespace) -> None:
             "staging": ps.last_report.staging,
             "seconds": {"register": registered},
             "updates": runs,
+            "takeovers": takeovers,
         }
     arguments.output.mkdir(parents=True, exist_ok=True)
     path = arguments.output / f"vllm-{arguments.workload}-{time.strftime('%Y%m%d-%H%M%S')}.json"
@@ -84,6 +89,11 @@ def measure(arguments: argparse.Namespace) -> None:
             if values and (value := statistics.median(values)):
                 rate, each = nbytes / value / 1e9, value / tensors * 1e6
                 print(f"{stage:12}{value:8.3f} s {rate:8.1f} GB/s {each:8.1f} µs a tensor")
+    steps = ("begin", "load", "finish")
+    medians = {step: statistics.median(takeover[step] for takeover in record["takeovers"]) for step in steps}
+    medians["all"] = statistics.median(sum(takeover[step] for step in steps) for takeover in record["takeovers"])
+    print(f"taking over {record['takeovers'][0]['buckets']} buckets on the GPU, in medians:")
+    print("  ".join(f"{step} {value:.3f} s" for step, value in medians.items()))
     print(f"{'register':10}{seconds['register']:8.3f} s;  staging {record['staging']}")
 
 

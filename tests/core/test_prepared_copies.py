@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from checkpoint_engine.device.copy_calls import MOST_COPIES, CopyCalls
+from checkpoint_engine.device.copy_calls import FEW_COPIES, MOST_COPIES, CopyCalls
 from checkpoint_engine.device.prepared_copies import prepare_copies
 from checkpoint_engine.errors import CheckpointEngineError
 from checkpoint_engine.planning.byte_runs import ByteRuns, Copy, Layout, plan_byte_runs
@@ -148,16 +148,22 @@ def copied_by(calls: CopyCalls, count: int) -> bool:
 @pytest.mark.parametrize("major", [12, 13])
 def test_one_call_for_thousands_of_copies(major: int) -> None:
     driver = MemmoveDriver(major)
-    assert copied_by(CopyCalls(driver.library, major), MOST_COPIES + 1)
-    assert driver.calls == [f"batch of {MOST_COPIES}", "batch of 1"]
+    assert copied_by(CopyCalls(driver.library, major), 2 * MOST_COPIES)
+    assert driver.calls == [f"batch of {MOST_COPIES}"] * 2
+
+
+def test_a_few_copies_are_done_one_by_one() -> None:
+    driver = MemmoveDriver(13)
+    assert copied_by(CopyCalls(driver.library, 13), FEW_COPIES)
+    assert driver.calls == ["plain"] * FEW_COPIES
 
 
 def test_a_driver_that_lacks_batches_gets_one_copy_after_the_other() -> None:
     driver = MemmoveDriver(13, batch_error=801)
-    calls = CopyCalls(driver.library, 13)
-    assert copied_by(calls, 3)
-    assert copied_by(calls, 1)
-    assert driver.calls == ["batch of 3", "cleared", "plain", "plain", "plain", "plain"], "it is asked once"
+    calls, many = CopyCalls(driver.library, 13), FEW_COPIES + 1
+    assert copied_by(calls, many)
+    assert copied_by(calls, many)
+    assert driver.calls == [f"batch of {many}", "cleared", *["plain"] * (2 * many)], "it is asked once"
     old = MemmoveDriver(12, with_batches=False)
     assert copied_by(CopyCalls(old.library, 12), 2)
     assert old.calls == ["plain", "plain"]
@@ -178,13 +184,27 @@ def test_rows() -> None:
     assert target.view(4, 3).tolist() == source.view(4, 6)[:, 1:4].tolist()
 
 
+PLACES = {"pinned": torch.Tensor.pin_memory, "pageable": torch.Tensor.clone, "device": torch.Tensor.cuda}
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("memory", ["pinned", "pageable", "device"])
+@pytest.mark.parametrize("memory", PLACES)
+def test_many_copies_to_a_gpu(memory: str) -> None:
+    """Every second element, thousands of them: batches."""
+    gpu = torch.device("cuda", torch.cuda.current_device())
+    count = 2 * MOST_COPIES
+    runs = plan_byte_runs(Copy(0, 4 * item, 0, 2 * item, Layout((), (), (), 2)) for item in range(count))
+    source = PLACES[memory](torch.arange(2 * count, dtype=torch.int16))
+    target = torch.zeros(count, dtype=torch.int16, device=gpu)
+    prepare_copies(runs, gpu, source_stays=False, targets_stay=True).start(source.view(torch.uint8), [target])
+    assert torch.equal(target.cpu(), source.cpu()[::2])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("memory", PLACES)
 def test_copies_to_a_gpu(memory: str) -> None:
     gpu = torch.device("cuda", torch.cuda.current_device())
-    source = {"pinned": torch.Tensor.pin_memory, "pageable": torch.Tensor.clone, "device": torch.Tensor.cuda}[memory](
-        noise(1)
-    )
+    source = PLACES[memory](noise(1))
     copies = prepare_copies(some_runs(), gpu, source_stays=False, targets_stay=True)
     targets = [
         torch.zeros(512, dtype=torch.int16, device=gpu),

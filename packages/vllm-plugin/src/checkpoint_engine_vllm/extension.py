@@ -32,14 +32,14 @@ class WorkerExtension:
         Returns a report: `ok`, `dirty` (the weights may be a mixture), `version` held now, `error`, `phase`, `seconds`.
         """
         del version  # the sender says it as well
-        return _state_of(cast("Worker", self)).update(handles, float(timeout))
+        return state_of(cast("Worker", self)).update(handles, float(timeout))
 
     def checkpoint_engine_status(self) -> dict[str, Any]:
         """What this worker holds: `version`, `dirty`, `updating`, and library versions.
 
         `error` is that of the last update; `last_update` has the figures of the last one that succeeded.
         """
-        return _state_of(cast("Worker", self)).status()
+        return state_of(cast("Worker", self)).status()
 
     def update_weights_from_ipc(self, handles: Mapping[str, str]) -> None:
         """Takes the update that one of `handles` (device identity -> handle) offers to this worker.
@@ -47,7 +47,7 @@ class WorkerExtension:
         Raises:
             CheckpointEngineError: it did not succeed.
         """
-        _state_of(cast("Worker", self)).receive(handles, _DEFAULT_TIMEOUT)
+        state_of(cast("Worker", self)).receive(handles, _DEFAULT_TIMEOUT)
 
 
 class WorkerState:
@@ -55,7 +55,8 @@ class WorkerState:
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
-        self._adapter = patched.PatchedAdapter(worker) if patched.is_needed() else VllmAdapter(worker)
+        self.adapter = patched.PatchedAdapter(worker) if patched.is_needed() else VllmAdapter(worker)
+        """Puts tensors into this worker."""
         self._busy = threading.Lock()
         self._error = ""
         self._details: Mapping[str, str | int | float] = {}
@@ -63,8 +64,8 @@ class WorkerState:
     def status(self) -> dict[str, Any]:
         """See `WorkerExtension.checkpoint_engine_status`."""
         return {
-            "version": self._adapter.version,
-            "dirty": self._adapter.dirty,
+            "version": self.adapter.version,
+            "dirty": self.adapter.dirty,
             "updating": self._busy.locked(),
             "error": self._error,
             "rank": int(self._worker.rank),
@@ -93,7 +94,7 @@ class WorkerState:
         try:
             device, rank, world_size = _place_of(self._worker, len(handles))
             handle = pick_handle(handles, device, rank, world_size)
-            received = receive_update(handle, self._adapter, device, timeout=timeout)
+            received = receive_update(handle, self.adapter, device, timeout=timeout)
         except Exception as error:
             self._error = f"{type(error).__name__}: {error}"
             logger.exception("update of the weights failed; the worker %s", self._describe())
@@ -105,12 +106,13 @@ class WorkerState:
         return received
 
     def _describe(self) -> str:
-        if self._adapter.dirty:
+        if self.adapter.dirty:
             return "may hold a mixture of old and new weights until a complete update succeeds"
-        return f"still holds version {self._adapter.version!r}"
+        return f"still holds version {self.adapter.version!r}"
 
 
-def _state_of(worker: Worker) -> WorkerState:
+def state_of(worker: Worker) -> WorkerState:
+    """What is kept beside a worker; made when it is first asked for."""
     state = cast("WorkerState | None", getattr(worker, _STATE, None))
     if state is None:
         state = WorkerState(worker)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 MOST_COPIES = 4096
 """Of one call."""
+FEW_COPIES = 8
+"""So many at most are done one by one: on an H100, 4 in 256 MiB take 0.23 ms so and 0.28 ms as a batch, 16 the same."""
 _BY_ADDRESS = 4
 """`cudaMemcpyDefault`: the driver knows which memory an address is of."""
 _IN_STREAM_ORDER = 1
@@ -65,7 +67,8 @@ class CopyCalls:
         """
         for begin in range(0, len(sizes), MOST_COPIES):
             part = slice(begin, begin + MOST_COPIES)
-            if not self._copy_batch(targets[part], sources[part], sizes[part], stream):
+            few = len(sizes[part]) <= FEW_COPIES
+            if few or not self._copy_batch(targets[part], sources[part], sizes[part], stream):
                 self._copy_each(targets[part], sources[part], sizes[part], stream)
 
     def copy_rows(self, table: torch.Tensor, stream: int) -> None:
@@ -103,8 +106,8 @@ class CopyCalls:
         return not error
 
     def _copy_each(self, targets: torch.Tensor, sources: torch.Tensor, sizes: torch.Tensor, stream: int) -> None:
-        table: Any = torch.stack((targets, sources, sizes), 1)
-        for target, source, nbytes in table.tolist():
+        lists: tuple[list[int], ...] = tuple(cast("Any", numbers).tolist() for numbers in (targets, sources, sizes))
+        for target, source, nbytes in zip(*lists, strict=True):
             self._check(self._copy(target, source, nbytes, _BY_ADDRESS, stream), f"copying {nbytes} bytes")
 
     def _check(self, error: int, doing: str) -> None:

@@ -108,9 +108,10 @@ class _CopiesToGpu:
         with torch.cuda.device(self._device):
             addresses = bases[self._flat_targets] + self._flat_places
             self._calls.copy(addresses, self._flat_sources + source.data_ptr(), self._flat_sizes, own.cuda_stream)
-            self._rows[:, 0] = bases[self._row_targets] + self._row_places
-            self._rows[:, 2] = self._row_sources + source.data_ptr()
-            self._calls.copy_rows(self._rows, own.cuda_stream)
+            if len(self._rows):
+                self._rows[:, 0] = bases[self._row_targets] + self._row_places
+                self._rows[:, 2] = self._row_sources + source.data_ptr()
+                self._calls.copy_rows(self._rows, own.cuda_stream)
         current.wait_stream(own)
 
 
