@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from checkpoint_engine.device.copy_calls import FEW_COPIES, MOST_COPIES, CopyCalls
-from checkpoint_engine.device.prepared_copies import prepare_copies
+from checkpoint_engine.device.copy_calls import MOST_COPIES, CopyCalls
+from checkpoint_engine.device.prepared_copies import FEW_COPIES, prepare_copies
 from checkpoint_engine.errors import CheckpointEngineError
 from checkpoint_engine.planning.byte_runs import ByteRuns, Copy, Layout, plan_byte_runs
 
@@ -152,18 +152,12 @@ def test_one_call_for_thousands_of_copies(major: int) -> None:
     assert driver.calls == [f"batch of {MOST_COPIES}"] * 2
 
 
-def test_a_few_copies_are_done_one_by_one() -> None:
-    driver = MemmoveDriver(13)
-    assert copied_by(CopyCalls(driver.library, 13), FEW_COPIES)
-    assert driver.calls == ["plain"] * FEW_COPIES
-
-
 def test_a_driver_that_lacks_batches_gets_one_copy_after_the_other() -> None:
     driver = MemmoveDriver(13, batch_error=801)
-    calls, many = CopyCalls(driver.library, 13), FEW_COPIES + 1
-    assert copied_by(calls, many)
-    assert copied_by(calls, many)
-    assert driver.calls == [f"batch of {many}", "cleared", *["plain"] * (2 * many)], "it is asked once"
+    calls = CopyCalls(driver.library, 13)
+    assert copied_by(calls, 3)
+    assert copied_by(calls, 1)
+    assert driver.calls == ["batch of 3", "cleared", "plain", "plain", "plain", "plain"], "it is asked once"
     old = MemmoveDriver(12, with_batches=False)
     assert copied_by(CopyCalls(old.library, 12), 2)
     assert old.calls == ["plain", "plain"]
@@ -189,10 +183,10 @@ PLACES = {"pinned": torch.Tensor.pin_memory, "pageable": torch.Tensor.clone, "de
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("memory", PLACES)
-def test_many_copies_to_a_gpu(memory: str) -> None:
-    """Every second element, thousands of them: batches."""
+@pytest.mark.parametrize("count", [FEW_COPIES, FEW_COPIES + 1, 2 * MOST_COPIES])
+def test_every_second_element_to_a_gpu(memory: str, count: int) -> None:
+    """One by one, in a batch, and in several."""
     gpu = torch.device("cuda", torch.cuda.current_device())
-    count = 2 * MOST_COPIES
     runs = plan_byte_runs(Copy(0, 4 * item, 0, 2 * item, Layout((), (), (), 2)) for item in range(count))
     source = PLACES[memory](torch.arange(2 * count, dtype=torch.int16))
     target = torch.zeros(count, dtype=torch.int16, device=gpu)
@@ -202,7 +196,7 @@ def test_many_copies_to_a_gpu(memory: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("memory", PLACES)
-def test_copies_to_a_gpu(memory: str) -> None:
+def test_runs_and_rows_to_a_gpu(memory: str) -> None:
     gpu = torch.device("cuda", torch.cuda.current_device())
     source = PLACES[memory](noise(1))
     copies = prepare_copies(some_runs(), gpu, source_stays=False, targets_stay=True)

@@ -11,6 +11,8 @@ import torch
 from checkpoint_engine.device.copy_calls import load_copy_calls
 from checkpoint_engine.planning.byte_runs import ByteRuns
 
+FEW_COPIES = 8
+"""So many at most are queued one by one: on an H100, 4 that fill 256 MiB take 0.23 ms so, and 0.28 ms as a batch."""
 _HERE = torch.device("cpu")
 
 
@@ -95,6 +97,10 @@ class _CopiesToGpu:
         self._row_targets, self._row_places, self._row_sources = target[~flat], place[~flat], start[~flat]
         rows = torch.stack((torch.zeros_like(start), target_pitch, start, pitch, width, height), 1)
         self._rows = rows[~flat]
+        self._few: list[tuple[int, int, int, int]] | None = None
+        """Number of the target, place in it, start in the source and bytes of each copy, if these are all there are."""
+        if len(runs.table) <= FEW_COPIES and not len(self._rows):
+            self._few = cast("Any", torch.stack((target, place, start, width), 1)).tolist()
 
     def start(self, source: torch.Tensor, targets: Sequence[torch.Tensor]) -> None:
         """Queues the copies.
@@ -102,16 +108,23 @@ class _CopiesToGpu:
         Raises:
             CheckpointEngineError: the driver refuses.
         """
-        bases = torch.tensor([target.data_ptr() for target in targets], dtype=torch.int64, device=_HERE)
+        bases, origin = [target.data_ptr() for target in targets], source.data_ptr()
+        with torch.cuda.device(self._device):
+            if self._few is not None:
+                copies = ((bases[target] + place, origin + start, nbytes) for target, place, start, nbytes in self._few)
+                self._calls.copy_each(copies, torch.cuda.current_stream(self._device).cuda_stream)
+            else:
+                self._start_batch(torch.tensor(bases, dtype=torch.int64, device=_HERE), origin)
+
+    def _start_batch(self, bases: torch.Tensor, origin: int) -> None:
         current, own = torch.cuda.current_stream(self._device), _own_stream(self._device)
         own.wait_stream(current)
-        with torch.cuda.device(self._device):
-            addresses = bases[self._flat_targets] + self._flat_places
-            self._calls.copy(addresses, self._flat_sources + source.data_ptr(), self._flat_sizes, own.cuda_stream)
-            if len(self._rows):
-                self._rows[:, 0] = bases[self._row_targets] + self._row_places
-                self._rows[:, 2] = self._row_sources + source.data_ptr()
-                self._calls.copy_rows(self._rows, own.cuda_stream)
+        addresses = bases[self._flat_targets] + self._flat_places
+        self._calls.copy(addresses, self._flat_sources + origin, self._flat_sizes, own.cuda_stream)
+        if len(self._rows):
+            self._rows[:, 0] = bases[self._row_targets] + self._row_places
+            self._rows[:, 2] = self._row_sources + origin
+            self._calls.copy_rows(self._rows, own.cuda_stream)
         current.wait_stream(own)
 
 
