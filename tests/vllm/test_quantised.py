@@ -142,18 +142,20 @@ def test_an_update_that_breaks_off_leaves_the_old_weights_or_is_healed(
     assert holds(engine, expected[b])
 
 
+@pytest.mark.parametrize("kind", ["fp8block", "fp8moe", "int8", "wna16"])
 def test_direct(
     serve: Callable[..., Any],
     update: Callable[..., subprocess.CompletedProcess[str]],
     engine: Engine,
     cold: Cold,
     quantised: Path,
+    kind: str,
 ) -> None:
     engine("mock_kernels")
-    names = ("fp8block-b", "fp8block")
+    names = (f"{kind}-b", kind)
     expected = {name: cold(str(quantised / name))["tokens"] for name in names}
     options = ("--load-format", "dummy", "--worker-extension-cls", "mock_kernels.MockedExtension")
-    server = serve(quantised / "fp8block", *options, PYTHONPATH=HERE)
+    server = serve(quantised / kind, *options, PYTHONPATH=HERE)
     for way in ("broadcast", "direct"):
         for name in names:
             done = update(quantised / name, server, "--method", way, "--json")
@@ -161,3 +163,4 @@ def test_direct(
             assert server.tokens() == expected[name]
     said = json.loads(done.stdout)
     assert (said["method"], said["engine"][0]["reload"], said["engine"][0]["loader_bytes"]) == ("direct", "plan", 0)
+    server.close()
