@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from sglang_server import PORTS, PROMPTS, Server, serving, update
+from measured import update
+from sglang_server import PORTS, PROMPTS, Server, serving
 
 from checkpoint_engine.errors import CheckpointEngineError
 from checkpoint_engine.server import ParameterServer
@@ -166,7 +167,7 @@ def takes_updates(ps: ParameterServer, servers: list[Server], a: Path, b: Path, 
     ways = [f"graphs captured {graphs} times"]
     for which, way in STEPS:
         path = {"a": a, "b": b}[which]
-        update(ps, updated, path.name, way)
+        update(ps, updated.client, path.name, way)
         compare(f"{way} {which}", updated, cold[path])
         ways.append(f"{ps.last_report.engine['reload']} {ps.last_report.engine['loader_bytes']}")
     verifies(updated, a, b, device)

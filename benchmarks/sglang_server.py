@@ -16,7 +16,6 @@ from typing import Any
 import httpx
 
 from checkpoint_engine.deadline import Deadline
-from checkpoint_engine.server import ParameterServer
 from checkpoint_engine_sglang import SGLangClient, routes
 
 PROMPTS = [[3, 17, 42, 99], [7] * 9, list(range(100, 130))]
@@ -140,16 +139,3 @@ def serving(
             server.process.terminate()
         for server in servers:
             server.close()
-
-
-def update(ps: ParameterServer, server: Server, name: str, way: str = "broadcast:auto") -> None:
-    """One update of one server; a way is a method and how SGLang takes tensors over."""
-    method, reload = way.split(":")
-    ps.update(
-        name,
-        lambda handles: server.client.update_weights(
-            dict(handles), version=name, pause="keep", reset_caches=True, timeout=300
-        ),
-        method=method,
-        reload=reload,
-    )

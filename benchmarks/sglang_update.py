@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from checkpoints import make_model
-from sglang_server import serving, update
+from measured import register, save, show_ways, update
+from sglang_server import serving
 from workloads import WORKLOADS
 
 from checkpoint_engine.server import ParameterServer
@@ -37,17 +38,12 @@ def measure(arguments: argparse.Namespace) -> None:
         ParameterServer(rank=0, world_size=1, device=arguments.device) as ps,
     ):
         print(f"SGLang can be updated after {time.perf_counter() - started:.0f} s", flush=True)
-        begin = time.perf_counter()
-        in_place = not any(way.startswith("direct") for way in arguments.ways)
-        files = sorted(model.glob("*.safetensors"))
-        ps.register_checkpoint("bench", files=files, use_inplace_pin_memory=in_place)
-        ps.gather_metas("bench")
-        registered = time.perf_counter() - begin
+        registered = register(ps, model, arguments.ways)
         runs, tokens = [], None
         # One way after the other: what a worker keeps registered for direct updates goes with a broadcast.
         for way in (way for way in arguments.ways for _ in range(arguments.repeat)):
             begin = time.perf_counter()
-            update(ps, server, "bench", way)
+            update(ps, server.client, "bench", way)
             wall = time.perf_counter() - begin
             runs.append({"way": way, "wall": wall, **ps.last_report.seconds, **ps.last_report.engine})
             print(json.dumps(runs[-1]), flush=True)
@@ -67,25 +63,15 @@ def measure(arguments: argparse.Namespace) -> None:
             "seconds": {"register": registered},
             "updates": runs,
         }
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    path = arguments.output / f"sglang-{arguments.workload}-{time.strftime('%Y%m%d-%H%M%S')}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    save(record, arguments.output, "sglang")
     show(record)
 
 
-def show(record: dict) -> None:
+def show(record: dict[str, Any]) -> None:
     """Prints a table."""
     nbytes, tensors, version = record["bytes"], record["tensors"], record["versions"]["sglang"]
     print(f"\n{record['workload']}: {nbytes / 1e9:.1f} GB in {tensors} tensors into SGLang {version}")
-    for way in record["ways"]:
-        # By plan, the first update of all is the proof and the second its check.
-        of_way = [run for run in record["updates"] if run["way"] == way]
-        print(f"{way}, first {of_way[0]['wall']:.3f} s; then, in medians:")
-        for stage in ("connect", "copy", "load", "finish", "total", "wall"):
-            values = [run[stage] for run in of_way[2:] or of_way if stage in run]
-            if values and (value := statistics.median(values)):
-                rate, each = nbytes / value / 1e9, value / tensors * 1e6
-                print(f"{stage:12}{value:8.3f} s {rate:8.1f} GB/s {each:8.1f} µs a tensor")
+    show_ways(record)
     registered, staging, graphs = record["seconds"]["register"], record["staging"], record["graphs"]
     print(f"register {registered:.3f} s; staging {staging}; graphs captured {graphs} times")
 

@@ -25,7 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_server import HERE, Server, serving, update
+from measured import update
+from vllm_server import HERE, Server, serving
 
 from checkpoint_engine.errors import CheckpointEngineError
 from checkpoint_engine.server import ParameterServer
@@ -176,7 +177,7 @@ def updates(ps: ParameterServer, server: Server, cold: dict[Path, dict[str, Any]
             if asleep:
                 server.post("/sleep?level=2")
                 server.post("/wake_up?tags=weights")
-            update(ps, server, path.name, way)
+            update(ps, server.client, path.name, way)
             if asleep:
                 server.post("/wake_up?tags=kv_cache")
         except CheckpointEngineError as error:

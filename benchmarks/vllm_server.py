@@ -16,7 +16,6 @@ import httpx
 
 from checkpoint_engine.deadline import Deadline
 from checkpoint_engine.engine.endpoint import Endpoint, Reply
-from checkpoint_engine.server import ParameterServer
 from checkpoint_engine_vllm import VllmClient
 
 HERE = Path(__file__).parent
@@ -118,16 +117,3 @@ def serving(
     finally:
         for server in servers:
             server.close()
-
-
-def update(ps: ParameterServer, server: Server, name: str, way: str = "broadcast:auto") -> None:
-    """One update of one server; a way is a method and how vLLM takes tensors over."""
-    method, reload = way.split(":")
-    ps.update(
-        name,
-        lambda handles: server.client.update_weights(
-            dict(handles), version=name, pause="keep", reset_caches=True, timeout=300
-        ),
-        method=method,
-        reload=reload,
-    )

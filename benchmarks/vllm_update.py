@@ -14,10 +14,12 @@ import json
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from checkpoints import make_model
-from vllm_server import serving, update
+from measured import register, save, show_ways, update
+from vllm_server import serving
 from workloads import WORKLOADS
 
 from checkpoint_engine.server import ParameterServer
@@ -39,19 +41,14 @@ def measure(arguments: argparse.Namespace) -> None:
         ParameterServer(rank=0, world_size=1, device="cuda") as ps,
     ):
         print(f"vLLM serves after {time.perf_counter() - started:.0f} s", flush=True)
-        begin = time.perf_counter()
-        in_place = not any(way.startswith("direct") for way in arguments.ways)
-        files = sorted(model.glob("*.safetensors"))
-        ps.register_checkpoint("bench", files=files, use_inplace_pin_memory=in_place)
-        ps.gather_metas("bench")
-        registered = time.perf_counter() - begin
+        registered = register(ps, model, arguments.ways)
         before = server.tokens()
         runs = []
         # One way after the other: what a worker keeps registered for direct updates goes with a broadcast.
         for way in (way for way in arguments.ways for _ in range(arguments.repeat)):
             free_before = server.rpc("checkpoint_engine_memory")
             begin = time.perf_counter()
-            update(ps, server, "bench", way)
+            update(ps, server.client, "bench", way)
             wall = time.perf_counter() - begin
             report = ps.last_report
             asked = {path: seconds for path, seconds in server.timed.seconds.items() if path != "/health"}
@@ -75,26 +72,21 @@ def measure(arguments: argparse.Namespace) -> None:
             "updates": runs,
             "takeovers": takeovers,
         }
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    path = arguments.output / f"vllm-{arguments.workload}-{time.strftime('%Y%m%d-%H%M%S')}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    tensors, seconds = record["tensors"], record["seconds"]
-    print(f"\n{arguments.workload}: {nbytes / 1e9:.1f} GB in {tensors} tensors into vLLM {record['versions']['vllm']}")
-    for way in arguments.ways:
-        # By plan, the first update of all is the proof and the second its check.
-        of_way = [run for run in runs if run["way"] == way]
-        print(f"{way}, first {of_way[0]['wall']:.3f} s; then, in medians:")
-        for stage in ("connect", "copy", "load", "finish", "/pause", "/resume", "total", "wall"):
-            values = [run[stage] for run in of_way[2:] or of_way if stage in run]
-            if values and (value := statistics.median(values)):
-                rate, each = nbytes / value / 1e9, value / tensors * 1e6
-                print(f"{stage:12}{value:8.3f} s {rate:8.1f} GB/s {each:8.1f} µs a tensor")
+    save(record, arguments.output, "vllm")
+    show(record)
+
+
+def show(record: dict[str, Any]) -> None:
+    """Prints a table."""
+    nbytes, tensors, version = record["bytes"], record["tensors"], record["versions"]["vllm"]
+    print(f"\n{record['workload']}: {nbytes / 1e9:.1f} GB in {tensors} tensors into vLLM {version}")
+    show_ways(record, "/pause", "/resume")
     steps = ("begin", "load", "finish")
     medians = {step: statistics.median(takeover[step] for takeover in record["takeovers"]) for step in steps}
     medians["all"] = statistics.median(sum(takeover[step] for step in steps) for takeover in record["takeovers"])
     print(f"taking over {record['takeovers'][0]['buckets']} buckets on the GPU, in medians:")
     print("  ".join(f"{step} {value:.3f} s" for step, value in medians.items()))
-    print(f"{'register':10}{seconds['register']:8.3f} s;  staging {record['staging']}")
+    print(f"register {record['seconds']['register']:.3f} s; staging {record['staging']}")
 
 
 def main() -> None:
