@@ -7,6 +7,7 @@ has them: transposed, permuted, repacked in another dtype. So whoever loads a ch
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -124,26 +125,35 @@ class Experts(cpu_moe.CPUExpertsFp8):
         del weight_key, activation_key
         return True
 
-    def apply(
-        self,
-        output: torch.Tensor,
-        hidden_states: torch.Tensor,
-        w1: torch.Tensor,
-        w2: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        *_: Any,
-        **__: Any,
-    ) -> None:
+    def apply(self, **given: Any) -> torch.Tensor | None:
+        """Writes into `output`; before 0.32 it returns what it computes, and chooses the experts itself."""
+        hidden_states, w1, w2 = given["hidden_states"], given["w1"], given["w2"]
+        alone = "router_logits" in given
+        shares, chosen = choose(self, given) if alone else (given["topk_weights"], given["topk_ids"])
         up, gate = w1.transpose(1, 2).chunk(2, dim=1)
         gate_and_up = scaled(torch.cat([gate, up], dim=1), self.w1_scale)
         down = scaled(w2.transpose(1, 2), self.w2_scale)
         result = torch.zeros_like(hidden_states, dtype=torch.float32)
-        for token, (experts, shares) in enumerate(zip(topk_ids.tolist(), topk_weights.float(), strict=True)):
-            for expert, share in zip(experts, shares, strict=True):
+        for token, (experts, parts) in enumerate(zip(chosen.tolist(), shares.float(), strict=True)):
+            for expert, share in zip(experts, parts, strict=True):
                 opened, kept = (gate_and_up[expert] @ hidden_states[token].float()).chunk(2)
                 result[token] += share * (down[expert] @ (torch.nn.functional.silu(opened) * kept))
-        output.copy_(result)
+        return result.to(hidden_states.dtype) if alone else given["output"].copy_(result)
+
+
+def choose(experts: Any, given: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """As vLLM's own kernel for the CPU does before 0.32."""
+    vllms: Any = importlib.import_module("vllm.model_executor.layers.fused_moe.cpu_fused_moe")
+    return vllms.select_experts(
+        given["hidden_states"],
+        given["router_logits"],
+        experts.moe_config.experts_per_token,
+        use_grouped_topk=given["num_expert_group"] is not None,
+        renormalize=True,
+        topk_group=given["topk_group"],
+        num_expert_group=given["num_expert_group"],
+        e_score_correction_bias=given["e_score_correction_bias"],
+    )
 
 
 def scaled(weights: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
