@@ -71,10 +71,14 @@ class EngineProcess:
 
     def __init__(self, python: Path, log: Path) -> None:
         self.log = log
+        self._python = python
+        self._start()
+
+    def _start(self) -> None:
         reading, writing = os.pipe()
-        with log.open("w") as output:
+        with self.log.open("w") as output:
             self._process = subprocess.Popen(
-                [python, HERE / "engine_process.py", str(writing)],
+                [self._python, HERE / "engine_process.py", str(writing)],
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=output,
@@ -91,8 +95,10 @@ class EngineProcess:
         self._process.stdin.flush()
         line = self._answers.readline()
         if not line:
-            code = self._process.wait(timeout=30)
-            raise AssertionError(f"the engine process ended with {code}:\n{self.log.read_text()[-4000:]}")
+            code, said = self._process.wait(timeout=30), self.log.read_text()[-4000:]
+            self.close()
+            self._start()  # for the tests that follow
+            raise AssertionError(f"the engine process ended with {code}:\n{said}")
         return json.loads(line)
 
     def close(self) -> None:

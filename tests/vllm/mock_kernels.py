@@ -125,6 +125,10 @@ class Experts(cpu_moe.CPUExpertsFp8):
         del weight_key, activation_key
         return True
 
+    @staticmethod
+    def _supports_routing_method(*_: Any) -> bool:
+        return True
+
     def apply(self, **given: Any) -> torch.Tensor | None:
         """Writes into `output`; before 0.32 it returns what it computes, and chooses the experts itself."""
         hidden_states, w1, w2 = given["hidden_states"], given["w1"], given["w2"]
@@ -143,7 +147,8 @@ class Experts(cpu_moe.CPUExpertsFp8):
 
 def choose(experts: Any, given: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """As vLLM's own kernel for the CPU does before 0.32."""
-    vllms: Any = importlib.import_module("vllm.model_executor.layers.fused_moe.cpu_fused_moe")
+    package = "vllm.model_executor.layers.fused_moe"
+    vllms: Any = cpu_moe if hasattr(cpu_moe, "select_experts") else importlib.import_module(f"{package}.cpu_fused_moe")
     return vllms.select_experts(
         given["hidden_states"],
         given["router_logits"],
