@@ -121,6 +121,27 @@ def update(adapter: Any, tensors: dict[str, torch.Tensor], mode: str) -> dict[st
     return dict(adapter.finish())
 
 
+def derived_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What DeepSeek's attention computes from its weights."""
+    return {
+        f"{prefix}.{name}": getattr(module, name)
+        for prefix, module in model.named_modules()
+        for name in ("w_kc", "w_vc", "w_scale")
+        if isinstance(getattr(module, name, None), torch.Tensor)
+    }
+
+
+def found_when_flipped(model: torch.nn.Module, adapter: Any, weights: dict[str, torch.Tensor]) -> dict[str, str]:
+    """What a comparison finds when one bit of one derived tensor is another, for each of them."""
+    found: dict[str, str] = {}
+    for name, tensor in derived_tensors(model).items():
+        first = tensor.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[tensor.itemsize])[(0,) * tensor.dim()]
+        first.bitwise_xor_(1)
+        found[name] = update(adapter.verifier(), weights, "verify")["different"]
+        first.bitwise_xor_(1)
+    return found
+
+
 def in_tree(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> str:
     """An update as SGLang's own worker does it."""
     model.load_weights(iter(tensors.items()))
@@ -155,6 +176,7 @@ def check(parent: Path, name: str) -> dict[str, Any]:
             result["reasons"].append(details["loader_reason"])
             result["rebuilt"] = details["rebuilt_layers"]
     result["compared"] = {key: update(adapter.verifier(), weights[key], "verify") for key in ("a", "b")}
+    result["flipped"] = found_when_flipped(model, adapter, weights["a"])
     result["changed by comparing"] = differing(model, fresh["a"])
     result["moved"] = [key for key, tensor in tensors_of(model) if tensor.data_ptr() != places.get(key)]
     result["exchanged"] = [key for key, tensor in tensors_of(model) if id(tensor) != objects.get(key)]

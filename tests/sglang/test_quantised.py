@@ -81,6 +81,16 @@ def test_compared_with_a_checkpoint(results: dict[str, Any], form: str) -> None:
     assert other["compared_tensors"] == equal["compared_tensors"]
     assert other["different_tensors"] > equal["compared_tensors"] // 4
     assert results[form]["changed by comparing"] == []
+    for name in ("derives", "only its loader can place it"):
+        assert name not in equal["not_compared"]
+
+
+@pytest.mark.parametrize(("form", "kinds"), [("mla", {"w_kc", "w_vc"}), ("fp8mla", {"w_kc", "w_vc", "w_scale"})])
+def test_one_bit_of_what_is_derived_from_weights_is_found(results: dict[str, Any], form: str, kinds: set[str]) -> None:
+    """By name; neither w_kc nor w_vc is among the model's parameters."""
+    flipped = results[form]["flipped"]
+    assert {name.rpartition(".")[2] for name in flipped} == kinds
+    assert flipped == {name: name for name in flipped}
 
 
 @pytest.mark.parametrize("form", FORMATS)

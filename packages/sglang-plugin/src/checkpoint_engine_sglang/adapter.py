@@ -13,11 +13,11 @@ import torch
 from checkpoint_engine.engine.adapter import Adapter, TensorSpec, Update
 from checkpoint_engine.engine.findings import Findings
 from checkpoint_engine.errors import CheckpointEngineError, CheckpointStateError, WeightsRejectedError, WorkerError
-from checkpoint_engine_sglang import places, quantised
+from checkpoint_engine_sglang import compat, places, quantised
 from checkpoint_engine_sglang.compat import Runner
 from checkpoint_engine_sglang.load import Load
 from checkpoint_engine_sglang.plans import Model, Plans
-from checkpoint_engine_sglang.verifying import Comparison
+from checkpoint_engine_sglang.verifying import Comparison, to_be_opened
 
 logger = logging.getLogger(__name__)
 
@@ -243,6 +243,8 @@ class SGLangVerifier(SGLangAdapter):
             raise WeightsRejectedError(
                 f"the {model.runner.role} model cannot be compared: its loader needs data to tell where tensors go"
             )
+        if not compat.is_reloading_by_itself(model.runner.model):
+            model.rebuild_too(to_be_opened(model))
         return Comparison(model, names, planned=True)
 
 

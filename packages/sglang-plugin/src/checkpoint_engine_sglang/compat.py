@@ -267,6 +267,25 @@ def finds_scales(layer: torch.nn.Module) -> bool:
     return getattr(config, "is_checkpoint_fp8_serialized", None) is False
 
 
+def deriving_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """What derives something from the weights once all are loaded: mostly the model, else the models that it holds."""
+    found: dict[str, torch.nn.Module] = {}
+    for name, module in named_modules(model):
+        inside = any(not outer or name.startswith(f"{outer}.") for outer in found)
+        if hasattr(module, "post_load_weights") and not inside:
+            found[name] = module
+    return list(found.values())
+
+
+def derive(module: torch.nn.Module, config: Any) -> None:  # noqa: ANN401
+    """Has one of them do so."""
+    shared = getattr(_module("sglang.srt.model_loader.utils"), "post_load_weights", None)
+    if shared is None:
+        cast("Any", module).post_load_weights()
+    else:
+        shared(module, config)  # before 0.5.14, where only this knows which models are drafts
+
+
 def forget_parameters(model: torch.nn.Module) -> None:
     """A few models keep a list of their parameters from their first load on."""
     vars(model).pop("_cached_params_dict", None)

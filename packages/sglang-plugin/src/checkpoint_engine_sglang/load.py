@@ -12,10 +12,14 @@ from checkpoint_engine.errors import WeightsRejectedError, WorkerError
 from checkpoint_engine.reload.delivery import names_of, nbytes_of
 from checkpoint_engine.reload.reloader import Trust
 from checkpoint_engine_sglang import compat
+from checkpoint_engine_sglang.derived import derive
 from checkpoint_engine_sglang.layouts import deriving_nothing
 from checkpoint_engine_sglang.plans import Model
 from checkpoint_engine_sglang.rebuilding import OpenLayer, attributes, process_in_place, put_back
 from checkpoint_engine_sglang.trial import LOADER
+
+SPLIT_UP = ".kv_b_proj"
+"""How layers are called that latent attention makes its projections from, which must be as the checkpoint has them."""
 
 
 class Load:
@@ -204,16 +208,7 @@ class Load:
     def _derive(self) -> None:
         """Has the model compute anew what it keeps besides its parameters, and puts that where it was."""
         runner = self.model.runner
-        derive = getattr(runner.model, "post_load_weights", None)
-        if derive is None:
-            return
-        try:
-            derive()
-        except Exception as error:
-            raise WorkerError(
-                f"the {runner.role} model failed to derive what it computes from its weights: "
-                f"{type(error).__name__}: {error}"
-            ) from error
+        derive(runner)
         for name, (module, tensors) in self._derived.items():
             put_back(name, module, tensors, runner)
 
@@ -259,14 +254,14 @@ def _inverted(found: Mapping[str, set[str]]) -> dict[str, set[str]]:
 
 def _left_waiting(model: Model) -> set[str]:
     """Layers that the model derives something from, which it can do only before they are processed."""
-    if not hasattr(model.runner.model, "post_load_weights"):
+    if not compat.deriving_modules(model.runner.model):
         return set()
-    return {layer for layer in model.rebuilt if layer.endswith(".kv_b_proj")} or set(model.rebuilt)
+    return {layer for layer in model.rebuilt if layer.endswith(SPLIT_UP)} or set(model.rebuilt)
 
 
 def _derived_tensors(model: Model) -> dict[str, tuple[torch.nn.Module, dict[str, object]]]:
     """What modules hold besides parameters and buffers."""
-    if not hasattr(model.runner.model, "post_load_weights"):
+    if not compat.deriving_modules(model.runner.model):
         return {}
     return {
         name: (module, attributes(module))

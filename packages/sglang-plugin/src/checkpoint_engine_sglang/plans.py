@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 
@@ -50,6 +50,13 @@ class Model:
         """A parameter or buffer that stays where it is."""
         layer, _, own = target.rpartition(".")
         return compat.own_tensor(self.runner.model.get_submodule(layer), own)
+
+    def rebuild_too(self, layers: Collection[str]) -> None:
+        """Counts these among the layers to be rebuilt, though SGLang leaves their weights as they come."""
+        layouts = layouts_of(self.runner.model)
+        for name, module, _ in compat.processed_modules(self.runner.model):
+            if name in layers and name in layouts:
+                self.rebuilt[name] = (module, layouts[name])
 
     def prepare(self, mode: str) -> None:
         """Finds out how far the plan reaches.
