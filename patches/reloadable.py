@@ -145,7 +145,9 @@ class _Reload:
         if not self.staged:
             self._open()
         staged: Any = self.staged[name]
-        loader = getattr(staged, "weight_loader", None) or _default_loader()
+        loader = getattr(staged, "weight_loader", None)
+        if loader is None:
+            loader, args, kwargs = _default_loader(), (), {}  # models give this one no shard of a fused layer
         self.doing = "load"
         try:
             with _Writes() as writes:

@@ -145,9 +145,15 @@ class KeyValueScales(Kind):
     def tensors(self, seed: torch.Generator) -> Tensors:
         names = self.quantised.split() if seed.initial_seed() == 1 else ["k_scale", "v_scale"]
         for name in names:
-            yield f"attn.{name}", None, scale(seed)
+            yield f"attn.{name}", name[0], scale(seed)
 
-    load = Linear.load
+    def load(self, model: torch.nn.Module, tensors: Tensors) -> None:
+        """As models of Qwen do, which find these under fused layers: only the plain loader is not told a shard."""
+        params: dict[str, Any] = dict(model.named_parameters())
+        plain = self.vllm.default_weight_loader
+        for name, shard, tensor in tensors:
+            loader = getattr(params[name], "weight_loader", plain)
+            loader(params[name], tensor, *([] if loader == plain else [shard]))
 
 
 class LatentAttention(Kind):
