@@ -7,36 +7,15 @@ import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from checkpoint_engine.server import ParameterServer
-
-
-class Client(Protocol):
-    """An engine's client; see its plugin."""
-
-    def update_weights(self, handles: dict[str, str], *, version: str, pause: str, **options: Any) -> Any: ...  # noqa: ANN401, D102 - as the plugin has it
+from senders import Senders
 
 
-def update(ps: ParameterServer, client: Client, name: str, way: str = "broadcast:auto") -> None:
-    """One update of one engine; a way is a method and how the engine takes tensors over."""
-    method, reload = way.split(":")
-    ps.update(
-        name,
-        lambda handles: client.update_weights(
-            dict(handles), version=name, pause="keep", reset_caches=True, timeout=300
-        ),
-        method=method,
-        reload=reload,
-    )
-
-
-def register(ps: ParameterServer, model: Path, ways: Sequence[str]) -> float:
-    """Registers a checkpoint for updates in these ways, as `bench`; returns the seconds that took."""
+def register(senders: Senders, model: Path, ways: Sequence[str]) -> float:
+    """Registers a checkpoint for updates in these ways; returns the seconds that took."""
     begin = time.perf_counter()
-    in_place = not any(way.startswith("direct") for way in ways)
-    ps.register_checkpoint("bench", files=sorted(model.glob("*.safetensors")), use_inplace_pin_memory=in_place)
-    ps.gather_metas("bench")
+    senders.register(model, in_place=not any(way.startswith("direct") for way in ways))
     return time.perf_counter() - begin
 
 

@@ -13,7 +13,8 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -251,11 +252,9 @@ def make_zmq_context() -> object | None:
 
 
 def system_name() -> str:
-    """Which implementation is on the path."""
-    try:
-        return f"checkpoint-engine-core {version('checkpoint-engine-core')}"
-    except PackageNotFoundError:
-        return f"checkpoint-engine {version('checkpoint-engine')}"
+    """Which implementation is on the path; the metadata of both may be."""
+    name = "checkpoint-engine-core" if find_spec("checkpoint_engine.planning") else "checkpoint-engine"
+    return f"{name} {version(name)}"
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python benchmarks/sglang_formats.py                       every format, tiny
     python benchmarks/sglang_formats.py dense fp8moe          two of them
+    python benchmarks/sglang_formats.py dense-tp2 moe-ep2     two of those that need two GPUs
     python benchmarks/sglang_formats.py dense --device cpu    without a GPU, to see that this script works
 
 Two or three servers for each format, CUDA graphs captured: one starts with A, one with B, and some formats have a third
@@ -27,11 +28,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from measured import update
+import torch
+from senders import Senders
 from sglang_server import PORTS, PROMPTS, Server, serving
 
 from checkpoint_engine.errors import CheckpointEngineError
-from checkpoint_engine.server import ParameterServer
 
 MAKER = Path(__file__).parent.parent / "tests" / "sglang" / "quantised_models.py"
 STEPS = [
@@ -44,6 +45,7 @@ STEPS = [
     ("a", "auto:auto"),
 ]
 LIMIT_SECONDS = 400
+TENSORS = ("--tp-size", "2")
 
 
 class DifferenceError(Exception):
@@ -58,6 +60,8 @@ class Format:
     options: tuple[str, ...] = ()
     closed: bool = False
     """Whether it starts with dummy weights, closed until the first update; else it starts with B."""
+    workers: int = 1
+    """GPUs that it needs."""
 
 
 FORMATS = {
@@ -74,6 +78,14 @@ FORMATS = {
     "fp8online-moe": Format("widemoe", ("--quantization", "fp8")),
     "int8": Format("int8"),
     "w8a8int8": Format("w8a8int8", ("--quantization", "w8a8_int8")),
+    "dense-tp2": Format("wide", TENSORS, closed=True, workers=2),
+    "moe-tp2": Format("widemoe", TENSORS, closed=True, workers=2),
+    "moe-ep2": Format("widemoe", (*TENSORS, "--ep-size", "2"), closed=True, workers=2),
+    "dense-pp2": Format("wide", ("--pp-size", "2"), closed=True, workers=2),
+    "mla-tp2": Format("mla", TENSORS, closed=True, workers=2),
+    "fp8channel-tp2": Format("fp8channel", TENSORS, workers=2),
+    "fp8tensor-tp2": Format("fp8tensor", TENSORS, workers=2),
+    "int8-tp2": Format("int8", TENSORS, workers=2),
 }
 
 
@@ -95,7 +107,8 @@ def main() -> None:
         print(json.dumps(check(arguments.formats[0], arguments)), flush=True)
         return
     with ThreadPoolExecutor(arguments.at_once) as pool:
-        names = arguments.formats or list(FORMATS)
+        gpus = torch.cuda.device_count() if arguments.device == "cuda" else 1
+        names = arguments.formats or [name for name, form in FORMATS.items() if form.workers <= gpus]
         rows = list(pool.map(lambda item: apart(*item, arguments), enumerate(names)))
     width = max(len(name) for name in names)
     print()
@@ -141,20 +154,18 @@ def check(name: str, arguments: argparse.Namespace) -> dict[str, str]:
     closed = a if form.closed else None
     with (
         serving([a, b], directory, *options, closed=closed, port=arguments.port, device=device) as servers,
-        ParameterServer(rank=0, world_size=1, master_port=arguments.port + 3 * PORTS, device=device) as ps,
+        Senders(form.workers, device=device, port=arguments.port + 3 * PORTS) as senders,
     ):
         for path in (a, b):
-            files = sorted(path.glob("*.safetensors"))
-            ps.register_checkpoint(path.name, files=files, use_inplace_pin_memory=False)
-            ps.gather_metas(path.name)
+            senders.register(path, in_place=False)
         try:
-            detail = takes_updates(ps, servers, a, b, device)
+            detail = takes_updates(senders, servers, a, b, device, form.workers)
         except (DifferenceError, CheckpointEngineError) as found:
             return {"result": "different", "detail": f"{type(found).__name__}: {found}"}
     return {"result": "equal", "detail": detail}
 
 
-def takes_updates(ps: ParameterServer, servers: list[Server], a: Path, b: Path, device: str) -> str:
+def takes_updates(senders: Senders, servers: list[Server], a: Path, b: Path, device: str, workers: int) -> str:
     """Brings the last server to both checkpoints by all ways; how it took them."""
     updated, cold = servers[-1], {a: servers[0].state(), b: servers[1].state()}
     if cold[a]["tokens"] == cold[b]["tokens"]:
@@ -167,10 +178,11 @@ def takes_updates(ps: ParameterServer, servers: list[Server], a: Path, b: Path, 
     ways = [f"graphs captured {graphs} times"]
     for which, way in STEPS:
         path = {"a": a, "b": b}[which]
-        update(ps, updated.client, path.name, way)
+        senders.update(updated.client, path.name, way)
         compare(f"{way} {which}", updated, cold[path])
-        ways.append(f"{ps.last_report.engine['reload']} {ps.last_report.engine['loader_bytes']}")
-    verifies(updated, a, b, device)
+        engine = senders.last_report.engine
+        ways.append(f"{engine['reload']} {engine['loader_bytes']}")
+    verifies(updated, a, b, device, workers)
     compare("after verify", updated, cold[a])
     return "; ".join(ways)
 
@@ -196,11 +208,12 @@ def compare(step: str, server: Server, expected: dict[str, Any]) -> None:
         raise DifferenceError(f"{step}: the status says {', '.join(unsound)}")
 
 
-def verifies(server: Server, same: Path, other: Path, device: str) -> None:
+def verifies(server: Server, same: Path, other: Path, device: str, workers: int) -> None:
     """Whether the command `verify` is right about both checkpoints."""
     for path, expected in ((same, 0), (other, 1)):
         command = [sys.executable, "-m", "checkpoint_engine", "verify", str(path), "--engine", "sglang"]
-        command += ["--endpoint", server.url, "--device", device, "--timeout", "60", "--json"]
+        command += ["--endpoint", server.url, "--tensor-parallel-size", str(workers), "--device", device]
+        command += ["--timeout", "60", "--json"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
         if done.returncode != expected:
             said = (done.stderr or done.stdout)[-300:]

@@ -2,6 +2,7 @@
 
     python benchmarks/vllm_formats.py                          every format, tiny
     python benchmarks/vllm_formats.py fp8tensor wna16 --large  two of them, in layers of a realistic shape
+    python benchmarks/vllm_formats.py moe-tp2 moe-ep2          two of those that need two GPUs
 
 Two servers for each format, CUDA graphs captured: one starts with A and is brought to B, A, B by broadcast (the plan's
 proof, its check, the plan), to A by vLLM's loader, and to B and A directly; the other starts with B. Each time hashes
@@ -25,11 +26,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from measured import update
+import torch
+from senders import Senders
 from vllm_server import HERE, Server, serving
 
 from checkpoint_engine.errors import CheckpointEngineError
-from checkpoint_engine.server import ParameterServer
 
 MAKER = HERE.parent / "tests" / "vllm" / "models.py"
 MTP = '{"method": "mtp", "num_speculative_tokens": 1}'
@@ -42,6 +43,8 @@ STEPS = [
     ("a", "direct:auto"),
 ]
 LIMIT_SECONDS = 400.0
+TENSORS = ("--tensor-parallel-size", "2")
+EXPERTS = (*TENSORS, "--enable-expert-parallel")
 PLAIN = ("--compilation-config", '{"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}')
 
 
@@ -55,6 +58,8 @@ class Format:
     expected: str = "equal"
     asleep: bool = False
     """Whether weights are thrown away (sleep level 2) before each update, as some trainers do."""
+    workers: int = 1
+    """GPUs that it needs."""
 
 
 FORMATS = {
@@ -82,6 +87,17 @@ FORMATS = {
     "mla": Format("mla"),
     "mla-mtp": Format("mla", ("--speculative-config", MTP)),
     "fp8mla": Format("fp8mla"),
+    "dense-tp2": Format("qwen3", TENSORS, workers=2),
+    "dense-pp2": Format("qwen3", ("--pipeline-parallel-size", "2"), workers=2),
+    "moe-tp2": Format("moe", TENSORS, workers=2),
+    "moe-ep2": Format("moe", EXPERTS, workers=2),
+    "mla-tp2": Format("mla", TENSORS, workers=2),
+    # Blocks of 128 must not be cut: for --large.
+    "fp8block-tp2": Format("fp8block", TENSORS, workers=2),
+    "fp8tensor-tp2": Format("fp8tensor", TENSORS, workers=2),
+    "fp8moe-ep2": Format("fp8moe", EXPERTS, workers=2),
+    "fp8mla-tp2": Format("fp8mla", TENSORS, workers=2),
+    "wna16-tp2": Format("wna16", TENSORS, workers=2),
 }
 
 
@@ -103,7 +119,8 @@ def main() -> None:
         print(json.dumps(check(arguments.formats[0], arguments)), flush=True)
         return
     with ThreadPoolExecutor(arguments.at_once) as pool:
-        names = arguments.formats or list(FORMATS)
+        here = [name for name, form in FORMATS.items() if form.workers <= torch.cuda.device_count()]
+        names = arguments.formats or here
         rows = list(pool.map(lambda item: apart(*item, arguments), enumerate(names)))
     width = max(len(name) for name in names)
     print()
@@ -145,28 +162,26 @@ def check(name: str, arguments: argparse.Namespace) -> dict[str, str]:
     options += PLAIN if arguments.plain else ()
     with (
         serving([a, b], directory, *options, port=arguments.port, **dict(form.environment)) as (updated, other),
-        ParameterServer(rank=0, world_size=1, master_port=arguments.port + 500) as ps,
+        Senders(form.workers, port=arguments.port + 500) as senders,
     ):
         for path in (a, b):
-            files = sorted(path.glob("*.safetensors"))
-            ps.register_checkpoint(path.name, files=files, use_inplace_pin_memory=False)
-            ps.gather_metas(path.name)
+            senders.register(path, in_place=False)
         kernels = ", ".join(updated.rpc("checkpoint_engine_kernels")[0])
         addresses = updated.rpc("checkpoint_engine_addresses")
         cold = {a: updated.state(), b: other.state()}
         if cold[a]["tokens"] == cold[b]["tokens"]:
             return {"result": "useless", "kernels": kernels, "detail": "A and B generate the same"}
         row = {"kernels": kernels, "detail": ""}
-        wrong, detail = updates(ps, updated, cold, asleep=form.asleep)
+        wrong, detail = updates(senders, updated, cold, asleep=form.asleep)
         whole = wrong in ("", "alike")
         if whole and updated.rpc("checkpoint_engine_addresses") != addresses:
             wrong, detail = "moved", "parameters lie elsewhere"
-        elif whole and (found := verified(updated, a, b) or differences(updated.state(), cold[a])):
+        elif whole and (found := verified(updated, a, b, form.workers) or differences(updated.state(), cold[a])):
             wrong, detail = "verify", found
         return row | {"result": wrong or "equal", "detail": detail}
 
 
-def updates(ps: ParameterServer, server: Server, cold: dict[Path, dict[str, Any]], *, asleep: bool) -> tuple[str, str]:
+def updates(senders: Senders, server: Server, cold: dict[Path, dict[str, Any]], *, asleep: bool) -> tuple[str, str]:
     """Takes all steps; what went wrong, if anything did, and the details."""
     a, b = cold
     ways: list[str] = []
@@ -177,7 +192,7 @@ def updates(ps: ParameterServer, server: Server, cold: dict[Path, dict[str, Any]
             if asleep:
                 server.post("/sleep?level=2")
                 server.post("/wake_up?tags=weights")
-            update(ps, server.client, path.name, way)
+            senders.update(server.client, path.name, way)
             if asleep:
                 server.post("/wake_up?tags=kv_cache")
         except CheckpointEngineError as error:
@@ -188,7 +203,8 @@ def updates(ps: ParameterServer, server: Server, cold: dict[Path, dict[str, Any]
             own.setdefault(path, state)
         if difference := differences(state, own.get(path, cold[path])):
             return "different", f"{way} {which}: {difference}"
-        ways.append(f"{ps.last_report.engine['reload']} {ps.last_report.engine['loader_bytes']}")
+        engine = senders.last_report.engine
+        ways.append(f"{engine['reload']} {engine['loader_bytes']}")
     return "" if own[b] == cold[b] else "alike", "; ".join(ways)
 
 
@@ -202,11 +218,11 @@ def differences(found: dict[str, Any], expected: dict[str, Any]) -> str:
     return f"{tokens}{len(names)} modules, {', '.join(sorted(names)[:4])}"
 
 
-def verified(server: Server, same: Path, other: Path) -> str:
+def verified(server: Server, same: Path, other: Path, workers: int) -> str:
     """What the command `verify` says wrongly; empty if it is right about both checkpoints."""
     for path, expected in ((same, 0), (other, 1)):
         command = [sys.executable, "-m", "checkpoint_engine", "verify", str(path), "--engine", "vllm"]
-        command += ["--endpoint", server.url, "--timeout", "60", "--json"]
+        command += ["--endpoint", server.url, "--tensor-parallel-size", str(workers), "--timeout", "60", "--json"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
         if done.returncode != expected:
             return f"verify {path.name}: exit code {done.returncode}: {(done.stderr or done.stdout)[-300:]}"

@@ -1,6 +1,7 @@
 """How long updates of a real `vllm serve` on a GPU take, from dummy weights and with CUDA graphs captured.
 
-    python benchmarks/vllm_update.py moe30b --holes     a model of that size, made in /dev/shm
+    python benchmarks/vllm_update.py moe30b --holes                a model of that size, made in /dev/shm
+    python benchmarks/vllm_update.py moe30b --holes --workers 2    the same, tensor-parallel on two GPUs
 
 Then how long buckets take once they lie on the GPU, which is what vLLM's own loader compares with.
 
@@ -18,13 +19,13 @@ from typing import Any
 
 import torch
 from checkpoints import make_model
-from measured import register, save, show_ways, update
+from measured import register, save, show_ways
+from senders import Senders
 from vllm_server import serving
 from workloads import WORKLOADS
 
-from checkpoint_engine.server import ParameterServer
-
 HERE = Path(__file__).parent
+PORT = 8600
 WAYS = ["broadcast:loader", "broadcast:auto", "direct:auto"]
 
 
@@ -34,23 +35,24 @@ def measure(arguments: argparse.Namespace) -> None:
     model = make_model(arguments.workload, arguments.work / arguments.workload, holes=arguments.holes)
     nbytes = sum(tensor.nbytes for tensor in WORKLOADS[arguments.workload]())
     options = ["--load-format", "dummy", "--max-model-len", "256", "--max-num-seqs", "2"]
-    options += ["--gpu-memory-utilization", "0.95", "--kv-cache-memory-bytes", str(1 << 30), *arguments.serve_options]
+    options += ["--gpu-memory-utilization", "0.95", "--kv-cache-memory-bytes", str(1 << 30)]
+    options += ["--tensor-parallel-size", str(arguments.workers), *arguments.serve_options]
     started = time.perf_counter()
     with (
         serving([model], arguments.work, *options) as (server,),
-        ParameterServer(rank=0, world_size=1, device="cuda") as ps,
+        Senders(arguments.workers, port=PORT) as senders,
     ):
         print(f"vLLM serves after {time.perf_counter() - started:.0f} s", flush=True)
-        registered = register(ps, model, arguments.ways)
+        registered = register(senders, model, arguments.ways)
         before = server.tokens()
         runs = []
         # One way after the other: what a worker keeps registered for direct updates goes with a broadcast.
         for way in (way for way in arguments.ways for _ in range(arguments.repeat)):
             free_before = server.rpc("checkpoint_engine_memory")
             begin = time.perf_counter()
-            update(ps, server.client, "bench", way)
+            senders.update(server.client, model.name, way)
             wall = time.perf_counter() - begin
-            report = ps.last_report
+            report = senders.last_report
             asked = {path: seconds for path, seconds in server.timed.seconds.items() if path != "/health"}
             runs.append({"way": way, "wall": wall, **report.seconds, **asked, "free_before": free_before})
             runs[-1] |= report.engine
@@ -62,12 +64,13 @@ def measure(arguments: argparse.Namespace) -> None:
         record = {
             "workload": arguments.workload,
             "ways": arguments.ways,
+            "workers": arguments.workers,
             "system": "checkpoint-engine-vllm",
             "device": torch.cuda.get_device_name(),
             "versions": {"torch": torch.__version__, "vllm": server.rpc("checkpoint_engine_status")[0]["vllm"]},
             "bytes": nbytes,
-            "tensors": ps.last_report.tensors,
-            "staging": ps.last_report.staging,
+            "tensors": senders.last_report.tensors,
+            "staging": senders.last_report.staging,
             "seconds": {"register": registered},
             "updates": runs,
             "takeovers": takeovers,
@@ -79,7 +82,8 @@ def measure(arguments: argparse.Namespace) -> None:
 def show(record: dict[str, Any]) -> None:
     """Prints a table."""
     nbytes, tensors, version = record["bytes"], record["tensors"], record["versions"]["vllm"]
-    print(f"\n{record['workload']}: {nbytes / 1e9:.1f} GB in {tensors} tensors into vLLM {version}")
+    print(f"\n{record['workload']}: {nbytes / 1e9:.1f} GB in {tensors} tensors into vLLM {version}", end="")
+    print(f" with {record['workers']} workers on {record['device']}")
     show_ways(record, "/pause", "/resume")
     steps = ("begin", "load", "finish")
     medians = {step: statistics.median(takeover[step] for takeover in record["takeovers"]) for step in steps}
@@ -97,6 +101,7 @@ def main() -> None:
     parser.add_argument("workload", choices=["moe30b", "moe15b", "dense32b"])
     parser.add_argument("--ways", nargs="+", default=WAYS, help="METHOD:RELOAD each")
     parser.add_argument("--holes", action="store_true", help="weights of zeros, which take no room in /dev/shm")
+    parser.add_argument("--workers", type=int, default=1, help="tensor-parallel, a GPU each")
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--serve-options", nargs="*", default=[])
     measure(parser.parse_args())
