@@ -8,6 +8,8 @@ Prints JSON: for each name what differs after each update, and what else a test 
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
 import os
 import sys
@@ -25,16 +27,58 @@ UPDATES = ("b", "a", "b", "a", "b")
 
 def start(model: Path) -> None:
     """All that SGLang needs to make models, as in one of its schedulers."""
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    plain_kernels.install()
+    try:
+        from sglang.benchmark.one_batch import _init_process_global_configs  # noqa: F401 - asks for the version
+    except ImportError:
+        start_by_benchmark(model)
+    else:
+        start_at_once(model)
+
+
+class StartedError(Exception):
+    """The first model is loaded."""
+
+
+def start_by_benchmark(model: Path) -> None:
+    """SGLang before 0.5.22: as its own benchmark in one process starts, whatever each version needs for that."""
+    from sglang.srt.server_args import PortArgs, ServerArgs
+
+    try:
+        benchmark: Any = importlib.import_module("sglang.benchmark.one_batch")
+    except ImportError:
+        benchmark = importlib.import_module("sglang.bench_one_batch")
+    load = benchmark.load_model
+
+    def load_and_stop(*args: Any, **kwargs: Any) -> None:
+        load(*args, **kwargs)
+        raise StartedError
+
+    benchmark.load_model = load_and_stop
+    arguments = ServerArgs(
+        model_path=str(model),
+        device="cpu",
+        attention_backend="torch_native",
+        sampling_backend="pytorch",
+        grammar_backend="none",
+        mem_fraction_static=0.1,
+        max_total_tokens=8192,
+    )
+    with contextlib.suppress(StartedError):
+        benchmark.latency_test(arguments, PortArgs.init_new(arguments), None, 0, 0)
+
+
+def start_at_once(model: Path) -> None:
     from sglang.benchmark.one_batch import _init_process_global_configs
     from sglang.srt.arg_groups.overrides import resolving_view  # noqa: F401 - it must be imported before
     from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.distributed import bootstrap
-    from sglang.srt.plugins import load_plugins
     from sglang.srt.runtime_context import SpawnRanks, publish
     from sglang.srt.server_args import PortArgs, ServerArgs
 
-    load_plugins()
-    plain_kernels.install()
     arguments = ServerArgs(model_path=str(model), device="cpu", attention_backend="torch_native")
     publish(arguments, role="scheduler", ranks=SpawnRanks(world_rank=0, gpu_id=0))
     _init_process_global_configs()

@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 from checkpoint_engine.engine import receiver
-from checkpoint_engine.engine.adapter import TensorSpec
+from checkpoint_engine.engine.adapter import TensorSpec, Update
 from checkpoint_engine.engine.layouts import Bucket
 from checkpoint_engine.errors import WeightsRejectedError, WorkerError
 from checkpoint_engine.link.messages import TensorSlice
 from checkpoint_engine_sglang import layouts
+from checkpoint_engine_sglang.adapter import SGLangAdapter
 from checkpoint_engine_sglang.compat import Runner
 from checkpoint_engine_sglang.load import Load
 from checkpoint_engine_sglang.plans import Plans
@@ -302,3 +303,46 @@ def test_a_layer_that_cannot_be_processed_or_completed_keeps_its_old_weights() -
         assert {key: value for key, value in holds(model).items() if key != "norm"} == {
             key: value for key, value in before.items() if key != "norm"
         }
+
+
+class Deriving(Model):
+    """Derives something when its loader ends, as MiniCPM3's does; and keeps a list of its parameters, as others do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.turned: torch.Tensor | None = None
+        self.known: dict[str, nn.Parameter] | None = None
+
+    def load_weights(self, weights: Weights) -> None:
+        super().load_weights(weights)
+        self.known = dict(self.named_parameters())
+        self.turned = self.plain.data.t().contiguous()
+
+
+def update(adapter: SGLangAdapter, given: dict[str, torch.Tensor], reload: str = "auto") -> dict[str, Any]:
+    adapter.begin(Update("id", "checkpoint", "version", specs(given), reload))
+    for name in sorted(given, reverse=True):
+        adapter.load([(name, given[name].clone())])
+    return dict(adapter.finish())
+
+
+def test_what_a_loader_derives_itself_stays_right_and_where_it_was() -> None:
+    given = tensors()
+    others = {name: tensor + 1 for name, tensor in given.items()}
+    model = Deriving()
+    model.load_weights(given.items())
+    assert trial_of(Model(), given).derived == ()
+    assert trial_of(model, given).derived == ("turned",)
+    place = model.turned
+    adapter = SGLangAdapter([runner(model)], 2)
+    for weights in (others, given, others):
+        assert update(adapter, weights)["reload"] == "loader"
+        assert model.turned is place
+        assert torch.equal(place, weights["plain"].t())
+    with pytest.raises(WeightsRejectedError, match="derives turned from its weights itself, which no plan does"):
+        update(adapter, given, "plan")
+    equal, other = (update(adapter.verifier(), weights) for weights in (others, given))
+    assert (equal["different"], equal["not_compared"].count("derives turned itself")) == ("", 1)
+    assert "plain" in other["different"]
+    assert torch.equal(place, others["plain"].t())
+    assert model.turned is place

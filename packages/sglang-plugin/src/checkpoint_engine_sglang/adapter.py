@@ -161,10 +161,23 @@ class SGLangAdapter:
                     "these tensors are larger than the model's parameters",
                     model.trial.too_large(specs, self._tensor_parallel_size),
                 )
-            model.prepare(update.reload)
+            mode = self._mode(model, update.reload)
+            model.prepare(mode)
             owned.update(tensor.untyped_storage().data_ptr() for tensor in runner.model.parameters())
-            loads.append(self._open(model, names, update.reload))
+            loads.append(self._open(model, names, mode))
         return loads
+
+    def _mode(self, model: Model, reload: str) -> str:
+        """Copies do not derive anything; what a loader derives while it loads, only it can bring about."""
+        derived = () if model.trial is None else model.trial.derived
+        if not derived:
+            return reload
+        described = f"the loader of the {model.runner.role} model derives {derived[0]} from its weights itself"
+        if model.rebuilt:
+            raise WorkerError(f"{described}, and SGLang has processed some of them: start it anew with the new weights")
+        if reload == "plan":
+            raise WeightsRejectedError(f"{described}, which no plan does; use --reload auto")
+        return "loader"
 
     def _open(self, model: Model, names: Mapping[str, str], reload: str) -> Load:
         return Load(model, names, planned=reload != "loader")
@@ -237,13 +250,17 @@ class SGLangVerifier(SGLangAdapter):
             load.abort()
         return True
 
+    def _mode(self, model: Model, reload: str) -> str:
+        super()._mode(model, "auto")  # what it refuses cannot be compared either
+        return reload
+
     def _open(self, model: Model, names: Mapping[str, str], reload: str) -> Load:
         del reload
         if model.trial is None:
             raise WeightsRejectedError(
                 f"the {model.runner.role} model cannot be compared: its loader needs data to tell where tensors go"
             )
-        if not compat.is_reloading_by_itself(model.runner.model):
+        if not compat.is_reloading_by_itself(model.runner.model) and not model.trial.derived:
             model.rebuild_too(to_be_opened(model))
         return Comparison(model, names, planned=True)
 

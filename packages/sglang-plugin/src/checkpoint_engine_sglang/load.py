@@ -206,7 +206,10 @@ class Load:
                 process_in_place(name, module, runner)
 
     def _derive(self) -> None:
-        """Has the model compute anew what it keeps besides its parameters, and puts that where it was."""
+        """Has the model compute anew what it keeps besides its parameters, and puts that where it was.
+
+        Where its loader has done so already, it is only put there.
+        """
         runner = self.model.runner
         derive(runner)
         for name, (module, tensors) in self._derived.items():
@@ -261,7 +264,7 @@ def _left_waiting(model: Model) -> set[str]:
 
 def _derived_tensors(model: Model) -> dict[str, tuple[torch.nn.Module, dict[str, object]]]:
     """What modules hold besides parameters and buffers."""
-    if not compat.deriving_modules(model.runner.model):
+    if not (compat.deriving_modules(model.runner.model) or (model.trial is not None and model.trial.derived)):
         return {}
     return {
         name: (module, attributes(module))

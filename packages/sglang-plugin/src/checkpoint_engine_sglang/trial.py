@@ -24,6 +24,7 @@ from checkpoint_engine.reload.recorder import LoaderError, record
 from checkpoint_engine_sglang import compat
 from checkpoint_engine_sglang.compat import Runner
 from checkpoint_engine_sglang.layouts import without_data
+from checkpoint_engine_sglang.rebuilding import attributes, tensors_in
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,8 @@ class Trial:
     plan: ReloadPlan
     targets: Mapping[str, torch.Tensor]
     """Parameters and buffers by name, without data, in the layout that the loader fills."""
+    derived: tuple[str, ...] = ()
+    """What the loader itself makes of the weights besides, where most models do so once all are loaded."""
 
     @property
     def recording(self) -> Recording:
@@ -97,18 +100,19 @@ def try_out(runner: Runner, tensors: Mapping[str, TensorSpec]) -> Trial | None:
         WeightsRejectedError: the loader does not take a tensor, or not in this shape.
     """
     with without_data(runner.model) as targets:
-        before = _places(runner.model)
+        before, held = _places(runner.model), _attributes(runner.model)
         try:
             recording = record(cast("Any", runner.model).load_weights, targets, tensors)
         except LoaderError as failure:
             raise rejection(LOADER, failure.name, tensors.get(failure.name), failure.error) from failure.error
         after = _places(runner.model)
+        derived = [name for name, value in _attributes(runner.model).items() if held.get(name) is not value]
     replaced = [name for name, place in before.items() if after.get(name) != place]
     if replaced:
         logger.warning("cannot check weights beforehand: the loader replaces %s", ", ".join(replaced[:3]))
         return None
     _refuse_stretched(recording, tensors)
-    trial = Trial(make_plan(recording, targets), targets)
+    trial = Trial(make_plan(recording, targets), targets, tuple(derived))
     if not trial.plan.is_traced():
         name, reason = next(iter(recording.unreadable.items()))
         logger.warning("cannot check weights beforehand: %s of the %s model: %s", name, runner.role, reason)
@@ -132,6 +136,17 @@ def _places(model: torch.nn.Module) -> dict[str, tuple[int, int]]:
     """A tensor without data has no other place than its storage."""
     named = (*model.named_parameters(), *model.named_buffers())
     return {name: (id(tensor), cast("Any", tensor.untyped_storage())._cdata) for name, tensor in named}  # noqa: SLF001
+
+
+def _attributes(model: torch.nn.Module) -> dict[str, object]:
+    """What modules hold in tensors besides their parameters and buffers, and lists of those."""
+    registered = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    return {
+        f"{name}.{own}".lstrip("."): value
+        for name, module in compat.named_modules(model)
+        for own, value in attributes(module).items()
+        if any(id(tensor) not in registered for tensor in tensors_in(value))
+    }
 
 
 def _comes_without(model: torch.nn.Module, parameter: str) -> bool:

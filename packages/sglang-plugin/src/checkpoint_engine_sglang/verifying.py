@@ -93,7 +93,10 @@ class Comparison(Load):
 
     def _compare_derived(self) -> None:
         """Derives from the weights of layers that are open, and from others as they are (they are compared too)."""
-        runner, rebuilt = self.model.runner, self.model.rebuilt
+        runner, rebuilt, trial = self.model.runner, self.model.rebuilt, self.model.trial
+        if trial is not None and trial.derived:
+            self._leave_out_derived(f"its loader derives {trial.derived[0]} itself")
+            return
         if not compat.deriving_modules(runner.model):
             return
         split_up = {layer for layer in rebuilt if layer.endswith(SPLIT_UP)}
