@@ -36,7 +36,7 @@ def measure(arguments: argparse.Namespace) -> None:
     nbytes = sum(tensor.nbytes for tensor in WORKLOADS[arguments.workload]())
     options = ["--load-format", "dummy", "--max-model-len", "256", "--max-num-seqs", "2"]
     options += ["--gpu-memory-utilization", "0.95", "--kv-cache-memory-bytes", str(1 << 30)]
-    options += ["--tensor-parallel-size", str(arguments.workers), *arguments.serve_options]
+    options += ["--tensor-parallel-size", str(arguments.workers), *arguments.serve_options.split()]
     started = time.perf_counter()
     with (
         serving([model], arguments.work, *options) as (server,),
@@ -103,7 +103,7 @@ def main() -> None:
     parser.add_argument("--holes", action="store_true", help="weights of zeros, which take no room in /dev/shm")
     parser.add_argument("--workers", type=int, default=1, help="tensor-parallel, a GPU each")
     parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--serve-options", nargs="*", default=[])
+    parser.add_argument("--serve-options", default="", help="more options of vllm serve, in one string")
     measure(parser.parse_args())
 
 

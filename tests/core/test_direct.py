@@ -27,7 +27,8 @@ from checkpoint_engine.errors import LinkError, RankError, SettingError, UpdateE
 from checkpoint_engine.host.segment import Segment
 from checkpoint_engine.link.messages import PROTOCOL, Begin, HostMemory, SharedSegments, TensorSlice, encode_buckets
 from checkpoint_engine.reload.delivery import Delivery
-from checkpoint_engine.transfer.direct import LentSegments, find_obstacle, make_offer
+from checkpoint_engine.transfer.direct import LentSegments, find_obstacle
+from checkpoint_engine.transfer.offers import make_offer
 
 
 @pytest.fixture(autouse=True)

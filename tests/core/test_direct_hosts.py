@@ -19,7 +19,7 @@ from checkpoint_engine.host.segment import Segment
 from checkpoint_engine.link.messages import Wanted
 from checkpoint_engine.reload.reloader import Reloader
 from checkpoint_engine.transfer import update as update_module
-from checkpoint_engine.transfer.direct import Offer, make_offer
+from checkpoint_engine.transfer.offers import Offer, make_offer
 from checkpoint_engine.transfer.remote import unite
 
 HOSTS = ("red", "red", "blue")

@@ -21,7 +21,8 @@ from checkpoint_engine.device.segments import MappedSegments
 from checkpoint_engine.errors import DeadlineError, HostMemoryError, UpdateError
 from checkpoint_engine.host import filling
 from checkpoint_engine.host.segment import Segment
-from checkpoint_engine.transfer.direct import RING, LentSegments, make_offer
+from checkpoint_engine.transfer.direct import RING, LentSegments
+from checkpoint_engine.transfer.offers import make_offer
 
 
 class SlowDevice(CpuDevice):

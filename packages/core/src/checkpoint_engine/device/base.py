@@ -15,8 +15,12 @@ Memory = HostMemory | CudaMemory | SharedSegments
 class Event(Protocol):
     """A point on a stream."""
 
+    def done(self) -> bool:
+        """Whether the device has come to this point."""
+        ...
+
     def synchronize(self) -> None:
-        """Blocks the calling thread until the device has come to this point."""
+        """Blocks the calling thread until it has."""
         ...
 
     def seconds_since(self, earlier: Event) -> float:
@@ -33,10 +37,6 @@ class Stream(Protocol):
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Copies bytes; both are 1-D uint8 of the same length. Returns before the copy is done, where it can."""
-        ...
-
-    def wait(self, event: Event) -> None:
-        """Later work on this stream starts after `event`."""
         ...
 
     def record(self) -> Event:

@@ -108,6 +108,10 @@ class CpuEvent:
     def __init__(self) -> None:
         self.time = time.perf_counter()
 
+    def done(self) -> bool:
+        """Everything before it is."""
+        return True
+
     def synchronize(self) -> None:
         """Everything before it is done already."""
 
@@ -126,9 +130,6 @@ class CpuStream:
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Copies bytes."""
         target.copy_(source)
-
-    def wait(self, event: Event) -> None:
-        """Nothing to wait for."""
 
     def record(self) -> CpuEvent:
         """Now."""

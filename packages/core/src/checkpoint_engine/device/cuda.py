@@ -185,6 +185,10 @@ class CudaEvent:
         self.event = torch.cuda.Event(enable_timing=True)
         self.event.record(stream)
 
+    def done(self) -> bool:
+        """Whether the GPU has come here."""
+        return self.event.query()
+
     def synchronize(self) -> None:
         """Blocks until the GPU has come here."""
         self.event.synchronize()
@@ -218,11 +222,6 @@ class CudaStream:
             ),
             f"copying {source.nbytes} bytes to the GPU",
         )
-
-    def wait(self, event: Event) -> None:
-        """Later work starts after the event."""
-        if isinstance(event, CudaEvent):
-            self._stream.wait_event(event.event)
 
     def record(self) -> CudaEvent:
         """An event behind all work queued so far."""

@@ -1,13 +1,14 @@
 """The broadcast pipeline: host to device, device to all devices, device to engine.
 
 Every rank walks through the same buckets in the same order. The owner of a bucket copies it to its device ahead of
-time, as soon as its source has it; then all ranks take part in one broadcast of it; then each rank's engine worker
-loads it. The three stages run on streams of their own, tied together by events, and by the places in the staging memory
-becoming free again: while bucket k is loaded, k+1 is broadcast and k+2 comes over the bus.
+time, as soon as its source has it and its place in the staging memory is free; then all ranks take part in one
+broadcast of it; then each rank's engine worker loads it. While bucket k is loaded, k+1 is broadcast and k+2 comes over
+the bus. No stage waits for another: whatever can go on does, so that the bus, the slowest of them, never falls idle.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -18,10 +19,15 @@ from checkpoint_engine.deadline import Cancel
 from checkpoint_engine.device import Device, Event, Staging
 from checkpoint_engine.planning.buckets import BucketPlan
 from checkpoint_engine.planning.staging import Place
+from checkpoint_engine.transfer.gate import Gate
 from checkpoint_engine.transfer.report import Progress, StageClock
 from checkpoint_engine.transfer.sources import BucketSource
 from checkpoint_engine.transfer.trace import DeviceClock, Span, covered
 from checkpoint_engine.transfer.worker_link import WorkerLink
+
+_SHORTEST_PAUSE = 20e-6
+_LONGEST_PAUSE = 1e-3
+"""Seconds between two looks at what is under way; the longer nothing has happened, the more."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,7 @@ class BroadcastPipeline:
         staging: Staging,
         device: Device,
         communicator: Communicator | None,
+        gate: Gate,
         link: WorkerLink,
         source: BucketSource,
         cancel: Cancel,
@@ -62,6 +69,7 @@ class BroadcastPipeline:
             staging: The staging memory, which the engine worker has mapped.
             device: Where the staging memory lies.
             communicator: Connects the ranks; None if there is only one.
+            gate: Has the ranks of a host begin broadcasts together.
             link: To this rank's engine worker.
             source: Gives the bytes of the buckets that this rank owns.
             cancel: Thrown when another rank or the engine has failed.
@@ -73,6 +81,7 @@ class BroadcastPipeline:
         self._places = places
         self._staging = staging.tensor
         self._communicator = communicator
+        self._gate = gate
         self._link = link
         self._source = source
         self._cancel = cancel
@@ -83,8 +92,7 @@ class BroadcastPipeline:
         self._own = [index for index, bucket in enumerate(plan.buckets) if bucket.owner == rank]
         self._copied: dict[int, _Span] = {}
         self._sent: dict[int, _Span] = {}
-        self._next_copy = 0
-        self._next_load = 0
+        self._next_copy = self._next_broadcast = self._next_load = 0
         self._device_clock = None if clock.trace is None else DeviceClock(self._copies)
 
     def run(self) -> None:
@@ -93,69 +101,62 @@ class BroadcastPipeline:
         Raises:
             CheckpointEngineError: this rank's worker failed, another rank did, or the deadline is over.
         """
-        for index in range(len(self._plan.buckets)):
+        last, pause = len(self._plan.buckets) - 1, _SHORTEST_PAUSE
+        while self._link.done < last:
             self._cancel.check()
             self._link.poll()
-            self._start_copies()
-            self._wait_for_place(index)
-            self._start_copies()
-            self._wait_for_bytes(index)
-            self._broadcast(index)
-            # All but the newest bucket: while it is broadcast, the worker loads the ones before.
-            self._load_up_to(index - 1)
-        last = len(self._plan.buckets) - 1
-        self._load_up_to(last)
-        self._link.wait_until_done(last)
-        self._note_progress()
+            if any([self._load_next(), self._copy_next(), self._broadcast_next()]):
+                pause = _SHORTEST_PAUSE
+            else:
+                time.sleep(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE)
+            self._note_progress()
         self._add_up()
 
-    def _start_copies(self) -> None:
-        """Copies this rank's next buckets as far ahead as places are free and bytes are there."""
-        while self._next_copy < len(self._own):
-            index = self._own[self._next_copy]
-            if not self._is_free(index) or not self._source.ready(index):
-                return
-            self._copy(index)
-
-    def _copy(self, index: int) -> None:
+    def _copy_next(self) -> bool:
+        """Copies this rank's next bucket if its place is free and its bytes are there."""
+        if self._next_copy == len(self._own):
+            return False
+        index = self._own[self._next_copy]
+        if not self._is_free(index) or not self._source.ready(index):
+            return False
         source = self._source.read(index)
         begin = self._copies.record()
         self._copies.copy(self._view(index), source)
         self._copied[index] = _Span(begin, self._copies.record())
         self._next_copy += 1
+        return True
 
-    def _wait_for_bytes(self, index: int) -> None:
-        """Waits for an own bucket that is still on its way; what came before makes room for it meanwhile."""
-        if self._plan.buckets[index].owner == self._rank and index not in self._copied:
-            self._load_up_to(index - 1)
-            self._copy(index)
-
-    def _wait_for_place(self, index: int) -> None:
-        after = self._places[index].after
-        if after is not None:
-            self._load_up_to(after)
-            self._link.wait_until_done(after)
-
-    def _broadcast(self, index: int) -> None:
-        if index in self._copied:
-            self._broadcasts.wait(self._copied[index].end)
+    def _broadcast_next(self) -> bool:
+        """Broadcasts the next bucket if all ranks are ready for it."""
+        index = self._next_broadcast
+        if index == len(self._plan.buckets) or not self._is_here(index) or not self._gate.passed(index):
+            return False
         begin = self._broadcasts.record()
         if self._communicator is not None:
             with self._broadcasts.active():
                 self._communicator.broadcast(self._view(index), self._plan.buckets[index].owner)
         self._sent[index] = _Span(begin, self._broadcasts.record())
+        self._next_broadcast += 1
+        return True
 
-    def _load_up_to(self, last: int) -> None:
-        """Hands buckets to the engine worker, in order, each as soon as it has arrived."""
-        while self._next_load <= last:
-            index = self._next_load
-            self._sent[index].end.synchronize()
-            self._cancel.check()  # a broadcast that was cut off leaves rubbish behind
-            if index in self._copied:
-                self._source.release(index)
-            self._link.load(index, self._places[index].offset)
-            self._next_load += 1
-            self._note_progress()
+    def _load_next(self) -> bool:
+        """Hands the next bucket to the engine worker if it has arrived."""
+        index = self._next_load
+        if index == self._next_broadcast or not self._sent[index].end.done():
+            return False
+        self._cancel.check()  # a broadcast that was cut off leaves rubbish behind
+        if index in self._copied:
+            self._source.release(index)
+        self._link.load(index, self._places[index].offset)
+        self._next_load += 1
+        return True
+
+    def _is_here(self, index: int) -> bool:
+        """Whether a bucket of this rank's own lies on the device, or there is room for another rank's."""
+        if self._plan.buckets[index].owner != self._rank:
+            return self._is_free(index)
+        return index in self._copied and self._copied[index].end.done()
 
     def _is_free(self, index: int) -> bool:
         after = self._places[index].after

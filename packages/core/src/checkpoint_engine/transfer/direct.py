@@ -1,7 +1,6 @@
 """Direct: each engine worker takes its own slices out of host memory; nothing is staged and nothing broadcast.
 
-The ranks of one host lend their segments to the worker of each of them, as file descriptors. Segments of the other
-ranks are opened through the kernel's view of those processes (`/proc/PID/fd`), so no name has to be agreed upon.
+The ranks of one host lend their segments to the worker of each of them, as file descriptors (see `offers`).
 """
 
 from __future__ import annotations
@@ -9,17 +8,13 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-
-import msgspec
 
 from checkpoint_engine.catalog import Catalog
 from checkpoint_engine.deadline import Cancel
 from checkpoint_engine.device.base import Memory
-from checkpoint_engine.errors import RankError
-from checkpoint_engine.host.segment import Segment
 from checkpoint_engine.link.messages import SharedSegments
 from checkpoint_engine.planning.buckets import BucketPlan
+from checkpoint_engine.transfer.offers import Offer, open_lent
 from checkpoint_engine.transfer.remote import RemoteBuckets
 from checkpoint_engine.transfer.report import Progress, StageClock
 from checkpoint_engine.transfer.worker_link import WorkerLink
@@ -32,37 +27,6 @@ RING = -1
 
 _BUCKETS_AHEAD = 8
 """Buckets that a worker is told of before it has answered; more would only fill the socket."""
-
-
-class LentSegment(msgspec.Struct, frozen=True):
-    """A segment as its owner knows it."""
-
-    descriptor: int
-    inode: int
-    nbytes: int
-
-
-class Offer(msgspec.Struct, frozen=True):
-    """What a rank can lend to the workers of its host."""
-
-    host: str
-    process: int
-    segments: tuple[LentSegment, ...]
-    obstacle: str = ""
-    """What keeps it from lending them."""
-
-
-def make_offer(segments: Sequence[Segment]) -> Offer:
-    """This rank's offer."""
-    in_place = next((segment.file for segment in segments if segment.file is not None), None)
-    obstacle = (
-        f"{in_place} is used where it lies, and whoever truncates it would kill the engine's workers; register it with "
-        "use_inplace_pin_memory=False"
-        if in_place is not None
-        else ""
-    )
-    lent = tuple(LentSegment(segment.fd, os.fstat(segment.fd).st_ino, segment.nbytes) for segment in segments)
-    return Offer(_this_host(), os.getpid(), lent, obstacle)
 
 
 def find_obstacle(offers: Sequence[Offer], catalog: Catalog) -> str:
@@ -107,7 +71,7 @@ class LentSegments:
         try:
             for index, rank in places:
                 self._numbers[rank, index] = len(opened)
-                opened.append(_open(rank, offers[rank], offers[rank].segments[index]))
+                opened.append(open_lent(rank, offers[rank], offers[rank].segments[index]))
         finally:
             self.descriptors = tuple(opened)
             if len(self._numbers) > len(opened):
@@ -199,27 +163,6 @@ class DirectTransfer:
                 self._remote.source.release(index)
         self._released += len(done)
         self._progress.buckets_done = self._released
-
-
-def _this_host() -> str:
-    """Equal for processes that can see each other's files under /proc."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    return f"{boot}/{Path('/proc/self/ns/pid').stat().st_ino}"
-
-
-def _open(rank: int, offer: Offer, segment: LentSegment) -> int:
-    path = f"/proc/{offer.process}/fd/{segment.descriptor}"
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except OSError as error:
-        raise RankError(
-            f"cannot open the host memory of rank {rank} (process {offer.process}): {error.strerror}; ranks of a "
-            "direct update run under one user and in one container. --method broadcast does without"
-        ) from error
-    if os.fstat(descriptor).st_ino != segment.inode:
-        os.close(descriptor)
-        raise RankError(f"rank {rank} (process {offer.process}) has given up its host memory meanwhile; gather again")
-    return descriptor
 
 
 def _lease(offers: Iterable[Offer]) -> str:

@@ -9,7 +9,7 @@ import msgspec
 from checkpoint_engine.catalog import Holding
 from checkpoint_engine.errors import RankError
 from checkpoint_engine.link.messages import WORKER_NAME
-from checkpoint_engine.transfer.direct import Offer
+from checkpoint_engine.transfer.offers import Offer
 
 
 class Introduction(msgspec.Struct, frozen=True):
@@ -25,6 +25,8 @@ class Introduction(msgspec.Struct, frozen=True):
     """How this rank's host memory is read; None where nobody needs to."""
     offer: Offer | None = None
     """What this rank could lend to the workers of its host; None for a broadcast."""
+    gate: Offer | None = None
+    """Where this rank counts the broadcasts that it is ready for; None if it receives none."""
     refusal: str = ""
     """Why this rank cannot take part. It says so here because the others may not have begun yet."""
 

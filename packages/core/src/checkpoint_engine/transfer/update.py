@@ -24,14 +24,16 @@ from checkpoint_engine.planning.staging import place_buckets
 from checkpoint_engine.settings import Settings
 from checkpoint_engine.transfer.announcement import PlanKeeper
 from checkpoint_engine.transfer.broadcast import BroadcastPipeline
-from checkpoint_engine.transfer.direct import RING, DirectTransfer, LentSegments, Offer, find_obstacle, make_offer
+from checkpoint_engine.transfer.direct import RING, DirectTransfer, LentSegments, find_obstacle
 from checkpoint_engine.transfer.feeds import Feed
+from checkpoint_engine.transfer.gate import Gate
 from checkpoint_engine.transfer.introduction import (
     Introduction,
     addresses_of,
     agreed_generation,
     decode_introductions,
 )
+from checkpoint_engine.transfer.offers import Offer, make_offer
 from checkpoint_engine.transfer.remote import RemoteBuckets, RingKeeper, unite
 from checkpoint_engine.transfer.report import Method, Progress, StageClock, UpdateReport
 from checkpoint_engine.transfer.staging import StagingKeeper, choose_staging
@@ -127,8 +129,10 @@ class UpdateRun:
         listeners = [Listener() for _ in range(self._order.workers)]
         for listener in listeners:
             stack.callback(listener.close)
+        gate = Gate()
+        stack.callback(gate.close)
         with self._clock.step("introduce"):
-            ranks = self._introduce([listener.handle for listener in listeners])
+            ranks = self._introduce([listener.handle for listener in listeners], gate.offer)
         with self._clock.step("plan"):
             plan = self._plan(ranks)
         offers = self._accept_offers(ranks)
@@ -150,6 +154,7 @@ class UpdateRun:
             )
         if communicator is not None:
             self.cancel.on_set(communicator.abort)
+            gate.meet({rank: offer for rank in receivers if (offer := ranks[rank].gate) and rank != self._board.rank})
 
         with self._clock.step("staging"):
             staging = self._stagings.take(staging_device, layout.nbytes)
@@ -161,6 +166,7 @@ class UpdateRun:
             staging=staging,
             device=staging_device,
             communicator=communicator,
+            gate=gate,
             link=self._workers.links[0],
             source=source,
             cancel=self.cancel,
@@ -290,7 +296,7 @@ class UpdateRun:
         self._progress.buckets_done = self._progress.bytes_done = 0
         return plan
 
-    def _introduce(self, handles: Sequence[str]) -> list[Introduction]:
+    def _introduce(self, handles: Sequence[str], gate: Offer | None = None) -> list[Introduction]:
         self._progress.phase = "introduce"
         free = self._device.memory()[0] + self._stagings.held(self._device)
         access: Holding | None = None
@@ -307,6 +313,7 @@ class UpdateRun:
             self._group.generation_of(self._feed.receivers),
             access,
             offer=None if self._order.method == "broadcast" else make_offer(self._segments),
+            gate=gate,
             refusal=f"{type(refusal).__name__}: {refusal}" if refusal else "",
         )
         texts = self._gather("introduced", mine.encode())

@@ -108,16 +108,6 @@ class WorkerLink:
         self._channel.send(Load(bucket, offset, segment, again), self._deadline)
         self._loading.append((bucket, time.perf_counter()))
 
-    def wait_until_done(self, bucket: int) -> None:
-        """Waits until a bucket, and all before it, are loaded.
-
-        Raises:
-            WorkerError: the worker failed.
-            LinkError: it is gone.
-        """
-        while self._loading and self.done < bucket:
-            self._take_loaded()
-
     def wait_until_loaded(self, count: int) -> None:
         """Waits until so many buckets are loaded, whichever those are.
 
@@ -129,9 +119,17 @@ class WorkerLink:
             self._take_loaded()
 
     def poll(self) -> None:
-        """Takes in answers that are there already."""
+        """Takes in answers that are there already.
+
+        Raises:
+            WorkerError: the worker failed.
+            LinkError: it is gone.
+            DeadlineError: it takes too long.
+        """
         while self._loading and self._channel.ready():
             self._take_loaded()
+        if self._loading:
+            self._deadline.check(f"the engine worker on {self._device} loading bucket {self._loading[0][0]}")
 
     def spans(self, plan: BucketPlan) -> list[Span]:
         """When the worker loaded each bucket."""

@@ -1,0 +1,55 @@
+"""Ranks of one host begin each broadcast together; whom they cannot see they do not wait for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import msgspec
+import pytest
+
+from checkpoint_engine.transfer.gate import Gate
+
+
+@pytest.fixture
+def gates() -> Iterator[list[Gate]]:
+    made = [Gate() for _ in range(3)]
+    yield made
+    for gate in made:
+        gate.close()
+
+
+def meet(gates: list[Gate]) -> None:
+    for gate in gates:
+        gate.meet({rank: other.offer for rank, other in enumerate(gates) if other is not gate})
+
+
+def test_nobody_passes_before_all_are_there(gates: list[Gate]) -> None:
+    meet(gates)
+    first, second, third = gates
+    assert not first.passed(0)
+    assert not second.passed(0)
+    assert third.passed(0)
+    assert first.passed(0)
+    assert not first.passed(1)
+    assert not third.passed(2)  # ahead of the others, which is no reason for those to wait
+    assert second.passed(1)
+
+
+def test_a_rank_alone_waits_for_nobody(gates: list[Gate]) -> None:
+    gates[0].meet({})
+    assert gates[0].passed(0)
+
+
+def test_ranks_of_other_hosts_are_not_waited_for(gates: list[Gate]) -> None:
+    first, second, third = gates
+    first.meet({1: msgspec.structs.replace(second.offer, host="elsewhere"), 2: third.offer})
+    assert not first.passed(0)
+    third.passed(0)
+    assert first.passed(0)
+
+
+def test_a_rank_that_has_gone_is_not_waited_for(gates: list[Gate]) -> None:
+    first, second, _ = gates
+    second.close()
+    first.meet({1: second.offer})
+    assert first.passed(0)
