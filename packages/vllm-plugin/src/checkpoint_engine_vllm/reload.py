@@ -70,7 +70,7 @@ class Reload:
             WeightsRejectedError: the loader does not know a tensor, or not in this shape.
             WorkerError: the loader failed otherwise.
         """
-        with compat.bucketed_load():
+        with compat.bucketed_load(), compat.without_adding_up():
             give_to_loader("vLLM's loader", cast("Any", self.model).load_weights, tensors)
         self.loader_bytes += sum(tensor.nbytes for _, tensor in tensors)
         self._detach({tensor.untyped_storage().data_ptr() for _, tensor in tensors})

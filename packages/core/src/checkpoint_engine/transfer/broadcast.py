@@ -26,7 +26,7 @@ from checkpoint_engine.transfer.trace import DeviceClock, Span, covered
 from checkpoint_engine.transfer.worker_link import WorkerLink
 
 _SHORTEST_PAUSE = 20e-6
-_LONGEST_PAUSE = 1e-3
+_LONGEST_PAUSE = 1e-4
 """Seconds between two looks at what is under way; the longer nothing has happened, the more."""
 
 
