@@ -143,15 +143,20 @@ class Engine:
     def hold_cutlass_experts(self) -> dict[str, Any]:
         """Puts vLLM's own experts for GPUs into the kernel of a layer: they can be made on a CPU, though not run."""
         layer = next(module for module in compat.target_model(self.worker).modules() if hasattr(module, "w13_weight"))
-        experts = importlib.import_module("vllm.model_executor.layers.fused_moe.experts.triton_cutlass_moe")
+        package = "vllm.model_executor.layers.fused_moe"
+        try:
+            experts = importlib.import_module(f"{package}.experts.triton_cutlass_moe")
+        except ImportError:  # before 0.22
+            experts = importlib.import_module(f"{package}.triton_cutlass_moe")
         config = fp8_w8a8_moe_quant_config(w1_scale=torch.ones(4), w2_scale=torch.ones(4))
         method = layer.quant_method
-        method.moe_kernel.impl.fused_experts = experts.TritonOrCutlassExperts(method.moe, config)
+        kernel = getattr(method, "moe_kernel", None) or method.moe_mk  # before 0.18
+        getattr(kernel, "impl", kernel).fused_experts = experts.TritonOrCutlassExperts(method.moe, config)
         return {}
 
-    def unreloadable(self) -> dict[str, Any]:
-        """What captured graphs would go on reading."""
-        return {"found": formats.unreloadable(compat.target_model(self.worker), graphs=True)}
+    def unreloadable(self, *, graphs: bool = True) -> dict[str, Any]:
+        """What an update would not reach; with captured graphs, also what they would go on reading."""
+        return {"found": formats.unreloadable(compat.target_model(self.worker), graphs=graphs)}
 
     def mock_kernels(self) -> dict[str, Any]:
         """Engines started from now on have FP8 kernels, in plain torch."""
@@ -162,7 +167,7 @@ class Engine:
         """What reloading was before vLLM had a way for it: the loader once more, over what the kernels made."""
         try:
             compat.target_model(self.worker).load_weights(read(checkpoint).items())
-        except (AttributeError, ValueError, RuntimeError, AssertionError) as error:
+        except (AttributeError, IndexError, ValueError, RuntimeError, AssertionError) as error:
             return {"error": type(error).__name__}
         return {"error": None}
 

@@ -42,6 +42,16 @@ def test_without_graphs_nothing_is_in_the_way() -> None:
     assert unreloadable(model(SimpleNamespace(workspace=torch.zeros(4))), graphs=False) == []
 
 
+def test_what_vllm_packed_from_a_parameter_that_it_threw_away_is_in_the_way_without_graphs_as_well() -> None:
+    layer = torch.nn.Identity()
+    layer.is_amx_bmm_enabled = True
+    (said,) = unreloadable(torch.nn.Sequential(layer), graphs=False)
+    assert said.startswith("layer '0'")
+    assert "--attention-backend CPU_MLA" in said
+    layer.is_amx_bmm_enabled = False
+    assert unreloadable(torch.nn.Sequential(layer), graphs=False) == []
+
+
 def test_what_is_a_parameter_or_shares_its_memory_is_kept_by_a_reload() -> None:
     made = model(SimpleNamespace())
     layer = made[1]

@@ -18,6 +18,9 @@ Cold = Callable[..., dict[str, Any]]
 
 HERE = Path(__file__).parent
 MTP = {"method": "mtp", "num_speculative_tokens": 1}
+LATENT = {"attention_backend": "CPU_MLA"}
+"""With AMX, vLLM would take kernels that it cannot reload."""
+LATENT_MTP = LATENT | {"speculative_config": MTP | LATENT}
 CACHE_SCALES = 16
 """Bytes of the scales for keys and values, which are vLLM's loader's in every update."""
 FORMATS = [
@@ -30,8 +33,8 @@ FORMATS = [
     pytest.param("fp8moe", {}, 0, id="fp8-experts"),
     pytest.param("moe", {"quantization": "fp8"}, 0, id="fp8-experts-while-loading"),
     pytest.param("fp8kv", {"kv_cache_dtype": "fp8"}, CACHE_SCALES, id="fp8-cache-scales"),
-    pytest.param("mla", {"speculative_config": MTP}, 0, id="latent-attention-mtp"),
-    pytest.param("fp8mla", {}, 0, id="fp8-latent-attention"),
+    pytest.param("mla", LATENT_MTP, 0, id="latent-attention-mtp"),
+    pytest.param("fp8mla", LATENT, 0, id="fp8-latent-attention"),
 ]
 
 
@@ -87,7 +90,7 @@ def test_from_a_to_b_and_back(
 
 @pytest.mark.parametrize(
     ("kind", "options"),
-    [("fp8channel", {"kv_cache_dtype": "fp8"}), ("mla", {"speculative_config": MTP})],
+    [("fp8channel", {"kv_cache_dtype": "fp8"}), ("mla", LATENT_MTP)],
     ids=["fp8-channel-default-cache-scales", "latent-attention-mtp"],
 )
 def test_from_dummy_weights(engine: Engine, cold: Cold, quantised: Path, kind: str, options: dict[str, Any]) -> None:
@@ -109,6 +112,17 @@ def test_what_kernels_keep_is_found_in_vllms_own_experts(engine: Engine, quantis
     (found,) = engine("unreloadable")["found"]
     assert found.startswith("layer 'model.layers.0.mlp.experts")
     assert "the strides of CUTLASS experts" in found
+
+
+def test_latent_attention_packed_for_amx_is_refused_beforehand(engine: Engine, quantised: Path) -> None:
+    engine("start", model=quantised / "mla")
+    expected = engine("tokens")["tokens"]
+    if not engine("unreloadable", graphs=False)["found"]:
+        pytest.skip("this CPU has no AMX")
+    done = engine("update", checkpoint=quantised / "mla-b")
+    assert (done["error"], done["intact"]) == ("WeightsRejectedError", True)
+    assert "--attention-backend CPU_MLA" in done["message"]
+    assert engine("tokens")["tokens"] == expected
 
 
 @pytest.mark.parametrize("kind", ["fp8block", "fp8tensor", "wna16"])

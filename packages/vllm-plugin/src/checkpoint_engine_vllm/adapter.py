@@ -32,7 +32,7 @@ LENIENT = "CHECKPOINT_ENGINE_VLLM_LENIENT"
 _SERVED = "served"
 """The served model, among a worker's plans."""
 _UNFIT = "is the checkpoint complete, and of the served model?"
-_STALE = "this vLLM cannot reload what it keeps beside its parameters while CUDA graphs are captured"
+_STALE = "this vLLM cannot reload what these layers keep beside their parameters"
 _MISSING = "the checkpoint does not fill these parameters of the model"
 _MOST_NAMED = 8
 
@@ -177,7 +177,7 @@ class VllmAdapter:
         served = compat.target_model(self._worker)
         if not self.version:
             graphs = compat.captures_graphs(self._worker)
-            self._refuse(_STALE, formats.unreloadable(served, graphs=graphs), "captured graphs would read freed memory")
+            self._refuse(_STALE, formats.unreloadable(served, graphs=graphs), "old or freed memory would be read")
         self._plan = plan = self._planner.plan(_SERVED, config, model_config, tensors, served)
         if plan is not None and plan is not self._fitting and plan.is_complete:
             quantised = config.quant_config is not None

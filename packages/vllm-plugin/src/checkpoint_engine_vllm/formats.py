@@ -4,6 +4,8 @@ A reload puts parameters back where captured graphs read them. A few kernels, ho
 time that weights are processed, and the graphs go on reading the old ones: memory that now belongs to something else,
 or old weights. No exception tells. Which kernels do so is looked up in the live model; a vLLM that has mended it is
 recognised by what its kernels no longer hold.
+
+One kernel for the CPU cannot be reloaded at all: vLLM throws away the parameter that it packed it from.
 """
 
 from __future__ import annotations
@@ -43,29 +45,42 @@ HELD: Mapping[str, Held] = {
 }
 """By the name of the attribute."""
 
+_AMX = "is_amx_bmm_enabled"
+"""An attribute of latent attention, true where a CPU's AMX kernels hold its projections (0.31 to 0.33 at least)."""
+
 _PROCESSORS = ("quant_method", "scheme")
 _DEPTH = 5
 """From a layer's method to its kernel, that one's implementation, experts, those they choose, and their scratch."""
 
 
 def unreloadable(model: torch.nn.Module, *, graphs: bool) -> list[str]:
-    """Says for each kind of tensor that captured graphs would go on reading which layer holds it, and what to do.
+    """Says for each kind of tensor that an update would not reach which layer holds it, and what to do.
 
     Args:
         model: The served model, with weights.
-        graphs: Whether CUDA graphs are captured; without them nothing is in the way.
+        graphs: Whether CUDA graphs are captured, which go on reading what kernels have made anew.
     """
+    found: dict[str, str] = {}
+    for name, layer in _named_modules(model):
+        if getattr(layer, _AMX, False):
+            found[_AMX] = (
+                f"layer {name!r}: the projections of latent attention (MLA), packed for AMX from a parameter that vLLM "
+                "throws away (use --attention-backend CPU_MLA)"
+            )
     if not graphs:
-        return []
+        return list(found.values())
     tensors = (*model.parameters(), *model.buffers())
     kept = {_address(tensor) for tensor in tensors} - {0}
     search = _Search(model)
-    found: dict[str, str] = {}
-    for name, layer in cast("Iterator[tuple[str, torch.nn.Module]]", cast("Any", model).named_modules()):
+    for name, layer in _named_modules(model):
         for attribute, tensor in search.of_layer(layer):
             if attribute in HELD and attribute not in found and _address(tensor) not in kept:
                 found[attribute] = _sentence(name, HELD[attribute])
     return list(found.values())
+
+
+def _named_modules(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+    return cast("Any", model).named_modules()
 
 
 def _sentence(layer: str, held: Held) -> str:
