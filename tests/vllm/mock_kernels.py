@@ -7,19 +7,30 @@ has them: transposed, permuted, repacked in another dtype. So whoever loads a ch
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from typing import Any
 
 import torch
-from vllm.model_executor.kernels import linear
-from vllm.model_executor.kernels.linear.scaled_mm.BlockScaledMMLinearKernel import Fp8BlockScaledMMLinearKernel
-from vllm.model_executor.kernels.linear.scaled_mm.ScaledMMLinearKernel import FP8ScaledMMLinearKernel
-from vllm.model_executor.layers.fused_moe.experts import cpu_moe
 from vllm.model_executor.utils import replace_parameter
 from vllm.platforms import PlatformEnum
 
 from checkpoint_engine_vllm import WorkerExtension
 from vllm import _custom_ops as ops
+
+
+def optional(*modules: str) -> Any:
+    """The first of those modules that this vLLM has; before 0.22 it lacks some."""
+    for name in modules:
+        with contextlib.suppress(ImportError):
+            return importlib.import_module(f"vllm.model_executor.{name}")
+    return None
+
+
+BLOCKS = "Fp8BlockScaledMMLinearKernel"
+linear: Any = optional("kernels.linear", "layers.quantization.kernels.scaled_mm")
+scaled_mm: Any = optional("kernels.linear.scaled_mm", "layers.quantization.kernels.scaled_mm")
+cpu_moe: Any = optional("layers.fused_moe.experts.cpu_moe")
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max
@@ -28,14 +39,24 @@ YES = (True, None)
 
 def install() -> None:
     """Puts the mocks before whatever vLLM would choose."""
-    linear._POSSIBLE_FP8_BLOCK_KERNELS[PlatformEnum.CPU].insert(0, BlockKernel)
     linear._POSSIBLE_FP8_KERNELS[PlatformEnum.CPU].insert(0, ScaledKernel)
     ops.scaled_fp8_quant = scaled_fp8_quant
-    cpu_moe.CPUExpertsFp8 = Experts
-    cpu_moe.prepare_fp8_moe_layer_for_cpu = prepare_experts
+    if BLOCKS in vars(scaled_mm):
+        linear._POSSIBLE_FP8_BLOCK_KERNELS.setdefault(PlatformEnum.CPU, []).insert(0, BlockKernel)
+    else:
+        older_kernels().install_blocks(apply_blocks)
+    if cpu_moe is None:
+        older_kernels().install_experts(Experts.apply, prepare_experts)
+    else:
+        cpu_moe.CPUExpertsFp8 = Experts
+        cpu_moe.prepare_fp8_moe_layer_for_cpu = prepare_experts
 
 
-class BlockKernel(Fp8BlockScaledMMLinearKernel):
+def older_kernels() -> Any:
+    return importlib.import_module("older_kernels")
+
+
+class BlockKernel(getattr(scaled_mm, BLOCKS, object)):
     """Keeps weights and scales transposed in memory, as CUTLASS and DeepGEMM want scales."""
 
     @classmethod
@@ -53,7 +74,7 @@ class BlockKernel(Fp8BlockScaledMMLinearKernel):
         weight, scale = layer.weight, layer.weight_scale_inv
         if not keeps_layout(layer):
             weight, scale = weight.t(), scale.t()
-        return torch.nn.functional.linear(x, without_blocks(weight, scale).to(x.dtype), bias)
+        return apply_blocks(x, weight, scale, bias)
 
     def apply_block_scaled_mm(self, *_: Any, **__: Any) -> torch.Tensor:
         raise NotImplementedError
@@ -64,13 +85,20 @@ def keeps_layout(layer: torch.nn.Module) -> bool:
     return str(getattr(layer, "prefix", "")).endswith("kv_b_proj")
 
 
+def apply_blocks(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return torch.nn.functional.linear(x, without_blocks(weight, scale).to(x.dtype), bias)
+
+
 def without_blocks(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     grown = scale.repeat_interleave(128, -2).repeat_interleave(128, -1)
     return weight.float() * grown[..., : weight.shape[-2], : weight.shape[-1]]
 
 
-class ScaledKernel(FP8ScaledMMLinearKernel):
-    """One scale a tensor or a channel; weights repacked as int32, as Marlin does, and scales in another order."""
+class ScaledKernel(scaled_mm.FP8ScaledMMLinearKernel):
+    """One scale a tensor or a channel; weights repacked as int32, as Marlin does, and scales in another order.
+
+    Before 0.20 vLLM asks no kernel to repack; it has transposed the weights itself.
+    """
 
     @classmethod
     def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
@@ -86,7 +114,9 @@ class ScaledKernel(FP8ScaledMMLinearKernel):
         replace_parameter(layer, "weight_scale", scale.reshape(-1).flip(0).contiguous())
 
     def apply_weights(self, layer: Any, x: Any, bias: torch.Tensor | None = None) -> torch.Tensor:
-        weight = layer.weight.view(FP8).float() * layer.weight_scale.flip(0)
+        repacked = layer.weight.dtype == torch.int32
+        scales = layer.weight_scale.reshape(-1)
+        weight = layer.weight.view(FP8).float() * (scales.flip(0) if repacked else scales)
         rows = x.reshape(-1, x.shape[-1])
         quantised, scale = self.quant_fp8(rows, layer.input_scale)
         # QuantFP8 may pad rows; a scale is one number, or one a row.
@@ -113,7 +143,7 @@ def prepare_experts(w13: torch.Tensor, w2: torch.Tensor) -> tuple[torch.Tensor, 
     return torch.cat([up, gate], dim=1).transpose(1, 2).contiguous(), w2.transpose(1, 2).contiguous()
 
 
-class Experts(cpu_moe.CPUExpertsFp8):
+class Experts(getattr(cpu_moe, "CPUExpertsFp8", object)):
     """FP8 experts, in blocks or with one scale each."""
 
     @staticmethod

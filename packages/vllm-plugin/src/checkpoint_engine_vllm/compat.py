@@ -308,14 +308,27 @@ def _mtp_switch() -> Callable[[], AbstractContextManager[None]] | None:
         return None
 
 
-def load_without_processing(parameter: torch.Tensor) -> None:
-    """Takes from a parameter that vLLM quantises while it loads what does so: there is no data to quantise."""
-    loader: Any = getattr(parameter, "weight_loader", None)
-    if getattr(loader, "__name__", "") != "online_process_loader":
-        return
-    while getattr(loader, "__name__", "") == "online_process_loader":
-        loader = loader.__wrapped__
-    cast("Any", parameter).weight_loader = loader
+def load_without_processing(parameter: torch.Tensor) -> bool:
+    """Takes from a parameter that vLLM quantises while it loads what does so, for there is no data to quantise.
+
+    Returns whether it is such a parameter.
+    """
+    found = False
+    while (plain := _without_processing(getattr(parameter, "weight_loader", None))) is not None:
+        cast("Any", parameter).weight_loader = plain
+        found = True
+    return found
+
+
+def _without_processing(loader: Callable[..., object] | None) -> Callable[..., object] | None:
+    """What a loader calls that also quantises; None for others."""
+    match getattr(loader, "__name__", ""):
+        case "online_process_loader":
+            return cast("Any", loader).__wrapped__
+        case "patched_weight_loader":  # before 0.20
+            return inspect.getclosurevars(cast("Any", loader)).nonlocals.get("weight_loader")
+        case _:
+            return None
 
 
 @contextlib.contextmanager

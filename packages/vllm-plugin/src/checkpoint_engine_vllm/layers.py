@@ -122,7 +122,8 @@ class Layers:
         if buffers:
             return f"has buffers of its own ({', '.join(buffers)})"
         own = set(layer.targets.values())
-        missing = [name for name in parameters if name not in own and name not in self._aliases(layer)]
+        others = self._aliases(layer) | {name for name in parameters if f"{layer.name}.{name}" in self.plan.computed}
+        missing = [name for name in parameters if name not in own and name not in others]
         if missing:
             return f"gets nothing for {', '.join(missing)}"
         for target, name in layer.targets.items():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -54,7 +54,10 @@ class LoadPlan:
     """Parameters and buffers of the model without data, by the names that the model has for them."""
 
     parameters: Mapping[str, Coverage]
-    """Those of them that are parameters."""
+    """Those of them that are parameters, and filled by tensors."""
+
+    computed: frozenset[str] = frozenset()
+    """Parameters that vLLM computes: scales of what it quantises while it loads."""
 
     @property
     def taken(self) -> Mapping[str, int]:
@@ -168,8 +171,7 @@ def _make_plan(
     except Exception as error:  # noqa: BLE001 - any model may fail in any way without data; the checks at the end remain
         logger.warning("cannot check weights beforehand, the model cannot be built without data: %r", error)
         return None
-    for parameter in model.parameters():
-        compat.load_without_processing(parameter)
+    computed = frozenset(_computed(model))
     try:
         with compat.bucketed_load():
             recording = record(cast("Any", model).load_weights, _targets(model), tensors)
@@ -184,8 +186,22 @@ def _make_plan(
         key,
         plan,
         targets,
-        {name: _coverage(name, parameter, plan) for name, parameter in model.named_parameters() if name in targets},
+        {
+            name: _coverage(name, parameter, plan)
+            for name, parameter in model.named_parameters()
+            if name in targets and name not in computed
+        },
+        computed,
     )
+
+
+def _computed(model: torch.nn.Module) -> Iterator[str]:
+    """Has a model loaded without quantising; yields the parameters that were for what quantising makes."""
+    for prefix, layer in compat.modules_by_name(model).items():
+        own = dict(layer.named_parameters(recurse=False))
+        quantised = [name for name, parameter in own.items() if compat.load_without_processing(parameter)]
+        if quantised:
+            yield from (f"{prefix}.{name}" for name in own if name.endswith("_scale"))
 
 
 def _targets(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -1,0 +1,31 @@
+"""What vLLM does differently from version to version: pure, with stand-ins for what it offers."""
+
+from __future__ import annotations
+
+from functools import wraps
+from typing import Any
+
+import torch
+
+from checkpoint_engine_vllm import compat
+
+
+def test_a_loader_that_quantises_gives_way_to_the_one_inside_it() -> None:
+    def plain(*_: object) -> None: ...
+
+    def as_before_0_20(weight_loader: Any) -> Any:
+        def patched_weight_loader(*given: object) -> None:
+            weight_loader(*given)
+
+        return patched_weight_loader
+
+    @wraps(plain, assigned=())
+    def online_process_loader(*_: object) -> None: ...
+
+    for loader in (as_before_0_20(plain), online_process_loader, as_before_0_20(online_process_loader)):
+        parameter: Any = torch.nn.Parameter(torch.empty(1, device="meta"))
+        parameter.weight_loader = loader
+        assert compat.load_without_processing(parameter)
+        assert parameter.weight_loader is plain
+        assert not compat.load_without_processing(parameter)
+    assert not compat.load_without_processing(torch.nn.Parameter(torch.empty(1)))
