@@ -111,6 +111,10 @@ def keep_state(state: LayerState) -> Callable[[], None]:
     return lambda: setattr(state, name, before)
 
 
+def _no(*_: object) -> bool:
+    return False
+
+
 @contextlib.contextmanager
 def without_adding_up() -> Generator[None]:
     """Keeps vLLM from a warning for which it adds up, before 0.32 at every tensor, all that unfinished layers hold.
@@ -123,7 +127,7 @@ def without_adding_up() -> Generator[None]:
         yield
         return
     before: object = getattr(module, name)
-    setattr(module, name, lambda *_: False)
+    setattr(module, name, _no)
     try:
         yield
     finally:
