@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from checkpoint_engine.errors import WeightsRejectedError
+from checkpoint_engine.reload.overheads import without_functions
 from checkpoint_engine.reload.reloader import Trust
 from checkpoint_engine_vllm import compat
 from checkpoint_engine_vllm.layers import Layers, Way
@@ -106,15 +107,16 @@ _NO_PLAN = "reload by plan was asked for and is not possible; use --reload auto,
 
 def _bindings(plan: LoadPlan, model: torch.nn.Module, lent: frozenset[torch.nn.Module]) -> tuple[object, ...]:
     """All that a plan rests on: the tensors that come, vLLM, and where the model's own parameters lie and how."""
-    return (
-        plan.key,
-        compat.version(),
-        id(model),
-        *(
-            (prefix, name, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
-            for prefix, module in compat.modules_by_name(model).items()
-            if module not in lent
-            for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
-            if f"{prefix}.{name}".lstrip(".") in plan.targets
-        ),
-    )
+    with without_functions():  # this is gone through in every update
+        return (
+            plan.key,
+            compat.version(),
+            id(model),
+            *(
+                (target, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+                for prefix, module in compat.modules_by_name(model).items()
+                if module not in lent
+                for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+                if (target := f"{prefix}.{name}" if prefix else name) in plan.targets
+            ),
+        )
