@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from fp8_tree import scaled_fp8_quant, triton_experts
+from vllm.model_executor.layers.fused_moe import cpu_fused_moe
 from vllm.model_executor.layers.quantization import fp8
 
 from checkpoint_engine_vllm import WorkerExtension
@@ -49,6 +50,8 @@ def install() -> None:
         module.init_fp8_linear_kernel = lambda **_: None
     if hasattr(fp8, "select_fp8_moe_backend"):
         module.select_fp8_moe_backend = lambda *_, **__: triton_experts(fp8)
+    if hasattr(cpu_fused_moe, "IPEXFusedMOE"):
+        cpu_fused_moe.IPEXFusedMOE = UnquantisedExperts
     ops.scaled_fp8_quant = scaled_fp8_quant
     ops.topk_softmax = topk_softmax
 
@@ -78,7 +81,12 @@ def experts(method: Any, layer: Any, x: torch.Tensor, **given: Any) -> torch.Ten
         shares, chosen = given["topk_weights"], given["topk_ids"]
     else:
         shares, chosen = choose(given["router_logits"], given["top_k"], renormalize=given["renormalize"])
-    first, second = (expert_weights(method, layer, name) for name in ("w13", "w2"))
+    return with_experts(x, shares, chosen, *(expert_weights(method, layer, name) for name in ("w13", "w2")))
+
+
+def with_experts(
+    x: torch.Tensor, shares: torch.Tensor, chosen: torch.Tensor, first: torch.Tensor, second: torch.Tensor
+) -> torch.Tensor:
     result = torch.zeros_like(x, dtype=torch.float32)
     for token, (indices, parts) in enumerate(zip(chosen.tolist(), shares.float(), strict=True)):
         for expert, share in zip(indices, parts, strict=True):
@@ -92,6 +100,18 @@ def expert_weights(method: Any, layer: Any, name: str) -> torch.Tensor:
     if method.block_quant:
         return without_blocks(weight, getattr(layer, f"{name}_weight_scale_inv"))
     return weight.float() * getattr(layer, f"{name}_weight_scale")[:, None, None]
+
+
+class UnquantisedExperts:
+    """In place of those of Intel's extension, which pack a copy of the weights that vLLM cannot reach."""
+
+    def __init__(self, layer: Any) -> None: ...
+
+    def __call__(
+        self, layer: Any, x: torch.Tensor, _: bool, top_k: int, logits: torch.Tensor, renormalize: bool, *__: Any
+    ) -> torch.Tensor:
+        shares, chosen = choose(logits, top_k, renormalize=renormalize)
+        return with_experts(x, shares, chosen, layer.w13_weight.float(), layer.w2_weight.float())
 
 
 def choose(router_logits: torch.Tensor, top_k: int, *, renormalize: bool) -> tuple[torch.Tensor, torch.Tensor]:

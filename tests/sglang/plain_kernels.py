@@ -8,6 +8,7 @@ replaced is the arithmetic. The processing is SGLang's.
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 import types
 from typing import Any
@@ -40,6 +41,10 @@ def install() -> None:
     fp8.Fp8MoEMethod.is_deepgemm_moe_runner_backend_enabled = staticmethod(lambda *_, **__: True)
     fp8.Fp8MoEMethod.create_moe_runner = lambda *_, **__: None
     fp8.Fp8MoEMethod.apply = experts
+    if "only supported with DeepEPMoE" in inspect.getsource(fp8):  # before 0.5.17: else experts are not requantised
+        experts_of_one: Any = importlib.import_module("sglang.srt.layers.moe.fused_moe_triton.layer")
+        experts_of_many: Any = importlib.import_module("sglang.srt.layers.moe.ep_moe.layer")
+        experts_of_many.DeepEPMoE = experts_of_one.FusedMoE
     wrapper.ENABLE_JIT_DEEPGEMM = wrapper.DEEPGEMM_SCALE_UE8M0 = True
     wrapper.update_deep_gemm_config = lambda *_, **__: None
     utils.transform_scale_ue8m0 = packed
