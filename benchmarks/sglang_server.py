@@ -130,6 +130,7 @@ def serving(
         Server(model, port + PORTS * i, work / f"serve-{model.name}-{i}.log", device, own)
         for i, (model, own) in enumerate(starts)
     ]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # else whoever stops this leaves them behind
     try:
         for server in servers:
             server.wait()

@@ -110,6 +110,7 @@ def serving(
     servers = [
         Server(m, port + i, work / f"serve-{m.name}-{i}.log", *options, **environment) for i, m in enumerate(models)
     ]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # else whoever stops this leaves them behind
     try:
         for server in servers:
             server.wait()
