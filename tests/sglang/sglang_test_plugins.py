@@ -21,6 +21,8 @@ def faults() -> None:
     """What a file says goes wrong: a tensor at which the loader fails, processing that fails, a slow model."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+    if not torch.cuda.is_available():
+        torch.cuda.synchronize = _nothing_to_wait_for  # SGLang before 0.5.22 does so for checksums on any device
     model = "sglang.srt.models.qwen3.Qwen3ForCausalLM"
     linear = "sglang.srt.layers.quantization.unquant.UnquantizedLinearMethod"
     HookRegistry.register(f"{model}.load_weights", _load_weights, HookType.AROUND)
@@ -58,6 +60,9 @@ def second_model() -> None:
         lambda runners, *_, **__: [*runners, ("draft", runners[0][1])],
         HookType.AFTER,
     )
+
+
+def _nothing_to_wait_for(*_: object, **__: object) -> None: ...
 
 
 def _fault() -> dict[str, Any]:

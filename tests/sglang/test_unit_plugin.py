@@ -252,6 +252,18 @@ def test_it_does_not_start_where_it_could_not_be_kept_closed(setting: dict[str, 
     check_settings(lambda _: None, SimpleNamespace(**setting))
 
 
+def test_a_grpc_port_on_which_nothing_listens_is_no_reason() -> None:
+    """SGLang up to 0.5.14 always chooses one, and starts that server only when its environment asks for it."""
+    arguments = SimpleNamespace(checkpoint_engine_wait_weights_before_ready=True, grpc_port=40000, enable_grpc=False)
+    check_settings(lambda _: None, arguments)
+    arguments.grpc_mode = True
+    with pytest.raises(SettingError, match="with --grpc-mode"):
+        check_settings(lambda _: None, arguments)
+    arguments.grpc_mode, arguments.enable_grpc = False, True
+    with pytest.raises(SettingError, match="with SGLANG_ENABLE_GRPC"):
+        check_settings(lambda _: None, arguments)
+
+
 class OldScheduler:
     """Stands in for a scheduler before 0.5.22, which flushes its cache only while nothing waits."""
 

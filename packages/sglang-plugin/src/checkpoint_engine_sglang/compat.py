@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
+import os
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
@@ -72,6 +73,16 @@ def server_args(manager: Any) -> Any:  # noqa: ANN401
     """What the server was started with."""
     runner = manager.tp_worker.model_runner
     return getattr(runner, "server_args", None) or getattr(scheduler_of(manager), "server_args", None)
+
+
+def grpc_option(arguments: Any) -> str:  # noqa: ANN401
+    """What has SGLang start one of its gRPC servers; empty if it starts none."""
+    switched = getattr(arguments, "enable_grpc", None)  # up to 0.5.14, where a port is always chosen
+    names = ("smg_grpc_mode", "grpc_mode") if switched is False else ("smg_grpc_mode", "grpc_mode", "grpc_port")
+    for name in names:
+        if getattr(arguments, name, None):
+            return "SGLANG_ENABLE_GRPC" if switched and name == "grpc_port" else f"--{name.replace('_', '-')}"
+    return "SGLANG_GRPC_PORT" if switched is None and os.environ.get("SGLANG_GRPC_PORT") else ""
 
 
 def world_group(manager: Any) -> Any:  # noqa: ANN401

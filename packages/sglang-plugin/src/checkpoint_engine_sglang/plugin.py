@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import importlib
 import logging
-import os
 from collections.abc import Callable
 from typing import Any
 
 from checkpoint_engine.errors import SettingError
-from checkpoint_engine_sglang import front, layouts, places, scheduler
+from checkpoint_engine_sglang import compat, front, layouts, places, scheduler
 
 logger = logging.getLogger(__name__)
 
 WAIT_FLAG = "--wait-for-initial-weights"
-_GRPC = ("smg_grpc_mode", "grpc_mode", "grpc_port")
-"""Settings that start one of SGLang's gRPC servers."""
 _OWN_WAIT_FLAG = "--checkpoint-engine-wait-weights-before-ready"
 
 
@@ -61,9 +58,8 @@ def check_settings(original: Callable[..., Any], arguments: Any, *args: Any, **k
             "several tokenizer workers, so nothing would keep them from answering before the weights are there. Start "
             f"with --tokenizer-worker-num 1, or without {WAIT_FLAG}"
         )
-    found = [name for name in _GRPC if getattr(arguments, name, None)]
-    if waits and (found or os.environ.get("SGLANG_GRPC_PORT")):
-        option = f"--{found[0].replace('_', '-')}" if found else "SGLANG_GRPC_PORT"
+    option = compat.grpc_option(arguments)
+    if waits and option:
         raise SettingError(
             f"{WAIT_FLAG} with {option}: the plugin stands before SGLang's HTTP server only, so nothing would keep its "
             f"gRPC server from answering before the weights are there. Start without {option}, or without {WAIT_FLAG}"
