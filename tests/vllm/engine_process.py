@@ -28,6 +28,7 @@ from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.model_executor.layers import rotary_embedding
 from vllm.model_executor.layers.fused_moe.config import fp8_w8a8_moe_quant_config
 from vllm.model_executor.layers.linear import LinearBase
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from checkpoint_engine.engine.adapter import TensorSpec, Update
 from checkpoint_engine_vllm import compat, formats, loadplan, shadow
@@ -63,7 +64,7 @@ class Engine:
             max_num_seqs=4,
             dtype="bfloat16",
             kv_cache_memory_bytes=64 << 20,
-            distributed_executor_backend="uni",
+            distributed_executor_backend=UniProcExecutor,  # by its name, 0.20 to 0.22 take another one on the CPU
             disable_log_stats=False,
             **options,
         )

@@ -12,6 +12,7 @@ import importlib
 from typing import Any
 
 import torch
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 from vllm.model_executor.utils import replace_parameter
 from vllm.platforms import PlatformEnum
 
@@ -41,6 +42,8 @@ def install() -> None:
     """Puts the mocks before whatever vLLM would choose."""
     linear._POSSIBLE_FP8_KERNELS[PlatformEnum.CPU].insert(0, ScaledKernel)
     ops.scaled_fp8_quant = scaled_fp8_quant
+    if not CompressedTensorsConfig._check_scheme_supported(0, error=False):
+        older_kernels().lift_limits()
     if BLOCKS in vars(scaled_mm):
         linear._POSSIBLE_FP8_BLOCK_KERNELS.setdefault(PlatformEnum.CPU, []).insert(0, BlockKernel)
     else:

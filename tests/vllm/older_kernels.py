@@ -1,6 +1,7 @@
-"""What `mock_kernels.py` mocks in vLLM before 0.22, which has no place for FP8 experts on the CPU.
+"""What `mock_kernels.py` mocks in older vLLM.
 
-Before 0.20 it has none for FP8 in blocks either, and asks for the platform's capability before any kernel.
+Before 0.24 it does not think of FP8 where the platform has no capability that is a number; before 0.22 it has no place
+for FP8 experts on the CPU, and before 0.20 none for FP8 in blocks either.
 """
 
 from __future__ import annotations
@@ -19,15 +20,16 @@ Compute = Callable[..., Any]
 
 
 def install_blocks(compute: Compute) -> None:
-    """FP8 in blocks, by `compute(input, weight, scale, bias)`: weights and scales lie transposed in memory.
-
-    And no FP8 is refused, or given to Marlin, because the CPU has no capability that is a number.
-    """
+    """FP8 in blocks, by `compute(input, weight, scale, bias)`: weights and scales lie transposed in memory."""
     process = fp8.process_fp8_weight_block_strategy
     fp8.process_fp8_weight_block_strategy = lambda *given: [part.t().contiguous() for part in process(*given)]
     fp8.W8A8BlockFp8LinearOp.apply = lambda self, input, weight, weight_scale, input_scale=None, bias=None: compute(  # noqa: A006
         input, weight.t(), weight_scale.t(), bias
     )
+
+
+def lift_limits() -> None:
+    """Has FP8 not refused, or given to Marlin, for the sake of the CPU's capability."""
     fp8.current_platform = mock.Mock(wraps=fp8.current_platform, has_device_capability=lambda *_, **__: True)
     CompressedTensorsConfig._check_scheme_supported = staticmethod(
         lambda _, error=True, match_exact=False: not match_exact
