@@ -10,8 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from checkpoint_engine.deadline import Deadline
-from checkpoint_engine.engine.auto import AutoClient, identify
-from checkpoint_engine.engine.client import load_client
+from checkpoint_engine.engine.auto import AutoClient, identify, load_client
 from checkpoint_engine.engine.endpoint import Endpoint
 from checkpoint_engine.engine.reference import ModelSpec
 from checkpoint_engine.engine.reference_process import ReferenceProcess

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 from checkpoint_engine.deadline import Deadline
 from checkpoint_engine.engine.adapter import TensorSpec, Update
-from checkpoint_engine.engine.client import ReferenceClient, load_client, request_inference_to_update
+from checkpoint_engine.engine.auto import load_client
+from checkpoint_engine.engine.client import ReferenceClient, request_inference_to_update
 from checkpoint_engine.engine.reference import ModelSpec, ReferenceEngine, make_checkpoint
 from checkpoint_engine.engine.reference_adapter import ReferenceAdapter
 from checkpoint_engine.engine.reference_model import checkpoint_tensors

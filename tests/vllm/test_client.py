@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from checkpoint_engine.deadline import Deadline
-from checkpoint_engine.engine.client import load_client
+from checkpoint_engine.engine.auto import load_client
 from checkpoint_engine.errors import CheckpointEngineError, EngineRequestError, MissingDependencyError
 from checkpoint_engine_vllm import VllmClient, compat, plugin
 

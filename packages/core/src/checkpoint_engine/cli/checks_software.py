@@ -57,7 +57,7 @@ def check_software() -> Iterator[Finding]:
 
 def check_plugins() -> Iterator[Finding]:
     """Clients for engines, and whether the engines of this environment see their plugins."""
-    from checkpoint_engine.engine.client import ENTRY_POINTS  # noqa: PLC0415 - what is imported late is slow
+    from checkpoint_engine.engine.plugins import ENTRY_POINTS  # noqa: PLC0415 - what is imported late is slow
 
     clients = sorted({point.name for point in metadata.entry_points(group=ENTRY_POINTS)})
     for name in clients:
@@ -70,11 +70,11 @@ def check_plugins() -> Iterator[Finding]:
 
 
 def _check_client(name: str) -> Finding:
-    from checkpoint_engine.engine.client import load_client  # noqa: PLC0415
+    from checkpoint_engine.engine.plugins import plugin_client  # noqa: PLC0415
     from checkpoint_engine.errors import MissingDependencyError  # noqa: PLC0415
 
     try:
-        client = load_client(name)
+        client = plugin_client(name)
     except MissingDependencyError as error:
         return Finding("plugins", f"client {name}", "problem", "cannot be loaded", str(error))
     return Finding("plugins", f"client {name}", "ok", f"{client.__module__}.{client.__qualname__}")

@@ -15,7 +15,9 @@ from typing import cast
 from checkpoint_engine.catalog import Catalog
 from checkpoint_engine.cli.messages import Done, Job, Progressed
 from checkpoint_engine.deadline import Deadline
-from checkpoint_engine.engine.client import EngineClient, PauseMode, load_client, verifying_client
+from checkpoint_engine.engine.auto import load_client
+from checkpoint_engine.engine.client import EngineClient, PauseMode
+from checkpoint_engine.engine.plugins import verifying_client
 from checkpoint_engine.errors import CheckpointEngineError, CheckpointStateError, SettingError
 from checkpoint_engine.host.loader import find_files, split_among_ranks
 from checkpoint_engine.server import ParameterServer

@@ -14,7 +14,7 @@ from checkpoint_engine.cli.common import DeviceKind, Json, Pause, Reload, Verbos
 from checkpoint_engine.cli.messages import Job
 from checkpoint_engine.cli.running import run_job
 from checkpoint_engine.cli.seeds import Seeds
-from checkpoint_engine.engine.client import load_client
+from checkpoint_engine.engine.auto import load_client
 from checkpoint_engine.errors import AccessRefusedError, SettingError, UpdateError
 
 _TOKEN_VARIABLE = "CHECKPOINT_ENGINE_TOKEN"  # noqa: S105 - its name, not its value

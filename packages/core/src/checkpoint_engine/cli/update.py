@@ -16,7 +16,7 @@ from checkpoint_engine.cli.common import (
 )
 from checkpoint_engine.cli.messages import Job
 from checkpoint_engine.cli.running import run_job
-from checkpoint_engine.engine.client import load_client
+from checkpoint_engine.engine.auto import load_client
 from checkpoint_engine.errors import CheckpointFormatError, SettingError
 
 _WORK = "What to update"

@@ -12,7 +12,7 @@ from checkpoint_engine.cli.common import DeviceKind, Json, Verbose, output, prin
 from checkpoint_engine.cli.messages import Done, Job
 from checkpoint_engine.cli.running import run_job
 from checkpoint_engine.cli.summary import size, slowest
-from checkpoint_engine.engine.client import load_client
+from checkpoint_engine.engine.auto import load_client
 from checkpoint_engine.errors import CheckpointFormatError
 
 _WORK = "What to compare"

@@ -9,8 +9,9 @@ from typing import cast
 import msgspec
 
 from checkpoint_engine.deadline import Deadline
-from checkpoint_engine.engine.client import EngineClient, PauseMode, load_client, verifying_client
+from checkpoint_engine.engine.client import EngineClient, PauseMode
 from checkpoint_engine.engine.endpoint import Endpoint
+from checkpoint_engine.engine.plugins import plugin_client, verifying_client
 from checkpoint_engine.errors import DeadlineError, EngineRequestError
 
 _SIGNS = (("sglang", "/model_info", "model_path"), ("vllm", "/version", "version"), ("reference", "/pids", "pids"))
@@ -71,10 +72,18 @@ class AutoClient:
 
     def _find(self, deadline: Deadline) -> EngineClient:
         if self._client is None:
-            self._client = load_client(identify(self._endpoint, deadline))(
-                self._endpoint.address, timeout=self._timeout
-            )
+            client = plugin_client(identify(self._endpoint, deadline))
+            self._client = client(self._endpoint.address, timeout=self._timeout)
         return self._client
+
+
+def load_client(engine: str) -> type[EngineClient]:
+    """The client class of an engine, by its name; that of `auto` finds out which engine answers.
+
+    Raises:
+        MissingDependencyError: no installed plugin offers that engine, or the plugin cannot be imported.
+    """
+    return AutoClient if engine == "auto" else plugin_client(engine)
 
 
 def identify(endpoint: Endpoint, deadline: Deadline) -> str:

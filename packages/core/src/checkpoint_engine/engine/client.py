@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from importlib.metadata import entry_points
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, cast, runtime_checkable
 from urllib.parse import urlsplit
 
@@ -17,13 +16,11 @@ from checkpoint_engine.errors import (
     CheckpointEngineError,
     DeadlineError,
     EngineRequestError,
-    MissingDependencyError,
 )
 
 PauseMode = Literal["keep", "abort", "wait", "none"]
 """What becomes of running requests: kept and continued, aborted, waited for; or the engine is not paused."""
 
-ENTRY_POINTS = "checkpoint_engine.clients"
 _POLL_SECONDS = 0.25
 _SETTLE_SECONDS = 15.0
 """For asking an engine, after a failure, what it holds now, and for resuming it."""
@@ -304,45 +301,6 @@ class ReferenceClient(CollectiveRpcClient):
     def reset_caches(self, deadline: Deadline) -> None:
         """`POST /reset_prefix_cache`."""
         self.endpoint.call("POST", "/reset_prefix_cache", deadline)
-
-
-def load_client(engine: str) -> type[EngineClient]:
-    """The client class of an engine, by its name in the entry-point group `checkpoint_engine.clients`.
-
-    `auto` finds out which engine answers.
-
-    Raises:
-        MissingDependencyError: no installed plugin offers that engine, or the plugin cannot be imported.
-    """
-    if engine == "auto":
-        from checkpoint_engine.engine.auto import AutoClient  # noqa: PLC0415 - it uses this function
-
-        return AutoClient
-    found = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
-    if engine not in found:
-        raise MissingDependencyError(
-            f"no plugin for the engine {engine!r} is installed (found: {', '.join(sorted(found)) or 'none'}); "
-            f"try `pip install checkpoint-engine-{engine}`"
-        )
-    try:
-        return cast("type[EngineClient]", found[engine].load())
-    except (ImportError, AttributeError) as error:
-        raise MissingDependencyError(
-            f"the plugin for the engine {engine!r} ({found[engine].value}) cannot be loaded: {error}"
-        ) from error
-
-
-def verifying_client(client: EngineClient) -> VerifyingClient:
-    """The same client, if it can have weights compared.
-
-    Raises:
-        MissingDependencyError: it cannot.
-    """
-    if not isinstance(client, VerifyingClient):
-        raise MissingDependencyError(
-            f"the plugin {type(client).__module__} cannot compare an engine's weights with a checkpoint; upgrade it"
-        )
-    return client
 
 
 def request_inference_to_update(
