@@ -87,7 +87,8 @@ def serving(
         **environment: str,
     ) -> Server:
         directory = tmp_path_factory.mktemp("serve")
-        port = free_port()
+        # SGLang 0.5.14 and older add 10000 to it, for another server that is not started.
+        port = next(port for port in iter(free_port, 0) if port < 55000)
         loaded = ["faults", "checkpoint_engine" if ours else "cpu_identity", *filter(None, extra_plugins.split(","))]
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("SGLANG_", "PS_"))}
         env = {

@@ -275,11 +275,20 @@ class OldScheduler:
 
 
 RETRACTED, HOLDS_CACHE = SimpleNamespace(req_pool_idx=None), SimpleNamespace(req_pool_idx=3)
+RETRACTED_IN_0_5_20, HOLDS_CACHE_IN_0_5_20 = SimpleNamespace(kv=RETRACTED), SimpleNamespace(kv=HOLDS_CACHE)
+UNKNOWN = SimpleNamespace()
 
 
 @pytest.mark.parametrize(
     ("requests", "paused", "can_flush"),
-    [((RETRACTED,), True, True), ((RETRACTED,), False, False), ((RETRACTED, HOLDS_CACHE), True, False)],
+    [
+        ((RETRACTED,), True, True),
+        ((RETRACTED,), False, False),
+        ((RETRACTED, HOLDS_CACHE), True, False),
+        ((RETRACTED_IN_0_5_20,), True, True),
+        ((HOLDS_CACHE_IN_0_5_20,), True, False),
+        ((UNKNOWN,), True, False),
+    ],
 )
 def test_an_old_scheduler_flushes_while_retracted_requests_wait(
     requests: tuple[SimpleNamespace, ...], paused: bool, can_flush: bool

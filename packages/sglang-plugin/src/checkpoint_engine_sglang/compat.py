@@ -191,11 +191,17 @@ def retracted_set_aside(manager: Any) -> Generator[None]:  # noqa: ANN401
         yield
         return
     queue: list[Any] = scheduler.waiting_queue
-    scheduler.waiting_queue = [request for request in queue if request.req_pool_idx is not None]
+    scheduler.waiting_queue = [request for request in queue if _holds_cache(request)]
     try:
         yield
     finally:
         scheduler.waiting_queue = queue
+
+
+def _holds_cache(request: Any) -> bool:  # noqa: ANN401
+    owner = getattr(request, "kv", None)  # from 0.5.20 or a little before; the request itself in older ones
+    owner = owner if hasattr(owner, "req_pool_idx") else request
+    return getattr(owner, "req_pool_idx", -1) is not None
 
 
 def _flushes_while_requests_wait(scheduler: Any) -> bool:  # noqa: ANN401
