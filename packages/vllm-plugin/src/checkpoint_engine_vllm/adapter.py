@@ -33,6 +33,7 @@ _SERVED = "served"
 """The served model, among a worker's plans."""
 _UNFIT = "is the checkpoint complete, and of the served model?"
 _STALE = "this vLLM cannot reload what these layers keep beside their parameters"
+_SCALES = "this vLLM cannot reload scales of attention"
 _MISSING = "the checkpoint does not fill these parameters of the model"
 _MOST_NAMED = 8
 
@@ -184,6 +185,8 @@ class VllmAdapter:
             self._refuse(_MISSING, missing_parameters(plan, served, quantised=quantised))
             self._refuse("these tensors are larger than the model's parameters", self._too_large(plan, tensors))
             self._fitting = plan
+        if plan is not None and not compat.reloads_attention_scales():
+            self._refuse(_SCALES, _attention_scales(plan, served), "leave them out, or use vLLM 0.20 or newer")
         if draft is not None:
             self._refuse(_MISSING, draft.missing())
 
@@ -237,6 +240,12 @@ class VllmAdapter:
             return "" if layers is None else layers.obstacle
         left = layers.of(Way.LOADER)[:_MOST_NAMED]
         return "; ".join(f"{layer.name}: {layer.reason}" for layer in left)
+
+
+def _attention_scales(plan: LoadPlan, served: torch.nn.Module) -> list[str]:
+    modules = compat.modules_by_name(served)
+    owners = {target: modules.get(target.rpartition(".")[0]) for target in plan.reload.recording.origins}
+    return [target for target, owner in owners.items() if owner is not None and compat.is_attention(owner)]
 
 
 def _listed(names: Sequence[str]) -> str:

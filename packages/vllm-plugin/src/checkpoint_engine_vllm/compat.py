@@ -58,8 +58,14 @@ def layerwise() -> Layerwise:
             finally:
                 module.materialize_layer = materialize
 
+        def initialize(model: torch.nn.Module) -> None:
+            module.initialize_layerwise_reload(model)
+            for layer in filter(is_attention, model.modules()):
+                for parameter in layer.parameters(recurse=False):
+                    load_without_shard(parameter)
+
         return Layerwise(
-            initialize=module.initialize_layerwise_reload,
+            initialize=initialize,
             finalize=module.finalize_layerwise_reload,
             info=info,
             materialize=lambda layer: materialize(layer, info(layer)) if wants_info else materialize(layer),
@@ -253,6 +259,11 @@ def is_attention(layer: torch.nn.Module) -> bool:
     return isinstance(layer, kinds)
 
 
+def reloads_attention_scales() -> bool:
+    """Whether a reload takes attention's scales from a checkpoint (0.20 and newer); else it breaks off at its end."""
+    return hasattr(importlib.import_module(_RELOAD), "finalize_layerwise_processing")
+
+
 def process_attention(layer: torch.nn.Module, model_config: ModelConfig) -> None:
     """What vLLM does to an attention layer once all other layers have their weights."""
     cast("Any", layer).process_weights_after_loading(model_config.dtype)
@@ -322,6 +333,25 @@ def load_without_processing(parameter: torch.Tensor) -> bool:
         cast("Any", parameter).weight_loader = plain
         found = True
     return found
+
+
+def load_without_shard(parameter: torch.Tensor) -> None:
+    """Has a parameter's loader that a reload stands around take a shard's name too, where the one inside takes none.
+
+    Loaders of Qwen name one for scales of a cache, unless the loader is the plain one itself (0.22).
+    """
+    around: Any = getattr(parameter, "weight_loader", None)
+    inside = around
+    while getattr(inside, "__name__", "") == "online_process_loader":
+        inside = inside.__wrapped__
+    if inside is around or getattr(inside, "__name__", "") != "default_weight_loader":
+        return
+
+    @wraps(around)
+    def online_process_loader(parameter: torch.Tensor, loaded: torch.Tensor, *_: object) -> object:
+        return around(parameter, loaded)
+
+    cast("Any", parameter).weight_loader = online_process_loader
 
 
 def _without_processing(loader: Callable[..., object] | None) -> Callable[..., object] | None:
