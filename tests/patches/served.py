@@ -45,7 +45,16 @@ def update(server: Server, model: Path, pause: str) -> None:
         *(Path(sys.executable).parent / "checkpoint-engine", "update", model, "--engine", "vllm"),
         *("--endpoint", server.endpoint, "--device", "cpu", "--timeout", "120", "--pause", pause),
     ]
-    subprocess.run(list(map(str, command)), check=True, timeout=240, env={**os.environ, "COLUMNS": "200"})
+    done = subprocess.run(
+        list(map(str, command)),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+        env={**os.environ, "COLUMNS": "200"},
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr)
 
 
 def wrong_after_updates(environment: Path, directory: Path, name: str, pause: str) -> list[str]:
