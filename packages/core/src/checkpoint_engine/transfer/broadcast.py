@@ -3,7 +3,7 @@
 Every rank walks through the same buckets in the same order. The owner of a bucket copies it to its device ahead of
 time, as soon as its source has it and its place in the staging memory is free; then all ranks take part in one
 broadcast of it; then each rank's engine worker loads it. While bucket k is loaded, k+1 is broadcast and k+2 comes over
-the bus. No stage waits for another: whatever can go on does, so that the bus, the slowest of them, never falls idle.
+the bus. No stage waits for another: whatever can go on does, so that the bus, the slowest of them, has work to do.
 """
 
 from __future__ import annotations
