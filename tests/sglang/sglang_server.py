@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from streams import lines_of
 
 PROMPTS = ["Hello, my name is", "The capital of France is", "The quick brown fox"]
 START_SECONDS = 240
@@ -111,8 +112,8 @@ class Stream:
     def _run(self) -> None:
         try:
             with httpx.stream("POST", self._url, json=self._body, timeout=120) as reply:
-                for line in reply.iter_lines():
-                    if line.startswith("data: {"):
+                for line in lines_of(reply):
+                    if line.startswith(b"data: {"):
                         answer = json.loads(line[6:])
                         self.tokens = answer["output_ids"]
                         self.finish = answer["meta_info"]["finish_reason"]

@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
+from streams import lines_of
 
 Cold = Callable[..., dict[str, Any]]
 Serve = Callable[..., Any]
@@ -225,8 +226,8 @@ class Stream:
     def _run(self) -> None:
         try:
             with httpx.stream("POST", self._url, json=self._body, timeout=180) as reply:
-                for line in reply.iter_lines():
-                    if line.startswith("data: {"):
+                for line in lines_of(reply):
+                    if line.startswith(b"data: {"):
                         for choice in json.loads(line[6:])["choices"]:
                             self.tokens.extend(choice.get("token_ids") or [])
         except httpx.HTTPError as error:
