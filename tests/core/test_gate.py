@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import msgspec
 import pytest
+import torch
+from cluster import Cluster, check
 
+from checkpoint_engine.transfer import update
 from checkpoint_engine.transfer.gate import Gate
+from checkpoint_engine.transfer.offers import Offer
 
 
 @pytest.fixture
@@ -53,3 +57,27 @@ def test_a_rank_that_has_gone_is_not_waited_for(gates: list[Gate]) -> None:
     second.close()
     first.meet({1: second.offer})
     assert first.passed(0)
+
+
+def test_in_an_update_every_rank_waits_for_all_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    met: list[list[int]] = []
+    passed: list[int] = []
+
+    class Noted(Gate):
+        def meet(self, offers: Mapping[int, Offer]) -> None:
+            met.append(sorted(offers))
+            super().meet(offers)
+
+        def passed(self, index: int) -> bool:
+            done = super().passed(index)
+            passed.extend([index] * done)
+            return done
+
+    monkeypatch.setattr(update, "Gate", Noted)
+    cluster = Cluster(3)
+    cluster.register("a", {f"t{index}": torch.arange(9.0) for index in range(9)})
+    check(cluster.update("a"))
+    assert sorted(met) == [[0, 1], [0, 2], [1, 2]]
+    assert passed
+    assert all(passed.count(index) == 3 for index in passed)
+    cluster.close()

@@ -7,8 +7,11 @@ from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from checkpoint_engine_vllm import compat
+from checkpoint_engine_vllm.reload import Reload
+from checkpoint_engine_vllm.repairs import Repairs
 
 
 def on_a_device(_: object) -> bool:
@@ -27,6 +30,22 @@ def test_vllm_does_not_add_up_while_it_loads(monkeypatch: pytest.MonkeyPatch) ->
     with suppress(ValueError):
         load()
     assert module.has_device_tensors is on_a_device
+
+
+def test_a_reload_loads_like_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = SimpleNamespace(has_device_tensors=on_a_device)
+    monkeypatch.setitem(sys.modules, compat._RELOAD, module)
+    monkeypatch.setattr(compat, "layerwise", SimpleNamespace)
+    seen: list[bool] = []
+
+    class Model(torch.nn.Module):
+        def load_weights(self, weights: object) -> set[str]:
+            del weights
+            seen.append(module.has_device_tensors("tensors on a GPU"))
+            return {"weight"}
+
+    Reload(Model(), SimpleNamespace(), Repairs()).load([("weight", torch.ones(1))])
+    assert seen == [False]
 
 
 def test_a_vllm_that_never_adds_up_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

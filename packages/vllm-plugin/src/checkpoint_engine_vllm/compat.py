@@ -123,9 +123,9 @@ def _no(*_: object) -> bool:
 
 @contextlib.contextmanager
 def without_adding_up() -> Generator[None]:
-    """Keeps vLLM from a warning for which it adds up, before 0.32 at every tensor, all that unfinished layers hold.
+    """Keeps vLLM from a warning for which it adds up, in 0.26 at every tensor, all that unfinished layers hold.
 
-    Where the tensors of two large layers come in turn, as from two ranks, that took a minute for 19,000 of them.
+    Where the tensors of two large layers came in turn, as from two ranks, that took a minute for 19,000 of them.
     """
     module: Any = importlib.import_module(_RELOAD)
     name = "has_device_tensors"
