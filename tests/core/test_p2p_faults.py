@@ -16,6 +16,7 @@ from p2p_processes import ENVIRONMENT, Joiner, Seed, tensors_of
 
 from checkpoint_engine.catalog import Catalog
 from checkpoint_engine.errors import DeadlineError, UpdateError
+from checkpoint_engine.host import p2p_store
 from checkpoint_engine.host.mooncake import MooncakeEngine
 from checkpoint_engine.host.p2p_store import ByteRange, P2PStore, Peer
 from checkpoint_engine.pulling import Pull
@@ -129,7 +130,9 @@ def test_a_process_pulls_tensors_without_ranks_or_engine(survivor: Seed) -> None
         dict(Pull([survivor.catalog], timeout=0.001).tensors())
 
 
-def test_pulling_leaves_nothing_registered(survivor: Seed, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def registered(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Addresses that the engine knows, of those that it learned during the test."""
     registered: list[int] = []
     register, unregister = MooncakeEngine.register, MooncakeEngine.unregister
 
@@ -139,14 +142,40 @@ def test_pulling_leaves_nothing_registered(survivor: Seed, monkeypatch: pytest.M
 
     def unregistering(engine: MooncakeEngine, address: int) -> None:
         unregister(engine, address)
-        registered.remove(address)
+        if address in registered:
+            registered.remove(address)
 
     monkeypatch.setattr(MooncakeEngine, "register", registering)
     monkeypatch.setattr(MooncakeEngine, "unregister", unregistering)
+    return registered
+
+
+def test_pulling_leaves_nothing_registered(survivor: Seed, registered: list[int]) -> None:
     for _ in range(3):
         dict(Pull([survivor.catalog], timeout=TIMEOUT).tensors())
     late_answers = 3  # may land in a page of each, which is never unmapped
     assert len(registered) == late_answers
+
+
+def test_reads_that_fail_after_all_was_given_up_leave_nothing_registered(registered: list[int]) -> None:
+    with Seed() as seed:
+        tensors = Pull([seed.catalog], timeout=1).tensors()
+        next(tensors)
+        seed.signal("SIGSTOP")
+        with pytest.raises(DeadlineError):
+            list(tensors)
+        assert fetching(), "reads ended while they were waited for: this test shows nothing"
+        until = time.monotonic() + TIMEOUT
+        while fetching() and time.monotonic() < until:
+            time.sleep(0.05)
+        assert not fetching()
+    alive = {page.address for page in p2p_store._kept} | {segment.address for _, segment in p2p_store._retired}
+    assert registered
+    assert set(registered) <= alive
+
+
+def fetching() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("checkpoint-engine-fetch")]
 
 
 class Pair:

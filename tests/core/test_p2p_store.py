@@ -226,6 +226,13 @@ def test_a_segment_that_closes_is_registered_no_longer(here: P2PStore, there: P2
             here.verify(peer)
 
 
+def test_memory_where_the_engine_knows_other_memory_is_refused_for_that_reason(here: P2PStore, target: Segment) -> None:
+    here.register(target)
+    with pytest.raises(HostMemoryError, match=f"at {target.address:#x} it knows other memory") as refusal:
+        here._engine.register(target.address, target.nbytes)
+    assert "memlock" not in str(refusal.value)
+
+
 def test_missing_mooncake_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mooncake", None)
     monkeypatch.delitem(sys.modules, "mooncake.engine", raising=False)

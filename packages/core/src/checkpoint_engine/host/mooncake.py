@@ -23,6 +23,8 @@ _ALTERNATIVES = (
 )
 _DISTRIBUTIONS = tuple(f"mooncake-transfer-engine{build}" for build in ("", "-cuda13", "-non-cuda", "-efa"))
 _CONNECT_SECONDS = 5
+_OVERLAPS = -7
+"""Mooncake's answer to memory that overlaps what it knows."""
 
 CHECKS_ADDRESSES = (0, 3, 12)
 """From this version on, Mooncake refuses over TCP what is not registered; before, it serves any address to anybody."""
@@ -62,13 +64,20 @@ class MooncakeEngine:
         """Lets others read this memory, and reads land in it.
 
         Raises:
-            HostMemoryError: the network card cannot register it.
+            HostMemoryError: the network card cannot register it, or the engine still knows memory at this address.
         """
-        if self._engine.register_memory(address, nbytes) != 0:
-            raise HostMemoryError(
-                f"{nbytes} bytes of host memory cannot be registered for {self.transport}: raise the memlock limit "
-                "(ulimit -l unlimited; in containers --ulimit memlock=-1)"
-            )
+        code = self._engine.register_memory(address, nbytes)
+        if code == 0:
+            return
+        if code == _OVERLAPS:
+            way_out = f"at {address:#x} it knows other memory, which nobody unregistered; start this process anew"
+        elif self.transport == "tcp":
+            way_out = "its own messages stand above"
+        else:
+            way_out = "raise the memlock limit (ulimit -l unlimited; in containers --ulimit memlock=-1)"
+        raise HostMemoryError(
+            f"Mooncake cannot register {nbytes} bytes of host memory for {self.transport} (code {code}): {way_out}"
+        )
 
     def unregister(self, address: int) -> None:
         """Ends that; others' reads of it fail from now on."""

@@ -82,6 +82,7 @@ class PeerSource:
 
         Raises:
             HostMemoryError: there is no room for the berths.
+            CheckpointEngineError: the cause with which the update was cancelled meanwhile.
         """
         self._plan = plan
         self._peers = peers
@@ -102,13 +103,18 @@ class PeerSource:
         self._spans: list[Span] = []
         self._next = 0
         self._turn = threading.Lock()
+        self._closing = threading.Lock()
         self._over = threading.Event()
         self._free: queue.SimpleQueue[_Berth] = queue.SimpleQueue()
         self._memory: list[Segment] = []
         self._endangered: list[Segment] = []
         self._threads: list[threading.Thread] = []
         if self._away:
-            self._prepare()
+            try:
+                self._prepare()
+            except BaseException:
+                self.close()
+                raise
 
     def ready(self, index: int) -> bool:
         """Whether the bucket has arrived, or failed to."""
@@ -159,7 +165,8 @@ class PeerSource:
 
     def close(self) -> None:
         """Stops; memory in which reads may still land is freed later."""
-        self._over.set()
+        with self._closing:
+            self._over.set()
         until = time.monotonic() + _GOODBYE_SECONDS
         for thread in self._threads:
             thread.join(max(0.0, until - time.monotonic()))
@@ -204,10 +211,16 @@ class PeerSource:
 
     def _segment(self, nbytes: int) -> Segment:
         segment = Segment.create(nbytes)
-        self._memory.append(segment)
-        segment.touch(0, nbytes)
-        self._store.register(segment)
-        segment.pin(self._device)
+        try:
+            segment.touch(0, nbytes)
+            self._store.register(segment)
+            segment.pin(self._device)
+            with self._closing:
+                self._check()  # once all is over, nobody would close it
+                self._memory.append(segment)
+        except BaseException:
+            segment.close()
+            raise
         return segment
 
     # -- in the threads ---------------------------------------------------------------------------------------------

@@ -43,8 +43,12 @@ class RingKeeper:
         if self._ring is None or self._ring.nbytes < nbytes:
             self.close()
             ring = Segment.create(nbytes)
-            ring.touch(0, nbytes)
-            self.store().register(ring)
+            try:
+                ring.touch(0, nbytes)
+                self.store().register(ring)
+            except BaseException:
+                ring.close()
+                raise
             self._ring = ring
         return self._ring
 
