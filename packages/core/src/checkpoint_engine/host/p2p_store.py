@@ -12,7 +12,6 @@ import secrets
 import socket
 import struct
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
@@ -31,9 +30,6 @@ _CONNECT_SECONDS = 2.0
 
 _kept: list[Segment] = []
 """Small pages in which late answers may still land; they stay as long as the process."""
-_retired: list[tuple[float, Segment]] = []
-"""Segments in which late answers may still land, and until when."""
-_retiring = threading.Lock()
 
 
 class Peer(msgspec.Struct, frozen=True):
@@ -175,14 +171,10 @@ class P2PStore:
 
     def retire(self, segment: Segment) -> None:
         """Frees a segment once no read that was given up can land in it any more."""
-        now = time.monotonic()
-        with _retiring:
-            _retired.append((now + 2 * self._patience, segment))
-            due = [entry for entry in _retired if entry[0] < now]
-            for entry in due:
-                _retired.remove(entry)
-        for _, old in due:
-            old.close()
+        segment.unpin()  # here, for another thread may have another GPU
+        timer = threading.Timer(2 * self._patience, segment.close)
+        timer.name, timer.daemon = "checkpoint-engine-retire", True
+        timer.start()
 
     def close(self) -> None:
         """Withdraws everything. The engine itself ends with the process: reads may be under way."""

@@ -151,14 +151,18 @@ class Segment:
         if self.pinned is None:
             self.pinned = device.pin(self.tensor)
 
+    def unpin(self) -> None:
+        """Has the device forget it; no copy may be under way."""
+        if self.pinned is not None:
+            pinned, self.pinned = self.pinned, None
+            pinned.close()
+
     def close(self) -> None:
         """Unpins the memory and gives it up; a mapped file stays as it is."""
         if self.shared is not None:
             shared, self.shared = self.shared, None
             shared.close()
-        if self.pinned is not None:
-            pinned, self.pinned = self.pinned, None
-            pinned.close()
+        self.unpin()
         self.tensor, self._mapping = _empty(), None
         if self.fd >= 0:
             os.close(self.fd)
