@@ -18,7 +18,7 @@ from cluster import TIMEOUT, Cluster
 from p2p_help import needs_mooncake
 from p2p_processes import ENVIRONMENT, tensors_of
 
-from checkpoint_engine.errors import CheckpointStateError, UpdateError
+from checkpoint_engine.errors import CheckpointEngineError, CheckpointStateError
 from checkpoint_engine.host.mooncake import MooncakeEngine
 
 pytestmark = [needs_mooncake, pytest.mark.long]
@@ -38,7 +38,7 @@ class Fleet:
     registered: set[tuple[int, int]]
     version: int = 0
 
-    def update(self, way: Way, fault: Fault) -> list[UpdateError]:
+    def update(self, way: Way, fault: Fault) -> list[CheckpointEngineError]:
         """Registers new values and updates; gives the ranks' errors, and checks every byte where there are none."""
         self.version += 1
         holders = self.seeds if way == "join" else self.ranks
@@ -59,7 +59,7 @@ class Fleet:
         )
         victim.fail_in, victim.on_load = "", None
         self._unregister(holders)
-        errors = [answer for answer in answers if isinstance(answer, UpdateError)]
+        errors = [answer for answer in answers if isinstance(answer, CheckpointEngineError)]
         assert len(errors) in (0, 2), answers
         if not errors:
             for recorder in self.ranks.recorders:
