@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import ModuleType, SimpleNamespace
@@ -108,21 +109,66 @@ def test_an_engine_that_is_broken_gets_no_advice_on_its_set_up(vllm: StandIn) ->
     assert "worker-extension" not in str(raised.value)
 
 
+RESETS = ("/reset_prefix_cache", "/reset_mm_cache", "/reset_encoder_cache")
+
+
 def test_the_order_of_an_update(vllm: StandIn) -> None:
-    resets = ("/reset_prefix_cache", "/reset_mm_cache", "/reset_encoder_cache")
     vllm.with_rpc(checkpoint_engine_update=results(OK)).with_routes(
-        "/pause", "/resume", *resets, "/update_weight_version"
+        "/pause", "/resume", *RESETS, "/update_weight_version"
     )
     vllm.update("wait")
-    assert [path for path in vllm.asked if path != "/openapi.json"] == [
-        "/pause?mode=wait&clear_cache=true",
-        "/collective_rpc",
-        "/reset_prefix_cache?reset_running_requests=true",
-        "/reset_mm_cache",
-        "/reset_encoder_cache",
-        "/update_weight_version",
-        "/resume",
-    ]
+    resets = [f"{RESETS[0]}?reset_running_requests=true", *RESETS[1:]]
+    described, paused, *under_way, published, resumed = vllm.asked[1:]
+    assert (described, paused) == ("/openapi.json", "/pause?mode=wait&clear_cache=true")
+    assert sorted(under_way) == sorted(["/collective_rpc", *resets])
+    assert (published, resumed) == ("/update_weight_version", "/resume")
+
+
+def test_caches_of_a_paused_engine_are_reset_while_it_is_updated(vllm: StandIn) -> None:
+    vllm.with_rpc().with_routes("/pause", "/resume", *RESETS)
+
+    def update_once_all_are_reset(_: object) -> Answer:
+        until = time.monotonic() + 5
+        while not set(RESETS) <= {path.partition("?")[0] for path in vllm.asked} and time.monotonic() < until:
+            time.sleep(0.01)
+        return results(OK if time.monotonic() < until else {**OK, "ok": False, "error": "no reset came"})
+
+    vllm.routes["/collective_rpc"] = update_once_all_are_reset
+    vllm.update("keep")
+    assert vllm.asked[-1] == "/resume"
+
+
+def test_caches_of_an_engine_that_serves_on_are_reset_after_the_update(vllm: StandIn) -> None:
+    vllm.with_rpc(checkpoint_engine_update=results(OK)).with_routes(*RESETS)
+    vllm.update("none")
+    assert vllm.asked[0] == "/collective_rpc"
+
+
+def test_a_reset_that_fails_beside_the_update_is_told(vllm: StandIn) -> None:
+    vllm.with_rpc(checkpoint_engine_update=results(OK)).with_routes("/pause", "/resume", *RESETS)
+    vllm.routes[RESETS[1]] = lambda _: (500, "no cache left")
+    with pytest.raises(
+        EngineRequestError, match="no cache left; all workers hold version 'v2' and may still be paused"
+    ):
+        vllm.update("keep")
+    assert "/resume" not in vllm.asked
+
+
+def test_how_to_pause_is_looked_up_once_for_each_version(vllm: StandIn) -> None:
+    old_pause(vllm)
+    for version, waits in (("0.10", True), ("0.10", True), ("0.26", False)):
+        vllm.routes["/version"] = lambda _, version=version: (200, {"version": version})
+        if not waits:
+            parameters = [{"name": "mode"}, {"name": "clear_cache"}]
+            described = {"paths": {"/pause": {"post": {"parameters": parameters}}}}
+            vllm.routes["/openapi.json"] = lambda _, described=described: (200, described)
+        vllm.asked.clear()
+        vllm.update("wait")
+        assert any("wait_for_inflight_requests=true" in path for path in vllm.asked) == waits
+    assert "/openapi.json" in vllm.asked
+    vllm.asked.clear()
+    vllm.update("keep")
+    assert "/openapi.json" not in vllm.asked
 
 
 def test_caches_are_kept_when_asked_to(vllm: StandIn) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
+from checkpoint_engine.background import in_background
 from checkpoint_engine.deadline import Deadline
 from checkpoint_engine.engine.client import CollectiveRpcClient, PauseMode
 from checkpoint_engine.engine.endpoint import Reply, shorten
@@ -34,6 +36,11 @@ class VllmClient(CollectiveRpcClient):
     """The client of `vllm serve`; see `checkpoint_engine.engine.client.EngineClient`."""
 
     setup_hint = "is checkpoint-engine-vllm of the same version installed in vLLM's environment?"
+
+    def __init__(self, endpoint: str, *, timeout: float = 60.0) -> None:
+        super().__init__(endpoint, timeout=timeout)
+        self._pause_parameters: dict[str, set[str]] = {}
+        """By vLLM's version."""
 
     def wait_ready(self, deadline: Deadline) -> None:
         """Waits until vLLM serves, and checks that its workers can be updated.
@@ -68,7 +75,7 @@ class VllmClient(CollectiveRpcClient):
             DeadlineError: it did not pause in time; mode `wait` takes as long as the longest request.
         """
         query = {"mode": mode, "clear_cache": str(reset_caches).lower()}
-        known = self._query_parameters("/pause")
+        known = self._parameters_of_pause(deadline)
         if known and "mode" not in known:
             if mode == "keep":
                 raise EngineRequestError(
@@ -91,15 +98,12 @@ class VllmClient(CollectiveRpcClient):
             EngineRequestError: vLLM refuses, or the prefix cache is still in use.
             DeadlineError: it does not answer in time.
         """
-        for path, query in _CACHES:
-            patience = Deadline(min(_CACHE_SECONDS, deadline.remaining))
-            while not self._reset(path, query, deadline):
-                if patience.expired:
-                    raise EngineRequestError(
-                        f"{self.endpoint.address} cannot reset its prefix cache: requests still hold blocks of it. "
-                        "Pause the engine for the update, or keep the caches if stale entries do no harm"
-                    )
-                time.sleep(0.1)
+        resets = [
+            in_background(partial(self._reset_once_free, path, query, deadline), "checkpoint-engine-caches")
+            for path, query in _CACHES
+        ]
+        for reset in resets:
+            reset.result()
 
     def publish_version(self, version: str, deadline: Deadline) -> None:
         """`POST /update_weight_version`, where vLLM has it (0.32 and newer)."""
@@ -108,6 +112,16 @@ class VllmClient(CollectiveRpcClient):
             raise self._refused("/update_weight_version", reply)
 
     # -- inside
+
+    def _reset_once_free(self, path: str, query: dict[str, str] | None, deadline: Deadline) -> None:
+        patience = Deadline(min(_CACHE_SECONDS, deadline.remaining))
+        while not self._reset(path, query, deadline):
+            if patience.expired:
+                raise EngineRequestError(
+                    f"{self.endpoint.address} cannot reset its prefix cache: requests still hold blocks of it. "
+                    "Pause the engine for the update, or keep the caches if stale entries do no harm"
+                )
+            time.sleep(0.1)
 
     def _reset(self, path: str, query: dict[str, str] | None, deadline: Deadline) -> bool:
         reply = self.endpoint.send("POST", path, deadline, query=query)
@@ -137,6 +151,15 @@ class VllmClient(CollectiveRpcClient):
         except CheckpointEngineError:
             return _NO_EXTENSION
         return ""
+
+    def _parameters_of_pause(self, deadline: Deadline) -> set[str]:
+        """As vLLM's own description has them, which takes long to read; empty where it has none."""
+        version = self.endpoint.send("GET", "/version", deadline)
+        known = self._pause_parameters.get(version.text) if version.ok else None
+        if not known:
+            known = self._query_parameters("/pause")
+            self._pause_parameters[version.text] = known
+        return known
 
     def _query_parameters(self, path: str) -> set[str]:
         """Of a `POST` route, as vLLM's own description has them; empty where it has none."""

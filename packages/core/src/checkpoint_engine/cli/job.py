@@ -12,6 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import cast
 
+from checkpoint_engine.background import in_background
 from checkpoint_engine.catalog import Catalog
 from checkpoint_engine.cli.messages import Done, Job, Progressed
 from checkpoint_engine.deadline import Deadline
@@ -143,7 +144,7 @@ class Rank:
         first = [instance * job.workers for instance in range(len(job.endpoints))]
         led = [instance for instance, worker in enumerate(first) if worker // each == rank]
         self._leads = EngineLeads(job, led)
-        ready = _in_background(self._leads.wait_ready) if led else None
+        ready = in_background(self._leads.wait_ready, "waits for the engine") if led else None
         self._wait_for(ready, _QUICK_ANSWER_SECONDS)
         name = self._load_metas(job) if job.metas else self._read(job)
         self._wait_for(ready, None)
@@ -263,20 +264,6 @@ def workers_of_each(ranks: int, job: Job) -> int:
             f"{ranks}: each rank feeds the worker on its own device (several workers only with --method direct)"
         )
     return workers // ranks
-
-
-def _in_background(function: Callable[[], None]) -> Future[None]:
-    """Runs a function in a thread that holds nobody up, should nobody wait for it any more."""
-    future: Future[None] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(function())
-        except CheckpointEngineError as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, name="waits for the engine", daemon=True).start()
-    return future
 
 
 def _save(server: ParameterServer, name: str, path: Path) -> None:

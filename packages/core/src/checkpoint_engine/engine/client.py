@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, cast, runtime_checkable
 from urllib.parse import urlsplit
 
 import msgspec
 
+from checkpoint_engine.background import in_background
 from checkpoint_engine.deadline import Deadline
 from checkpoint_engine.engine.endpoint import Endpoint, shorten
 from checkpoint_engine.errors import (
@@ -201,14 +203,19 @@ class CollectiveRpcClient:
         """Pauses, updates all workers, resets caches, publishes the version, resumes; see `EngineClient`."""
         deadline = Deadline(timeout)
         paused = pause != "none"
+        resetting: Future[None] | None = None
         if paused:
             self._pause_or_undo(pause, reset_caches, deadline)
+            if reset_caches:  # nothing fills them until it is resumed: they need not wait for the new weights
+                resetting = in_background(lambda: self.reset_caches(deadline), "checkpoint-engine-caches")
         try:
             self._update_workers(handles, version, deadline)
         except (EngineRequestError, DeadlineError) as error:
             raise type(error)(f"{error}; {self._settle(paused)}") from error
         try:
-            if reset_caches:
+            if resetting is not None:
+                resetting.result()
+            elif reset_caches:
                 self.reset_caches(deadline)
             self.publish_version(version, deadline)
             if paused:
