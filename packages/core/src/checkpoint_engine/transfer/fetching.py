@@ -219,7 +219,8 @@ class PeerSource:
                 self._check()  # once all is over, nobody would close it
                 self._memory.append(segment)
         except BaseException:
-            segment.close()
+            with self._device.active():  # the thread may be one that fetches
+                segment.close()
             raise
         return segment
 
