@@ -158,7 +158,7 @@ def test_pulling_leaves_nothing_registered(survivor: Seed, registered: list[int]
 
 def test_reads_that_fail_after_all_was_given_up_leave_nothing_registered(registered: list[int]) -> None:
     with Seed() as seed:
-        tensors = Pull([seed.catalog], timeout=1).tensors()
+        tensors = Pull([seed.catalog], timeout=2).tensors()
         next(tensors)
         seed.signal("SIGSTOP")
         with pytest.raises(DeadlineError):
