@@ -26,7 +26,7 @@ pytestmark = [needs_mooncake, pytest.mark.long]
 Way = Literal["broadcast", "direct", "join"]
 Fault = Literal["none", "begin", "load", "finish", "deadline", "seed moves on"]
 
-ROUNDS = 6
+ROUNDS = 5
 
 
 @dataclass
