@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import mmap
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,10 +19,13 @@ from p2p_help import needs_mooncake
 from p2p_processes import ENVIRONMENT, Joiner, Seed, tensors_of
 
 from checkpoint_engine.catalog import Catalog
-from checkpoint_engine.errors import DeadlineError, UpdateError
+from checkpoint_engine.errors import DeadlineError, HostMemoryError, UpdateError
 from checkpoint_engine.host.mooncake import MooncakeEngine
+from checkpoint_engine.host.p2p_open import open_p2p_store
 from checkpoint_engine.host.p2p_store import ByteRange, P2PStore, Peer
 from checkpoint_engine.pulling import Pull
+from checkpoint_engine.settings import P2PSettings
+from checkpoint_engine.transfer.remote import RingKeeper
 
 pytestmark = needs_mooncake
 
@@ -170,6 +177,34 @@ def test_reads_that_fail_after_all_was_given_up_leave_nothing_registered(registe
         assert not running("fetch", "retire")
     late_answers = 1
     assert len(registered) == late_answers
+
+
+@pytest.mark.parametrize("keeper", [False, True], ids=["pull", "ring"])
+def test_memory_that_cannot_be_registered_is_given_back(
+    survivor: Seed, monkeypatch: pytest.MonkeyPatch, keeper: bool
+) -> None:
+    with contextlib.closing(open_p2p_store(P2PSettings.from_environment(), "127.0.0.1", 0, 0)) as store:
+        register = MooncakeEngine.register
+
+        def refusing(engine: MooncakeEngine, address: int, nbytes: int) -> None:
+            if nbytes > mmap.PAGESIZE:
+                raise HostMemoryError("refused by the test")
+            register(engine, address, nbytes)
+
+        monkeypatch.setattr(MooncakeEngine, "register", refusing)
+        before = anonymous_segments()
+        for _ in range(4):
+            with pytest.raises(HostMemoryError, match="refused by the test"):
+                RingKeeper(lambda: store).take(1 << 20) if keeper else dict(Pull([survivor.catalog]).tensors())
+        pages = 0 if keeper else 4  # of late answers
+        assert anonymous_segments() - before == pages
+
+
+def anonymous_segments() -> int:
+    """Descriptors that this process holds of them."""
+    gc.collect()
+    names = (entry.readlink().name for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink())
+    return sum("checkpoint-engine-segment" in name for name in names)
 
 
 def running(*kinds: str) -> list[str]:

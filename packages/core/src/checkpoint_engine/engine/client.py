@@ -214,7 +214,7 @@ class CollectiveRpcClient:
             raise type(error)(f"{error}; {self._settle(paused)}") from error
         try:
             if resetting is not None:
-                resetting.result()
+                resetting.result()  # its requests end with the deadline
             elif reset_caches:
                 self.reset_caches(deadline)
             self.publish_version(version, deadline)
