@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from checkpoint_engine.planning.receivers import Load, Move, Port, assign_receivers, lower_bound
+from checkpoint_engine.planning.receivers import Assignment, Port, ReadLoad, assign_receivers, lower_bound
 
 READS_AHEAD = 4
 SHARING_ROUNDS = 4
@@ -29,7 +29,7 @@ BYTES = 1 << 40
 """One TiB: a model of a trillion parameters in FP8."""
 BUCKET = 256 << 20
 
-Assign = Callable[[Sequence[Load], Sequence[Port], Sequence[Port]], list[Move]]
+Assign = Callable[[Sequence[ReadLoad], Sequence[Port], Sequence[Port]], list[Assignment]]
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Scenario:
     """Which ports there are, and who holds what."""
 
     name: str
-    loads: list[Load]
+    loads: list[ReadLoad]
     senders: list[Port]
     receivers: list[Port]
 
@@ -54,17 +54,17 @@ def scenarios(gpus: int) -> list[Scenario]:
     ]
 
 
-def round_robin(loads: Sequence[Load], senders: Sequence[Port], receivers: Sequence[Port]) -> list[Move]:
+def round_robin(loads: Sequence[ReadLoad], senders: Sequence[Port], receivers: Sequence[Port]) -> list[Assignment]:
     """The plainest assignment there is."""
     del senders
-    return [Move(i, load.owners[0], i % len(receivers)) for i, load in enumerate(loads)]
+    return [Assignment(i, load.owners[0], i % len(receivers)) for i, load in enumerate(loads)]
 
 
-def simulate(moves: Sequence[Move], scenario: Scenario) -> float:
+def simulate(moves: Sequence[Assignment], scenario: Scenario) -> float:
     """Seconds until the last byte has arrived."""
     out, out_rate = _cards(scenario.senders)
     into, in_rate = _cards(scenario.receivers)
-    queues: list[list[Move]] = [[] for _ in scenario.receivers]
+    queues: list[list[Assignment]] = [[] for _ in scenario.receivers]
     for move in reversed(moves):
         queues[move.receiver].append(move)
     slots = len(queues) * READS_AHEAD
@@ -140,18 +140,18 @@ def _sizes(gpus: int) -> list[int]:
     return [int(size * BYTES / sum(sizes)) for size in sizes]
 
 
-def _held_once(gpus: int) -> list[Load]:
-    return [Load(nbytes, (i % gpus,)) for i, nbytes in enumerate(_sizes(gpus))]
+def _held_once(gpus: int) -> list[ReadLoad]:
+    return [ReadLoad(nbytes, (i % gpus,)) for i, nbytes in enumerate(_sizes(gpus))]
 
 
-def _held_twice(gpus: int) -> list[Load]:
+def _held_twice(gpus: int) -> list[ReadLoad]:
     half = gpus // 2
-    return [Load(nbytes, (i % half, half + i * 5 % half)) for i, nbytes in enumerate(_sizes(gpus))]
+    return [ReadLoad(nbytes, (i % half, half + i * 5 % half)) for i, nbytes in enumerate(_sizes(gpus))]
 
 
-def _held_unevenly(gpus: int) -> list[Load]:
+def _held_unevenly(gpus: int) -> list[ReadLoad]:
     owners = [gpu for gpu in range(gpus) for _ in range(1 + gpu % 3)]
-    return [Load(nbytes, (owners[i % len(owners)],)) for i, nbytes in enumerate(_sizes(gpus))]
+    return [ReadLoad(nbytes, (owners[i % len(owners)],)) for i, nbytes in enumerate(_sizes(gpus))]
 
 
 def _shares(sender: np.ndarray, receiver: np.ndarray, out_rate: np.ndarray, in_rate: np.ndarray) -> np.ndarray:

@@ -9,29 +9,29 @@ import statistics
 import sys
 import time
 
-from checkpoint_engine.planning.byte_runs import Copy, Layout, plan_byte_runs
+from checkpoint_engine.planning.byte_runs import CopyLayout, PlannedCopy, plan_byte_runs
 
 WORKERS = 8
 EXPERTS = 384
 HIDDEN, INNER = 7168, 2048
 
 
-def copies(tensors: int) -> list[Copy]:
+def copies(tensors: int) -> list[PlannedCopy]:
     """Experts in FP8, one of eight workers' part: rows of gate and up, columns of down."""
     part = INNER // WORKERS
-    rows = Layout((part, HIDDEN), (HIDDEN, 1), (HIDDEN, 1), 1)
-    columns = Layout((HIDDEN, part), (INNER, 1), (part, 1), 1)
+    rows = CopyLayout((part, HIDDEN), (HIDDEN, 1), (HIDDEN, 1), 1)
+    columns = CopyLayout((HIDDEN, part), (INNER, 1), (part, 1), 1)
     nbytes = INNER * HIDDEN
-    found: list[Copy] = []
+    found: list[PlannedCopy] = []
     for number in range(tensors):
         expert, kind = divmod(number, 3)
         layer, expert = divmod(expert, EXPERTS)
         segment, place = divmod(number * nbytes, 64 << 30)
         size = part * HIDDEN
         if kind < 2:
-            found.append(Copy(segment, place + 3 * size, 2 * layer, (2 * expert + kind) * size, rows))
+            found.append(PlannedCopy(segment, place + 3 * size, 2 * layer, (2 * expert + kind) * size, rows))
         else:
-            found.append(Copy(segment, place + 3 * part, 2 * layer + 1, expert * size, columns))
+            found.append(PlannedCopy(segment, place + 3 * part, 2 * layer + 1, expert * size, columns))
     return found
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from checkpoint_engine.engine.adapter import Update
-from checkpoint_engine.engine.layouts import known_layouts
-from checkpoint_engine.engine.receiver import view_bucket
+from checkpoint_engine.contract.sink import Update
+from checkpoint_engine.receiver.cache import process_cache
+from checkpoint_engine.receiver.deliveries import view_bucket
 from checkpoint_engine_vllm import WorkerExtension, compat
 from checkpoint_engine_vllm.extension import state_of
 
@@ -49,9 +49,14 @@ class ChecksumExtension(WorkerExtension):
         """Free and total bytes of this worker's GPU."""
         return torch.cuda.mem_get_info()
 
+    def checkpoint_engine_bits(self: Any) -> int:
+        """The sum of all parameters' 16-bit patterns, which neither fusing nor transposing changes."""
+        parameters = compat.target_model(self).parameters()
+        return sum(int(parameter.data.view(torch.int16).sum(dtype=torch.int64)) for parameter in parameters)
+
     def checkpoint_engine_takeover(self: Any) -> dict[str, float]:
         """Seconds that buckets of the last layout take once they lie on the GPU; leaves nonsense as weights."""
-        adapter, layout = state_of(self).adapter, list(known_layouts().values())[-1]
+        adapter, layout = state_of(self).sink, list(process_cache().layouts.snapshot().values())[-1]
         memory = torch.zeros(max(bucket.end for bucket in layout.buckets), dtype=torch.uint8, device="cuda")
         torch.cuda.synchronize()
         times = [time.perf_counter()]

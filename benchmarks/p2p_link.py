@@ -22,10 +22,10 @@ from pathlib import Path
 import torch
 
 from checkpoint_engine.catalog import Catalog
+from checkpoint_engine.contract.sink import Update
 from checkpoint_engine.device import open_device
-from checkpoint_engine.engine.adapter import Update
-from checkpoint_engine.engine.receiver import receive_update
-from checkpoint_engine.server import ParameterServer
+from checkpoint_engine.receiver.reception import receive_update
+from checkpoint_engine.server.parameter_server import ParameterServer
 
 SEED, JOINER = "10.202.0.1", "10.202.0.2"
 TENSOR = 4 << 20

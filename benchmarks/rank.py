@@ -25,7 +25,7 @@ from workloads import WORKLOADS, Tensor
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
-    from checkpoint_engine.server import ParameterServer
+    from checkpoint_engine.server.parameter_server import ParameterServer
 
 PERIOD = 251
 
@@ -172,7 +172,7 @@ def make_receiver(
     """What takes an update: ours with a reload plan if it is asked for, upstream's with its only function."""
     try:
         from checkpoint_engine.device import open_device  # noqa: PLC0415 - ours only
-        from checkpoint_engine.engine.receiver import receive_update  # noqa: PLC0415
+        from checkpoint_engine.receiver.reception import receive_update  # noqa: PLC0415
     except ImportError:
         from checkpoint_engine.worker import update_weights_from_ipc  # noqa: PLC0415 - the system under test
 

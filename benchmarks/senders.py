@@ -15,10 +15,11 @@ from typing import Any, Protocol
 
 from typing_extensions import Self
 
-from checkpoint_engine.host.loader import find_files, split_among_ranks
-from checkpoint_engine.server import ParameterServer
+from checkpoint_engine.server.parameter_server import ParameterServer
+from checkpoint_engine.source.directory import select_directory
+from checkpoint_engine.source.loader import split_among_ranks
+from checkpoint_engine.transfer.order import RequestFunction
 from checkpoint_engine.transfer.report import UpdateReport
-from checkpoint_engine.transfer.update import RequestFunction
 
 UPDATE_SECONDS = 300.0
 END_SECONDS = 60.0
@@ -96,7 +97,7 @@ def follow(ps: ParameterServer, order: Mapping[str, Any], ask: RequestFunction) 
         ps.update(order["name"], ask, method=order["method"], reload=order["reload"])
         return
     directory = Path(order["directory"])
-    files = split_among_ranks(find_files(directory), ps.world_size)[ps.rank]
+    files = split_among_ranks(select_directory(directory), ps.world_size)[ps.rank]
     ps.register_checkpoint(directory.name, files=files, use_inplace_pin_memory=order["in_place"])
     ps.gather_metas(directory.name)
 

@@ -78,6 +78,12 @@ FORMATS = {
     "fp8online-moe": Format("widemoe", ("--quantization", "fp8")),
     "int8": Format("int8"),
     "w8a8int8": Format("w8a8int8", ("--quantization", "w8a8_int8")),
+    "nvfp4": Format("nvfp4"),
+    "nvfp4-compressed": Format("nvfp4ct"),
+    "nvfp4moe": Format("nvfp4moe"),
+    "mxfp8": Format("mxfp8"),
+    "mxfp4-gpt-oss": Format("gptoss"),
+    "mxfp4moe": Format("fp8mxfp4moe"),
     "dense-tp2": Format("wide", TENSORS, closed=True, workers=2),
     "moe-tp2": Format("widemoe", TENSORS, closed=True, workers=2),
     "moe-ep2": Format("widemoe", (*TENSORS, "--ep-size", "2"), closed=True, workers=2),
@@ -180,8 +186,8 @@ def takes_updates(senders: Senders, servers: list[Server], a: Path, b: Path, dev
         path = {"a": a, "b": b}[which]
         senders.update(updated.client, path.name, way)
         compare(f"{way} {which}", updated, cold[path])
-        engine = senders.last_report.engine
-        ways.append(f"{engine['reload']} {engine['loader_bytes']}")
+        figures = senders.last_report.figures
+        ways.append(f"{figures.reload} {figures.loader_bytes}")
     verifies(updated, a, b, device, workers)
     compare("after verify", updated, cold[a])
     return "; ".join(ways)

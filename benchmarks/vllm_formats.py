@@ -84,6 +84,14 @@ FORMATS = {
     ),
     "fp8experts-cutlass": Format("fp8experts", ("--moe-backend", "cutlass"), expected="refused"),
     "fp8experts-eager": Format("fp8experts", ("--moe-backend", "cutlass", "--enforce-eager")),
+    "nvfp4": Format("nvfp4"),
+    "nvfp4-compressed": Format("nvfp4ct"),
+    "nvfp4moe": Format("nvfp4moe"),
+    "mxfp8": Format("mxfp8"),
+    "mxfp8moe": Format("mxfp8moe"),
+    "mxfp4moe": Format("mxfp4moe"),
+    "mxfp4-gpt-oss": Format("gptoss", ("--moe-backend", "marlin")),
+    "mxfp4-gpt-oss-triton": Format("gptoss", ("--moe-backend", "triton"), expected="refused"),
     "mla": Format("mla"),
     "mla-mtp": Format("mla", ("--speculative-config", MTP)),
     "fp8mla": Format("fp8mla"),
@@ -203,8 +211,8 @@ def updates(senders: Senders, server: Server, cold: dict[Path, dict[str, Any]], 
             own.setdefault(path, state)
         if difference := differences(state, own.get(path, cold[path])):
             return "different", f"{way} {which}: {difference}"
-        engine = senders.last_report.engine
-        ways.append(f"{engine['reload']} {engine['loader_bytes']}")
+        figures = senders.last_report.figures
+        ways.append(f"{figures.reload} {figures.loader_bytes}")
     return "" if own[b] == cold[b] else "alike", "; ".join(ways)
 
 

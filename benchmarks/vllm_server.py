@@ -14,8 +14,8 @@ from typing import Any
 
 import httpx
 
+from checkpoint_engine.client.endpoint import Endpoint, Reply
 from checkpoint_engine.deadline import Deadline
-from checkpoint_engine.engine.endpoint import Endpoint, Reply
 from checkpoint_engine_vllm import VllmClient
 
 HERE = Path(__file__).parent

@@ -27,7 +27,8 @@ say() { printf '\033[1m== %s\033[0m\n' "$*"; }
 die() { printf 'error: %s\n' "$*" >&2; exit 1; }
 
 engine_inputs=$({ echo "$vllm_version"; cat scripts/make_vllm_env.sh; } | sha256sum)
-package_inputs=$(cat packages/core/pyproject.toml packages/vllm-plugin/pyproject.toml <(echo "$root") | sha256sum)
+trl=trl==1.16.0
+package_inputs=$(cat packages/core/pyproject.toml packages/vllm-plugin/pyproject.toml <(echo "$root $trl") | sha256sum)
 pip() { "$python" -m pip --disable-pip-version-check "$@"; }
 
 lay_python_over_compiled() {
@@ -57,6 +58,8 @@ install_packages() {
     pip install --quiet "torch==$torch" gguf accelerate --editable packages/core --editable packages/vllm-plugin
     # Its own dependencies are those of a key-value store, which is not used here.
     pip install --quiet --no-deps mooncake-transfer-engine-non-cuda
+    # Its client alone, as a trainer that knows nothing of this project.
+    pip install --quiet --no-deps "$trl"
     printf '%s\n%s\n' "$engine_inputs" "$package_inputs" >"$stamp"
 }
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from checkpoint_engine.device import open_device
 from checkpoint_engine.errors import CheckpointEngineError
-from checkpoint_engine.host.loader import find_files
-from checkpoint_engine.host.store import CheckpointStore
+from checkpoint_engine.source.directory import find_files
+from checkpoint_engine.source.store import CheckpointStore
 
 MOST_SECONDS = 5.0
 MOST_MEMORY = 256 << 20

@@ -17,13 +17,14 @@ from pathlib import Path
 import msgspec
 import torch
 
+from checkpoint_engine.contract.sink import Update
 from checkpoint_engine.deadline import Cancel, Deadline
 from checkpoint_engine.device import open_device
-from checkpoint_engine.engine.adapter import Update
-from checkpoint_engine.engine.receiver import receive_update
+from checkpoint_engine.device.memory import HostMemory
 from checkpoint_engine.errors import CheckpointEngineError
 from checkpoint_engine.link.channel import Listener, SenderChannel
-from checkpoint_engine.link.messages import PROTOCOL, Accepted, Begin, Finish, Hello, HostMemory, Load, TensorSlice
+from checkpoint_engine.link.messages import PROTOCOL, Accepted, Begin, Finish, Hello, Load, TensorSlice
+from checkpoint_engine.receiver.reception import receive_update
 
 MOST_SECONDS = 15.0
 

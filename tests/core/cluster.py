@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,11 +11,13 @@ from typing import TypeVar
 
 import torch
 
+from checkpoint_engine.contract.sink import Update
 from checkpoint_engine.device import open_device
-from checkpoint_engine.engine.adapter import Update
-from checkpoint_engine.engine.receiver import Received, receive_update
-from checkpoint_engine.server import ParameterServer
-from checkpoint_engine.transfer.report import Method
+from checkpoint_engine.receiver.reception import Received, receive_update
+from checkpoint_engine.server.parameter_server import ParameterServer
+from checkpoint_engine.source.shards import NamedTensors
+from checkpoint_engine.transfer.methods import Method
+from tests.ports import free_port
 
 T = TypeVar("T")
 TIMEOUT = 20.0
@@ -89,11 +90,26 @@ class Cluster:
             server.register_checkpoint(name, named_tensors=share)
         check(self.on_all(lambda server: server.gather_metas(name)))
 
-    def update(self, name: str, timeout: float = TIMEOUT, method: Method = "broadcast") -> list[BaseException | None]:
+    def update(self, name: str, timeout: float = TIMEOUT, method: str = Method.BROADCAST) -> list[BaseException | None]:
         """Updates all workers."""
         return self.on_all(
             lambda server: server.update(
                 name, self.asker(server.rank), timeout=timedelta(seconds=timeout), method=method
+            )
+        )
+
+    def publish(self, shares: Sequence[NamedTensors], version: str, method: str, *, in_place: bool = True) -> None:
+        """One step; `shares` says what each rank has."""
+        check(
+            self.on_all(
+                lambda server: server.publish(
+                    shares[server.rank],
+                    self.asker(server.rank),
+                    version=version,
+                    method=method,
+                    in_place=in_place,
+                    timeout=timedelta(seconds=TIMEOUT),
+                )
             )
         )
 
@@ -124,12 +140,6 @@ def check(results: Sequence[object]) -> None:
     for result in results:
         if isinstance(result, BaseException):
             raise result
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def assert_no_threads_left() -> None:

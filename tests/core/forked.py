@@ -9,11 +9,12 @@ from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from types import TracebackType
 
-from cluster import TIMEOUT
 from typing_extensions import Self
 
+from tests.core.cluster import TIMEOUT
+
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["checkpoint_engine.server", "checkpoint_engine.engine.receiver"])
+_context.set_forkserver_preload(["checkpoint_engine.server.parameter_server", "checkpoint_engine.receiver.reception"])
 
 
 class Forked:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
@@ -13,7 +12,8 @@ from types import TracebackType
 import httpx
 from typing_extensions import Self
 
-_COMMAND = (sys.executable, "-m", "checkpoint_engine", "serve", "--device", "cpu")
+from tests.commands import command_line
+
 _END_SECONDS = 15.0
 
 
@@ -23,7 +23,7 @@ class HttpRanks:
     def __init__(self, arguments: Sequence[str], ranks: int, environment: dict[str, str] | None = None) -> None:
         several = ["--ranks", str(ranks)] if ranks > 1 else []
         self._process = subprocess.Popen(
-            [*_COMMAND, *several, *arguments],
+            command_line("serve", "--device", "cpu", *several, *arguments),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

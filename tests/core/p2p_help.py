@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from checkpoint_engine.errors import MissingDependencyError
-from checkpoint_engine.host.mooncake import import_engine
+from checkpoint_engine.p2p.mooncake import import_engine
 
 
 def _missing() -> str:

@@ -8,10 +8,10 @@ from multiprocessing.connection import Connection
 from typing import cast
 
 import torch
-from cluster import Cluster
-from forked import Forked
 
 from checkpoint_engine.catalog import Catalog
+from tests.core.cluster import Cluster
+from tests.core.forked import Forked
 
 ENVIRONMENT = {
     "PS_MAX_BUCKET_SIZE_GB": str(64 / (1 << 20)),  # 64 KiB

@@ -5,12 +5,11 @@ from __future__ import annotations
 from multiprocessing.connection import Connection
 from typing import cast
 
-from forked import Forked
-
-from checkpoint_engine.host.p2p_open import open_p2p_store
-from checkpoint_engine.host.p2p_store import Peer
-from checkpoint_engine.host.segment import Segment
+from checkpoint_engine.p2p.open import open_p2p_store
+from checkpoint_engine.p2p.store import Peer
 from checkpoint_engine.settings import P2PSettings
+from checkpoint_engine.source.segment import Segment
+from tests.core.forked import Forked
 
 
 class SeedProcess(Forked):

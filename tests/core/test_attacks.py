@@ -36,8 +36,8 @@ def test_the_attack_is_refused(
     assert capsys.readouterr().out.startswith(("refused within", "turned away"))
 
 
-def test_there_are_attacks_on_both_doors() -> None:
-    assert {path.parent.name for path in SCRIPTS} == {"files", "link"}
+def test_there_are_attacks_on_all_doors() -> None:
+    assert {path.parent.name for path in SCRIPTS} == {"files", "http", "link", "ranks"}
 
 
 def test_an_attack_that_succeeds_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:

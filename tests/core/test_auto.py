@@ -9,12 +9,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from checkpoint_engine.client.auto import AutoClient, identify, load_client
+from checkpoint_engine.client.endpoint import Endpoint
 from checkpoint_engine.deadline import Deadline
-from checkpoint_engine.engine.auto import AutoClient, identify, load_client
-from checkpoint_engine.engine.endpoint import Endpoint
-from checkpoint_engine.engine.reference import ModelSpec
-from checkpoint_engine.engine.reference_process import ReferenceProcess
 from checkpoint_engine.errors import DeadlineError, EngineRequestError
+from checkpoint_engine.reference.engine import ModelSpec
+from checkpoint_engine.reference.process import ReferenceProcess
 
 Answers = dict[str, tuple[int, object]]
 

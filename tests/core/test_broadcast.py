@@ -14,7 +14,7 @@ from checkpoint_engine.catalog import TensorEntry
 from checkpoint_engine.deadline import Cancel, Deadline
 from checkpoint_engine.planning.buckets import Bucket, BucketPlan
 from checkpoint_engine.planning.staging import choose_layout, place_buckets
-from checkpoint_engine.transfer.broadcast import BroadcastPipeline
+from checkpoint_engine.transfer.pipeline import BroadcastPipeline
 from checkpoint_engine.transfer.report import Progress, StageClock
 from checkpoint_engine.transfer.sources import HostSource
 
@@ -93,7 +93,7 @@ class Gate:
 class Running:
     """Rank 0 of two, in a thread; buckets belong to the ranks in turn."""
 
-    def __init__(self, buckets: int) -> None:
+    def __init__(self, buckets: int, *, meet: bool = True) -> None:
         tensors = [TensorEntry(f"t{i}", "U8", (SIZE,), i * SIZE) for i in range(buckets)]
         self.plan = BucketPlan(SIZE, tuple(bucket(i, tensor) for i, tensor in enumerate(tensors)))
         layout = choose_layout(self.plan, 2, 1 << 20)
@@ -103,19 +103,22 @@ class Running:
         parts: Any = {
             "rank": 0,
             "plan": self.plan,
-            "places": place_buckets(self.plan, layout, 0),
+            "ranges": place_buckets(self.plan, layout, 0),
             "staging": type("Staging", (), {"tensor": staging})(),
             "device": self.device,
             "communicator": None,
             "gate": self.gate,
-            "link": self.link,
-            "source": HostSource(lambda index: torch.full((SIZE,), index, dtype=torch.uint8)),
+            "source": HostSource(
+                lambda index: torch.full((SIZE,), index, dtype=torch.uint8), lambda _: True, self.cancel
+            ),
             "cancel": self.cancel,
             "progress": Progress(),
             "clock": StageClock(None),
         }
-        self.thread = threading.Thread(target=BroadcastPipeline(**parts).run, daemon=True)
-        self.thread.start()
+        self.pipeline = BroadcastPipeline(**parts)
+        self.thread = threading.Thread(target=self.pipeline.run, args=(self.link,), daemon=True)
+        if meet:
+            self.thread.start()
 
     def copies(self) -> int:
         return len(self.device.copies) // 2
@@ -137,6 +140,24 @@ class Running:
 
 def bucket(index: int, tensor: TensorEntry) -> Bucket:
     return Bucket(index % 2, 0, index * SIZE, SIZE, (tensor,))
+
+
+def test_staging_is_filled_before_there_is_a_worker_and_not_twice() -> None:
+    waiting = Running(8, meet=False)
+    waiting.pipeline.fill()
+    filled = waiting.copies()
+    assert 0 < filled < 4, "what finds room, of this rank's four"
+    assert (waiting.broadcasts(), waiting.link.told) == (0, [])
+    waiting.pipeline.fill()
+    assert waiting.copies() == filled
+    waiting.thread.start()
+    waiting.settle(copies=filled, told=0)
+    for work in waiting.device.copies:
+        work.over = True
+    waiting.settle(copies=filled, broadcasts=4, told=0)  # the other rank's two as well
+    for work in waiting.device.broadcasts:
+        work.over = True
+    waiting.link.done = 8
 
 
 @pytest.fixture

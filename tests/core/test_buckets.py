@@ -15,6 +15,8 @@ from checkpoint_engine.planning.buckets import (
     plan_buckets,
 )
 
+pytestmark = pytest.mark.pure
+
 DTYPES = ("bool", "bfloat16", "float32", "float8_e4m3fn", "complex64")
 
 
@@ -79,6 +81,7 @@ def test_every_tensor_travels_whole_and_once_even_if_it_has_no_bytes(catalog: Ca
             assert tensor.offset + tensor.nbytes <= bucket.start + bucket.nbytes
 
 
+@pytest.mark.thorough
 @given(catalogs(), st.integers(0, 6000))
 @settings(max_examples=150, deadline=None)
 def test_buckets_keep_the_limit_and_their_segment(catalog: Catalog, bucket_size: int) -> None:
@@ -100,6 +103,7 @@ def test_the_plan_is_a_function_of_catalog_and_size(catalog: Catalog, bucket_siz
     assert plan_buckets(catalog, bucket_size) == plan_buckets(again, bucket_size)
 
 
+@pytest.mark.thorough
 @given(catalogs(), st.integers(0, 4000), st.integers(0, 8000))
 @settings(max_examples=150, deadline=None)
 def test_the_largest_allowed_is_kept_or_refused(catalog: Catalog, bucket_size: int, largest: int) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from checkpoint_engine.planning.byte_runs import ByteRuns, Copy, Layout, plan_byte_runs
+from checkpoint_engine.planning.byte_runs import ByteRuns, CopyLayout, PlannedCopy, plan_byte_runs
+
+pytestmark = pytest.mark.pure
 
 SEGMENT = 2048
 TARGETS = 3
@@ -16,7 +19,7 @@ TARGETS = 3
 
 @dataclass(frozen=True)
 class Case:
-    copies: list[Copy]
+    copies: list[PlannedCopy]
     segments: list[torch.Tensor]
 
 
@@ -24,7 +27,7 @@ class Case:
 def cases(draw: st.DrawFn) -> Case:
     """Tensors side by side in segments; slices of them go to places of their own, in the same or another order."""
     item = draw(st.sampled_from([1, 2, 4]))
-    copies: list[Copy] = []
+    copies: list[PlannedCopy] = []
     used, taken = [0, 0], [0] * TARGETS
     for _ in range(draw(st.integers(0, 12))):
         shape = tuple(draw(st.lists(st.integers(1, 5), min_size=0, max_size=3)))
@@ -38,9 +41,9 @@ def cases(draw: st.DrawFn) -> Case:
         if draw(st.integers(0, 4)) == 0:
             part, source, stride = part[::-1], source[::-1], dense(room[::-1])
             begin = begin[::-1]
-        layout = Layout(part, source, stride, item)
+        layout = CopyLayout(part, source, stride, item)
         first = sum(at * step for at, step in zip(begin, source, strict=True)) * item
-        copies.append(Copy(segment, used[segment] + first, target, taken[target], layout))
+        copies.append(PlannedCopy(segment, used[segment] + first, target, taken[target], layout))
         used[segment] += size_of(shape) * item + draw(st.sampled_from([0, 0, item]))
         taken[target] += size_of(room) * item
     generator = torch.Generator().manual_seed(draw(st.integers(0, 1 << 30)))
@@ -56,12 +59,12 @@ def size_of(shape: tuple[int, ...]) -> int:
     return int(torch.tensor(shape, dtype=torch.int64).prod()) if shape else 1
 
 
-def naively(case: Case, copies: list[Copy]) -> list[torch.Tensor]:
+def naively(case: Case, copies: list[PlannedCopy]) -> list[torch.Tensor]:
     """One after the other, as torch copies views."""
     targets = [torch.zeros(2 * SEGMENT, dtype=torch.uint8) for _ in range(TARGETS)]
     for copy in copies:
         shape, of, to, item = copy.layout
-        view_of(targets[copy.target], copy.place, shape, to, item).copy_(
+        view_of(targets[copy.target], copy.offset, shape, to, item).copy_(
             view_of(case.segments[copy.segment], copy.source, shape, of, item)
         )
     return targets
@@ -81,9 +84,10 @@ def by_runs(case: Case, runs: ByteRuns) -> list[torch.Tensor]:
 
 
 def rows(runs: ByteRuns) -> list[list[int]]:
-    return runs.table.tolist()
+    return [list(run) for run in runs.runs]
 
 
+@pytest.mark.thorough
 @settings(max_examples=50, deadline=None)
 @given(case=cases(), edge=st.sampled_from([None, 1, 7, 64, 4096]))
 def test_runs_do_what_the_copies_do(case: Case, edge: int | None) -> None:
@@ -131,13 +135,13 @@ def test_spans_hold_every_run_and_no_wide_gap(case: Case, gap: int) -> None:
 
 
 def test_a_thousand_experts_side_by_side_are_one_run() -> None:
-    layout = Layout((8, 16), (16, 1), (16, 1), 2)
-    runs = plan_byte_runs(Copy(0, 256 * n, 0, 256 * n, layout) for n in reversed(range(1000)))
+    layout = CopyLayout((8, 16), (16, 1), (16, 1), 2)
+    runs = plan_byte_runs(PlannedCopy(0, 256 * n, 0, 256 * n, layout) for n in reversed(range(1000)))
     assert rows(runs) == [[0, 0, 0, 0, 256_000, 1, 256, 256]]
 
 
 def test_columns_stay_rows_of_a_pitch() -> None:
-    runs = plan_byte_runs([Copy(3, 64, 1, 0, Layout((1000, 8), (16, 1), (8, 1), 2))])
+    runs = plan_byte_runs([PlannedCopy(3, 64, 1, 0, CopyLayout((1000, 8), (16, 1), (8, 1), 2))])
     assert rows(runs) == [[3, 64, 1, 0, 16, 1000, 32, 16]]
     assert runs.spans() == [(3, 64 + 32 * row, 16) for row in range(1000)]
     assert runs.spans(17) == [(3, 64, 31_984)]
@@ -151,4 +155,4 @@ def test_nothing() -> None:
 
 
 def test_a_tensor_without_elements() -> None:
-    assert len(plan_byte_runs([Copy(0, 0, 0, 0, Layout((0, 3), (3, 1), (3, 1), 2))])) == 0
+    assert len(plan_byte_runs([PlannedCopy(0, 0, 0, 0, CopyLayout((0, 3), (3, 1), (3, 1), 2))])) == 0

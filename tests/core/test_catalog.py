@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from checkpoint_engine.catalog import SCHEMA_VERSION, Catalog, Holding, SegmentEntry, TensorEntry
+from checkpoint_engine.catalog import SCHEMA_VERSION, Catalog, Holding, SegmentEntry, ShardPlace, TensorEntry
 from checkpoint_engine.errors import CheckpointFormatError, DuplicateTensorError, UnsupportedTensorError
+
+pytestmark = pytest.mark.pure
 
 
 def catalog_of(*tensors: TensorEntry, nbytes: int = 4096, rank: int = 0) -> Catalog:
@@ -50,11 +52,60 @@ def test_the_fingerprint_does_not_depend_on_who_holds_what() -> None:
     assert together.fingerprint() != catalog_of(a, TensorEntry("b", "int8", (1, 2), 256)).fingerprint()
 
 
-def test_a_tensor_on_two_ranks_is_named_with_both() -> None:
-    tensor = TensorEntry("layer.0", "int8", (2,), 0)
-    twice = Catalog("weights", (*catalog_of(tensor, rank=2).holdings, *catalog_of(tensor, rank=5).holdings))
-    with pytest.raises(DuplicateTensorError, match=r"'layer.0' .* rank 2 .* rank 5"):
-        twice.validate()
+def shard(name: str, begin: tuple[int, ...], shape: tuple[int, ...], whole: tuple[int, ...] = (4, 6)) -> TensorEntry:
+    return TensorEntry(name, "int8", shape, 0, ShardPlace(whole, begin))
+
+
+def held(*by_rank: TensorEntry) -> Catalog:
+    """Each of them on a rank of its own, the first on rank 2."""
+    return Catalog("weights", tuple(catalog_of(entry, rank=2 + n).holdings[0] for n, entry in enumerate(by_rank)))
+
+
+def test_a_tensor_may_lie_in_shards_and_in_copies_of_them() -> None:
+    top, bottom, whole = shard("a", (0, 0), (3, 6)), shard("a", (3, 0), (1, 6)), TensorEntry("a", "int8", (4, 6), 0)
+    cut = held(top, bottom, bottom).validate()
+    assert Catalog.from_json(cut.to_json()) == cut
+    assert cut.nbytes == held(whole, whole).validate().nbytes == 24
+    assert cut.fingerprint() == held(whole).fingerprint()
+    assert [t.shape for t in cut.wholes()] == [(4, 6)]
+    assert cut.is_cut
+    assert held(whole, whole).is_cut
+    assert not held(whole).is_cut
+
+
+@pytest.mark.parametrize(
+    ("catalog", "message"),
+    [
+        (held(shard("a", (0, 0), (3, 6))), r"no rank has registered elements \[3:4, 0:6\] of \[4, 6\] of tensor 'a'"),
+        (
+            held(shard("a", (0, 0), (3, 6)), shard("a", (2, 0), (2, 6))),
+            r"\[2:3, 0:6\] of \[4, 6\] of tensor 'a' .* rank 2 as \[0:3, 0:6\] and again on rank 3 as \[2:4, 0:6\]",
+        ),
+        (
+            held(TensorEntry("a", "int8", (4, 6), 0), shard("a", (0, 0), (2, 6))),
+            r"registered on rank 2 as \[0:4, 0:6\] and again on rank 3 as \[0:2, 0:6\]",
+        ),
+        (held(shard("a", (3, 0), (2, 6))), r"rank 2 holds \[3:5, 0:6\] of \[4, 6\] of tensor 'a': beyond"),
+        (
+            held(shard("a", (0, 0), (2, 6)), shard("a", (2, 0), (3, 6), (5, 6))),
+            r"'a' is int8 \[4, 6\] on rank 2 and int8 \[5, 6\] on rank 3",
+        ),
+        (
+            held(TensorEntry("a", "int8", (2,), 0), TensorEntry("a", "uint8", (2,), 0)),
+            r"int8 \[2\] on rank 2 and uint8",
+        ),
+    ],
+    ids=["hole", "overlap", "whole-and-shard", "outside", "other-shape", "other-dtype"],
+)
+def test_shards_that_do_not_make_up_their_tensor_are_named(catalog: Catalog, message: str) -> None:
+    with pytest.raises((CheckpointFormatError, DuplicateTensorError), match=message):
+        catalog.validate()
+
+
+def test_a_tensor_twice_on_one_rank_is_named() -> None:
+    first, second = (TensorEntry("layer.0", "int8", (2,), offset) for offset in (0, 256))
+    with pytest.raises(DuplicateTensorError, match=r"'layer.0' is registered on rank 5 and again on rank 5"):
+        catalog_of(first, second, rank=5).validate()
 
 
 @pytest.mark.parametrize(

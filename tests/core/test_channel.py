@@ -19,6 +19,7 @@ import msgspec
 import pytest
 
 from checkpoint_engine.deadline import Cancel, Deadline
+from checkpoint_engine.device.memory import CudaMemory, HostMemory
 from checkpoint_engine.errors import (
     DeadlineError,
     LinkClosedError,
@@ -34,14 +35,12 @@ from checkpoint_engine.link.messages import (
     Aborted,
     Accepted,
     Begin,
-    CudaMemory,
     Failed,
     Finish,
     Finished,
     FromReceiver,
     FromSender,
     Hello,
-    HostMemory,
     Load,
     Loaded,
     TensorSlice,
@@ -276,9 +275,10 @@ def test_a_peer_that_drips_does_not_stretch_the_deadline(raw: tuple[SenderChanne
 
 
 def test_a_peer_that_does_not_read_ends_with_the_deadline(pair: tuple[SenderChannel, ReceiverChannel]) -> None:
+    message = begin(tensors=100_000)
     start = time.monotonic()
     with pytest.raises(DeadlineError, match="sending"):
-        pair[0].send(begin(tensors=100_000), Deadline(0.3))
+        pair[0].send(message, Deadline(0.3))
     assert_takes(0.3, start)
 
 
@@ -358,7 +358,7 @@ def test_garbage_is_a_link_error(raw: tuple[SenderChannel, socket.socket], body:
     sender, other = raw
     other.setblocking(True)
     sending = Background(lambda: other.sendall(framed(body)))
-    with pytest.raises(LinkError, match="not a message of protocol 1"):
+    with pytest.raises(LinkError, match=f"not a message of protocol {PROTOCOL}"):
         sender.receive(Deadline(5), "a message")
     sending.result()
 
@@ -410,6 +410,7 @@ def test_each_listener_has_a_token_of_its_own() -> None:
         b"GET / HTTP/1.1\r\n\r\n",
         b"",
     ],
+    ids=["no token", "wrong", "not ASCII", "protocol", "long", "accepted", "garbage", "exabytes", "HTTP", "nothing"],
 )
 def test_strangers_are_turned_away_and_the_worker_still_comes(listener: Listener, said: bytes) -> None:
     waiting = accepting(listener)
@@ -441,6 +442,24 @@ def test_a_worker_that_never_comes_ends_with_the_deadline(listener: Listener) ->
     with pytest.raises(DeadlineError, match=r"the worker connecting did not happen within 0\.3 s"):
         accepting(listener, 0.3).result()
     assert_takes(0.3, start)
+
+
+def test_callers_that_say_nothing_do_not_keep_the_worker_waiting(listener: Listener) -> None:
+    path, token = path_and_token(listener)
+    with contextlib.ExitStack() as stack:
+        for _ in range(5):
+            stack.enter_context(connected(path))
+        waiting = accepting(listener, 10.0)
+        time.sleep(0.3)  # they are ahead of it
+        start = time.monotonic()
+        worker, _ = connect(listener.handle, Deadline(5))
+        stack.enter_context(worker)
+        worker.send(hello(token), Deadline(5))
+        channel, greeting = waiting.result()
+        stack.enter_context(channel)
+        assert time.monotonic() - start < 1.0
+        assert greeting.token == token
+        assert channel.peer == os.getpid()
 
 
 def test_strangers_without_end_do_not_stretch_the_deadline(listener: Listener) -> None:

@@ -9,22 +9,25 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoint_engine.catalog import Catalog
-from checkpoint_engine.cli.main import main
 from checkpoint_engine.cli.messages import Job, Logged, Progressed
+from checkpoint_engine.cli.options import Engines, Patience, TensorChoice
 from checkpoint_engine.cli.ranks import Ranks
+from checkpoint_engine.client.rpc_client import ReferenceClient
 from checkpoint_engine.deadline import Deadline
-from checkpoint_engine.engine.client import ReferenceClient
-from checkpoint_engine.engine.reference import ModelSpec, make_checkpoint
-from checkpoint_engine.engine.reference_process import ReferenceProcess
 from checkpoint_engine.errors import RankError, UpdateError
+from checkpoint_engine.reference.engine import ModelSpec, make_checkpoint
+from checkpoint_engine.reference.process import ReferenceProcess
+from tests.commands import command_line, run_command
+from tests.core import engines
 
 SPEC = ModelSpec(experts=2)
 SMALL_BUCKETS = {"PS_MAX_BUCKET_SIZE_GB": str(64 / (1 << 20))}  # 64 KiB: about ten buckets
@@ -62,9 +65,9 @@ def ranks() -> Iterator[Ranks]:
         yield started
 
 
-def job(engine: ReferenceProcess, directory: Path, **changes: object) -> Job:
-    fields = {"timeout": 30.0, "wait": 60.0, "version": directory.name, "workers": TP, **changes}
-    return Job(directory=str(directory), engine="reference", endpoints=(engine.endpoint,), **fields)  # pyright: ignore[reportArgumentType]
+def job(engine: ReferenceProcess, directory: Path, *, timeout: float = 30.0) -> Job:
+    engines = Engines("reference", (engine.endpoint,), TP)
+    return Job(str(directory), directory.name, engines, patience=Patience(timeout, 60.0))
 
 
 def ignore(event: Progressed | Logged) -> None:
@@ -72,11 +75,9 @@ def ignore(event: Progressed | Logged) -> None:
 
 
 def assert_holds(engine: ReferenceProcess, directory: Path) -> None:
-    """Every worker holds exactly this checkpoint, and the engine serves."""
-    client = ReferenceClient(engine.endpoint)
-    for result in client.collective_rpc("verify", Deadline(20), [str(directory)]):
-        assert result["ok"], result
-    assert not is_paused(client)
+    """Every worker does, and the engine serves."""
+    engines.assert_holds(engine, directory)
+    assert not is_paused(ReferenceClient(engine.endpoint))
 
 
 def is_paused(client: ReferenceClient) -> bool:
@@ -179,13 +180,18 @@ def test_engine_that_dies_in_the_middle_is_named(engine: ReferenceProcess, ranks
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_that_is_killed_is_named_and_ends_the_others(
-    victim: int, engine: ReferenceProcess, ranks: Ranks, checkpoints: Path, tmp_path: Path
+    victim: int,
+    engine: ReferenceProcess,
+    ranks: Ranks,
+    checkpoints: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     client = ReferenceClient(engine.endpoint)
     client.wait_ready(Deadline(60))
     set_fault(engine, "stall-in-load")  # holds the update in the middle until the rank is dead
-    # A killed process cannot remove its socket; it shall lie where pytest cleans up.
-    with Ranks(TP, device="cpu", environment={**SMALL_BUCKETS, "TMPDIR": str(tmp_path)}) as mine:
+    # A killed process cannot remove its socket; it shall lie where pytest cleans up, and its path has to be short.
+    sockets = {"TMPDIR": str(tmp_path_factory.mktemp("s"))}
+    with Ranks(TP, device="cpu", environment={**SMALL_BUCKETS, **sockets}) as mine:
         pids = mine.pids
 
         def kill_in_load(event: Progressed | Logged) -> None:
@@ -209,14 +215,6 @@ def set_fault(engine: ReferenceProcess, name: str) -> None:
 # -- the command itself
 
 
-def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "checkpoint_engine.cli.main", "update", *map(str, arguments)]
-
-
-def run_command(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=100, check=False)
-
-
 def children_of(pid: int) -> list[int]:
     """Asked of every process: the kernel's own list of children may leave some out while they run."""
     found = []
@@ -230,6 +228,7 @@ def children_of(pid: int) -> list[int]:
 def test_command_updates_and_saves_the_catalog(engine: ReferenceProcess, checkpoints: Path, tmp_path: Path) -> None:
     metas = tmp_path / "metas.json"
     finished = run_command(
+        "update",
         *(checkpoints / "a", "--engine", "reference", "--endpoint", engine.endpoint, "--device", "cpu"),
         *("-tp", TP, "--version", "step-7", "--save-metas", metas, "--json"),
     )
@@ -247,6 +246,7 @@ def test_command_updates_and_saves_the_catalog(engine: ReferenceProcess, checkpo
 
 def test_command_needs_but_one_rank_for_a_direct_update(engine: ReferenceProcess, checkpoints: Path) -> None:
     finished = run_command(
+        "update",
         *(checkpoints / "b", "--engine", "reference", "--endpoint", engine.endpoint),
         *("-tp", TP, "--method", "direct", "--ranks", 1, "--json"),
     )
@@ -257,8 +257,10 @@ def test_command_needs_but_one_rank_for_a_direct_update(engine: ReferenceProcess
     assert_holds(engine, checkpoints / "b")
 
 
-def test_command_uses_the_ranks_of_torchrun(engine: ReferenceProcess, checkpoints: Path) -> None:
+@pytest.mark.long
+def test_command_uses_the_ranks_of_torchrun(engine: ReferenceProcess, checkpoints: Path, tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(TP)]
+    torchrun += ["--log-dir", str(tmp_path)]  # it leaves one behind
     arguments = ["--engine", "reference", "--endpoint", engine.endpoint, "-tp", str(TP), "--device", "cpu"]
     finished = subprocess.run(
         [*torchrun, "-m", "checkpoint_engine.cli.main", "update", str(checkpoints / "b"), *arguments],
@@ -277,17 +279,20 @@ def test_command_refuses_a_wrong_tensor_parallel_size_before_reading(
     engine: ReferenceProcess, checkpoints: Path
 ) -> None:
     finished = run_command(
-        *(checkpoints / "a", "--engine", "reference", "--endpoint", engine.endpoint, "--device", "cpu", "--json")
+        "update",
+        *(checkpoints / "a", "--engine", "reference", "--endpoint", engine.endpoint, "--device", "cpu", "--json"),
     )
     assert finished.returncode == 1
     assert "has 2 workers, not 1: pass --tensor-parallel-size 2" in finished.stderr
     assert "reading the files" not in finished.stderr
+    assert "starting the ranks" not in finished.stderr
     assert "Traceback" not in finished.stderr
     assert json.loads(finished.stdout)["error"] == "SettingError"
 
 
 def test_command_gives_up_on_an_engine_that_never_comes(checkpoints: Path) -> None:
     finished = run_command(
+        "update",
         *(
             checkpoints / "a",
             "--engine",
@@ -298,11 +303,52 @@ def test_command_gives_up_on_an_engine_that_never_comes(checkpoints: Path) -> No
             "cpu",
             "--wait",
             2,
-        )
+        ),
     )
     assert finished.returncode == 1
     assert "DeadlineError: http://127.0.0.1:9 was not ready within 2 s" in finished.stderr
     assert "Connection refused" in finished.stderr
+    assert "it is waited for (--wait)" in finished.stderr
+
+
+def test_names_are_cut_and_tensors_left_out(
+    engine: ReferenceProcess, ranks: Ranks, checkpoints: Path, tmp_path: Path
+) -> None:
+    for file in (checkpoints / "b").glob("*.safetensors"):
+        wrapped = {f"module.{name}": tensor for name, tensor in load_file(file).items()}
+        if file.name.startswith("model-00001"):
+            wrapped["module.rotary.inv_freq"] = torch.ones(3)
+        save_file(wrapped, tmp_path / file.name)
+    said: list[str] = []
+
+    def listen(event: Progressed | Logged) -> None:
+        if isinstance(event, Logged):
+            said.append(event.message)
+
+    with pytest.raises(UpdateError):
+        ranks.run(job(engine, tmp_path), listen)
+    assert "all tensors' names begin with 'module.'; if the engine does not know them: --strip-prefix module." in said
+    tensors = TensorChoice(ignore=("rotary.*", "nosuch.*"), strip=("module.",))
+    ranks.run(msgspec.structs.replace(job(engine, tmp_path), tensors=tensors), listen)
+    assert_holds(engine, checkpoints / "b")
+    assert "nosuch.* fits no tensor of the checkpoint" in said
+
+
+def test_nan_is_found_before_anything_is_sent(
+    engine: ReferenceProcess, ranks: Ranks, checkpoints: Path, tmp_path: Path
+) -> None:
+    ranks.run(job(engine, checkpoints / "a"), ignore)
+    for file in (checkpoints / "b").glob("*.safetensors"):
+        tensors = load_file(file)
+        if "model.norm.weight" in tensors:
+            tensors["model.norm.weight"][-1] = torch.nan
+        save_file(tensors, tmp_path / file.name)
+    where = ("--engine", "reference", "--endpoint", engine.endpoint, "-tp", TP, "--device", "cpu")
+    finished = run_command("update", tmp_path, *where, "--reject-nan")
+    assert finished.returncode == 1
+    assert "WeightsRejectedError: these tensors" in finished.stderr
+    assert "hold NaN: model.norm.weight" in finished.stderr
+    assert_holds(engine, checkpoints / "a")
 
 
 def test_command_names_a_truncated_file(engine: ReferenceProcess, checkpoints: Path, tmp_path: Path) -> None:
@@ -310,7 +356,9 @@ def test_command_names_a_truncated_file(engine: ReferenceProcess, checkpoints: P
     make_checkpoint(broken, SPEC, seed=1)
     file = broken / "model-00002-of-00002.safetensors"
     os.truncate(file, file.stat().st_size - 100)
-    finished = run_command(broken, "--engine", "reference", "--endpoint", engine.endpoint, "-tp", TP, "--device", "cpu")
+    finished = run_command(
+        "update", broken, "--engine", "reference", "--endpoint", engine.endpoint, "-tp", TP, "--device", "cpu"
+    )
     assert finished.returncode == 1
     assert "CheckpointFormatError" in finished.stderr
     assert file.name in finished.stderr
@@ -321,7 +369,7 @@ def test_command_names_a_truncated_file(engine: ReferenceProcess, checkpoints: P
     [
         (["/nowhere", "--engine", "reference", "--endpoint", "http://h:1"], "CheckpointFormatError: /nowhere"),
         ([".", "--engine", "nosuch", "--endpoint", "http://h:1"], "pip install checkpoint-engine-nosuch"),
-        ([".", "--engine", "reference", "--endpoint", "h:1"], "SettingError: 'h:1' is no endpoint"),
+        ([".", "--engine", "reference", "--endpoint", "h"], "SettingError: 'h' is no endpoint"),
         ([".", "--engine", "reference", "--endpoint", "http://h:1", "--ranks", "3"], "need 1: each rank feeds"),
         (
             [
@@ -342,19 +390,17 @@ def test_command_names_a_truncated_file(engine: ReferenceProcess, checkpoints: P
     ],
 )
 def test_command_refuses_at_once_what_cannot_work(
-    arguments: list[str], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], words: str, run_main: Callable[..., tuple[int, str, str]]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["checkpoint-engine", "update", *arguments])
-    with pytest.raises(SystemExit) as caught:
-        main()
-    assert caught.value.code == 1
-    assert words in capsys.readouterr().err.replace("\n", " ")
+    code, _, error = run_main("update", *arguments)
+    assert code == 1
+    assert words in error.replace("\n", " ")
 
 
 def test_ranks_end_with_a_command_that_is_killed(engine: ReferenceProcess, checkpoints: Path) -> None:
     arguments = ["--engine", "reference", "--endpoint", engine.endpoint, "-tp", TP, "--device", "cpu", "--json"]
     with subprocess.Popen(
-        command(checkpoints / "a", *arguments, "--keep-serving", 60), stdout=subprocess.PIPE
+        command_line("update", checkpoints / "a", *arguments, "--keep-serving", 60), stdout=subprocess.PIPE
     ) as running:
         assert running.stdout is not None
         assert json.loads(running.stdout.readline())["ok"] is True
@@ -367,18 +413,44 @@ def test_ranks_end_with_a_command_that_is_killed(engine: ReferenceProcess, check
         time.sleep(0.05)
 
 
-def test_ctrl_c_gives_the_update_up_in_order(engine: ReferenceProcess, ranks: Ranks, checkpoints: Path) -> None:
+@pytest.mark.long
+def test_a_directory_to_go_back_to(engine: ReferenceProcess, ranks: Ranks, checkpoints: Path) -> None:
+    ranks.run(job(engine, checkpoints / "a"), ignore)
+    arguments = ["--engine", "reference", "--endpoint", engine.endpoint, "-tp", TP, "--device", "cpu", "--json"]
+    back = ["--rollback-to", checkpoints / "a"]
+    set_fault(engine, "raise-in-load")
+    failed = run_command("update", checkpoints / "b", *arguments, *back)
+    assert failed.returncode == 1
+    told = json.loads(failed.stdout)
+    assert (told["rolled_back"], told["held"], told["phase"]) == ("a", "old", "load")
+    assert "this loader was told to fail" in told["message"]
+    assert_holds(engine, checkpoints / "a")
+    set_fault(engine, "refuse")  # nothing to go back from
+    assert "rolled_back" not in json.loads(run_command("update", checkpoints / "b", *arguments, *back).stdout)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("number", "word"), [(signal.SIGINT, "interrupted by the user"), (signal.SIGTERM, "ended by SIGTERM")]
+)
+def test_whoever_ends_the_command_gives_the_update_up_in_order(
+    engine: ReferenceProcess, ranks: Ranks, checkpoints: Path, number: signal.Signals, word: str
+) -> None:
     set_fault(engine, "stall-in-load")
     arguments = ["--engine", "reference", "--endpoint", engine.endpoint, "-tp", TP, "--device", "cpu"]
     with subprocess.Popen(
-        command(checkpoints / "b", *arguments), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        command_line("update", checkpoints / "b", *arguments),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     ) as running:
         assert running.stderr is not None
         for line in running.stderr:
             if "sending" in line:
-                running.send_signal(signal.SIGINT)
+                running.send_signal(number)
                 break
-        assert running.wait(30) != 0
+        assert word in " ".join(running.stderr.read().split())
+        assert running.wait(30) == 1
     dirty_workers, paused = status(engine)
     assert paused == (True in dirty_workers)  # the abort may have come before the first tensor
     ranks.run(job(engine, checkpoints / "a"), ignore)

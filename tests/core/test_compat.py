@@ -13,19 +13,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from cluster import Cluster, free_port
 from pydantic import TypeAdapter, ValidationError
 
 import checkpoint_engine
 from checkpoint_engine import data_types, worker
 from checkpoint_engine.catalog import Catalog, Holding, SegmentEntry, TensorEntry
-from checkpoint_engine.deadline import Deadline
 from checkpoint_engine.device_utils import DeviceManager, get_ip, npu_generate_uuid
-from checkpoint_engine.engine.client import ReferenceClient
-from checkpoint_engine.engine.reference import ModelSpec, make_checkpoint
-from checkpoint_engine.engine.reference_process import ReferenceProcess
 from checkpoint_engine.errors import CheckpointFormatError, DuplicateTensorError, SettingError, UpdateError
-from checkpoint_engine.server import ParameterServer
+from checkpoint_engine.reference.engine import ModelSpec, make_checkpoint
+from checkpoint_engine.reference.process import ReferenceProcess
+from checkpoint_engine.server.parameter_server import ParameterServer
+from tests.core.cluster import Cluster
+from tests.core.engines import assert_holds
+from tests.ports import free_port
 
 SPEC = ModelSpec(experts=2)
 
@@ -133,8 +133,7 @@ def test_an_update_script_of_the_wild_runs_unchanged(tmp_path: Path) -> None:
     with ReferenceProcess(SPEC.to_json(), 2) as engine:
         done = run_ranks([str(script), engine.endpoint, str(checkpoint), str(tmp_path)])
         assert done == [(0, "")] * 2, done
-        for result in ReferenceClient(engine.endpoint).collective_rpc("verify", Deadline(20), [str(checkpoint)]):
-            assert result["ok"], result
+        assert_holds(engine, checkpoint)
     metas = pickle.loads((tmp_path / "metas.pkl").read_bytes())
     assert sorted(metas) == [0, 1]
     adapter = TypeAdapter(dict[int, data_types.MemoryBufferMetaList])

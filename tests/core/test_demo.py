@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from p2p_help import needs_mooncake
 
 from checkpoint_engine.cli.timeline_data import load_timeline
+from tests.commands import run_command
+from tests.core.p2p_help import needs_mooncake
 
 pytestmark = pytest.mark.long
 
 
-def run_demo(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "checkpoint_engine.cli.main", "demo", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
-
-
 def test_demo_updates_twice_and_verifies_everything(tmp_path: Path) -> None:
     start = time.monotonic()
-    finished = run_demo("--json", "--trace", str(tmp_path / "trace.json"))
+    finished = run_command("demo", "--json", "--trace", str(tmp_path / "trace.json"))
     assert finished.returncode == 0, finished.stderr
     assert time.monotonic() - start < 60  # 30 s where nothing else runs
     report = json.loads(finished.stdout)
@@ -44,7 +38,7 @@ def test_demo_updates_twice_and_verifies_everything(tmp_path: Path) -> None:
 
 
 def test_demo_feeds_two_engines_and_prints_a_table() -> None:
-    finished = run_demo("--ranks", "2", "--tensor-parallel-size", "1", "--updates", "1")
+    finished = run_command("demo", "--ranks", "2", "--tensor-parallel-size", "1", "--updates", "1")
     assert finished.returncode == 0, finished.stderr
     assert "2 ranks updated 2 engines of 1 worker in place" in finished.stdout
     assert "92 parameters equal" in finished.stdout
@@ -53,7 +47,7 @@ def test_demo_feeds_two_engines_and_prints_a_table() -> None:
 
 @pytest.mark.parametrize("arguments", [("--ranks", "3"), ("--ranks", "1", "-tp", "2")])
 def test_demo_refuses_ranks_that_do_not_match(arguments: tuple[str, ...]) -> None:
-    finished = run_demo(*arguments)
+    finished = run_command("demo", *arguments)
     assert finished.returncode == 1
     assert "SettingError" in finished.stderr
     assert "multiple" in finished.stderr
@@ -62,7 +56,7 @@ def test_demo_refuses_ranks_that_do_not_match(arguments: tuple[str, ...]) -> Non
 
 @needs_mooncake
 def test_demo_lets_an_engine_of_another_size_join() -> None:
-    finished = run_demo("--json", "--method", "p2p", "--updates", "1")
+    finished = run_command("demo", "--json", "--method", "p2p", "--updates", "1")
     assert finished.returncode == 0, finished.stderr
     report = json.loads(finished.stdout)
     steps = [(update["version"], update["method"]) for update in report["updates"]]

@@ -6,8 +6,7 @@ import gc
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,41 +14,35 @@ from types import SimpleNamespace
 import msgspec
 import pytest
 import torch
-from cluster import TIMEOUT, Cluster, Recorder, assert_no_threads_left, check
 from safetensors.torch import save_file
 
 from checkpoint_engine.catalog import Catalog, Holding, SegmentEntry, TensorEntry
-from checkpoint_engine.deadline import Deadline
+from checkpoint_engine.contract.delivery import Delivery
 from checkpoint_engine.device import CpuDevice
-from checkpoint_engine.engine.layouts import known_layouts, layout_of
-from checkpoint_engine.engine.receiver import pick_handle, receive_update
+from checkpoint_engine.device.memory import HostMemory, SharedSegments
 from checkpoint_engine.errors import LinkError, RankError, SettingError, UpdateError
-from checkpoint_engine.host.segment import Segment
-from checkpoint_engine.link.messages import PROTOCOL, Begin, HostMemory, SharedSegments, TensorSlice, encode_buckets
-from checkpoint_engine.reload.delivery import Delivery
-from checkpoint_engine.transfer.direct import LentSegments, find_obstacle
-from checkpoint_engine.transfer.offers import make_offer
+from checkpoint_engine.link.messages import PROTOCOL, Begin, TensorSlice, encode_buckets
+from checkpoint_engine.receiver.cache import process_cache
+from checkpoint_engine.receiver.layouts import LayoutCache
+from checkpoint_engine.receiver.reception import pick_handle, receive_update
+from checkpoint_engine.source.segment import Segment
+from checkpoint_engine.transfer.direct import find_obstacle
+from checkpoint_engine.transfer.exports import ExportedSegments, export_segments
+from tests.core.cluster import TIMEOUT, Cluster, Recorder, check
+from tests.waiting import within
+
+EARLIER: set[str] = set()
+"""Segments of other tests, by their inodes: what their reads may still be answered into stays mapped for good."""
 
 
 @pytest.fixture(autouse=True)
-def small_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PS_MAX_BUCKET_SIZE_GB", str(16 / (1 << 20)))  # 16 KiB
+def small_buckets(set_bucket_size: Callable[[int], None]) -> None:
+    set_bucket_size(16 << 10)
 
 
 @pytest.fixture(params=[1, 3])
-def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
-    cluster = Cluster(request.param)
-    yield cluster
-    cluster.close()
-    assert_no_threads_left()
-
-
-@pytest.fixture
-def pair() -> Iterator[Cluster]:
-    cluster = Cluster(2)
-    yield cluster
-    cluster.close()
-    assert_no_threads_left()
+def cluster(request: pytest.FixtureRequest, clusters: Callable[[int], Cluster]) -> Cluster:
+    return clusters(request.param)
 
 
 def noise(seed: int, count: int = 30) -> dict[str, torch.Tensor]:
@@ -67,17 +60,23 @@ def holds(cluster: Cluster, expected: dict[str, torch.Tensor]) -> bool:
     )
 
 
+def segment_mappings() -> list[str]:
+    """By the inodes of their segments: one for each mapping in this process."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return [line.split()[4] for line in lines if "checkpoint-engine-segment" in line]
+
+
+@pytest.fixture(autouse=True)
+def mapped_earlier() -> None:
+    gc.collect()
+    EARLIER.clear()
+    EARLIER.update(segment_mappings())
+
+
 def mapped_segments() -> int:
     """Mappings of segments in this process, those of the ranks themselves included."""
     gc.collect()
-    return sum("checkpoint-engine-segment" in line for line in Path("/proc/self/maps").read_text().splitlines())
-
-
-def within(seconds: float, condition: Callable[[], bool]) -> bool:
-    deadline = Deadline(seconds)
-    while not (done := condition()) and not deadline.expired:
-        time.sleep(0.02)
-    return done
+    return sum(inode not in EARLIER for inode in segment_mappings())
 
 
 def open_descriptors() -> int:
@@ -111,6 +110,10 @@ def test_workers_keep_their_mappings_until_the_memory_goes(pair: Cluster) -> Non
     assert holds(pair, noise(1))
     for server in pair.servers:
         server.unregister_checkpoint("v1")
+    assert mapped_segments() == kept, "tensors of memory leave it to the next ones, and workers keep it mapped"
+    for server in pair.servers:
+        server.register_checkpoint("nothing", named_tensors={})
+        server.unregister_checkpoint("nothing", force=True)
     assert within(5, lambda: mapped_segments() == 0)
     assert within(5, lambda: open_descriptors() <= descriptors)
 
@@ -128,27 +131,28 @@ def test_what_was_worked_out_for_a_bucket_serves_the_next_update(pair: Cluster) 
     rounds: list[list[Delivery]] = []
     for name, method in (("v1", "direct"), ("v1", "direct"), ("v1", "broadcast"), ("v1", "direct")):
         given.clear()
-        check(pair.update(name, method=method))  # type: ignore[arg-type]
+        check(pair.update(name, method=method))
         rounds.append(given[0])
     first, again, broadcast, anew = rounds
     assert len(first) == len(again) > 1
     assert all(one is other and one.stays for one, other in zip(first, again, strict=True))
     assert not any(each.stays for each in broadcast)
     assert not {id(each) for each in first} & {id(each) for each in anew}, "a broadcast has unmapped the memory"
-    known = set(known_layouts())
+    known = set(process_cache().layouts.snapshot())
     check(pair.update("v1", method="direct"))
-    assert set(known_layouts()) == known
+    assert set(process_cache().layouts.snapshot()) == known
 
 
 def test_a_layout_that_a_worker_does_not_know_is_refused() -> None:
     begin = Begin(PROTOCOL, "", "", "id", "a", "v", HostMemory(0), encode_buckets(()), layout="other")
+    cache = LayoutCache()
     with pytest.raises(LinkError, match="refers to layout other"):
-        layout_of(begin, {})
+        cache.layout_of(begin, {})
     with pytest.raises(LinkError, match="announces no buckets"):
-        layout_of(msgspec.structs.replace(begin, buckets=msgspec.Raw(b"\x01"), layout=""), {})
+        cache.layout_of(msgspec.structs.replace(begin, buckets=msgspec.Raw(b"\x01"), layout=""), {})
     twice = encode_buckets([[TensorSlice("a", "int8", (1,), 0)], [TensorSlice("a", "int8", (1,), 0)]])
     with pytest.raises(LinkError, match="a tensor twice"):
-        layout_of(msgspec.structs.replace(begin, buckets=twice, layout=""), {})
+        cache.layout_of(msgspec.structs.replace(begin, buckets=twice, layout=""), {})
 
 
 def test_they_go_with_a_broadcast_with_a_failure_and_with_the_server(pair: Cluster) -> None:
@@ -175,26 +179,19 @@ def test_auto_is_direct_where_that_is_possible_and_says_so(pair: Cluster) -> Non
     assert holds(pair, noise(1))
 
 
-def test_a_file_in_place_is_refused_by_name_and_auto_takes_broadcast(pair: Cluster) -> None:
-    directory = Path("/dev/shm") / f"checkpoint-engine-test-{os.getpid()}"
-    directory.mkdir()
-    try:
-        save_file(noise(1), directory / "model.safetensors")
-        pair.servers[0].register_checkpoint("v1", files=[directory / "model.safetensors"])
-        pair.servers[1].register_checkpoint("v1", named_tensors={"other": torch.ones(3)})
-        check(pair.on_all(lambda server: server.gather_metas("v1")))
-        errors = pair.update("v1", method="direct")
-        assert all(isinstance(error, UpdateError) for error in errors)
-        assert "model.safetensors is used where it lies" in str(errors[1])
-        assert "--method broadcast" in str(errors[1])
-        check(pair.update("v1", method="auto"))
-        assert holds(pair, noise(1) | {"other": torch.ones(3)})
-        assert pair.servers[0].last_report is not None
-        assert pair.servers[0].last_report.method == "broadcast"
-    finally:
-        for file in directory.iterdir():
-            file.unlink()
-        directory.rmdir()
+def test_a_file_in_place_is_refused_by_name_and_auto_takes_broadcast(pair: Cluster, on_tmpfs: Path) -> None:
+    save_file(noise(1), on_tmpfs / "model.safetensors")
+    pair.servers[0].register_checkpoint("v1", files=[on_tmpfs / "model.safetensors"])
+    pair.servers[1].register_checkpoint("v1", named_tensors={"other": torch.ones(3)})
+    check(pair.on_all(lambda server: server.gather_metas("v1")))
+    errors = pair.update("v1", method="direct")
+    assert all(isinstance(error, UpdateError) for error in errors)
+    assert "model.safetensors is used where it lies" in str(errors[1])
+    assert "--method broadcast" in str(errors[1])
+    check(pair.update("v1", method="auto"))
+    assert holds(pair, noise(1) | {"other": torch.ones(3)})
+    assert pair.servers[0].last_report is not None
+    assert pair.servers[0].last_report.method == "broadcast"
 
 
 def test_a_worker_that_fails_ends_the_update_everywhere(pair: Cluster) -> None:
@@ -252,7 +249,7 @@ def test_one_rank_feeds_all_workers_of_its_host() -> None:
 def test_methods_take_turns(pair: Cluster) -> None:
     pair.register("v1", noise(1))
     for method in ("direct", "broadcast", "direct"):
-        check(pair.update("v1", method=method))  # type: ignore[arg-type]
+        check(pair.update("v1", method=method))
         assert holds(pair, noise(1))
         assert pair.servers[0].last_report is not None
         assert pair.servers[0].last_report.method == method
@@ -268,7 +265,7 @@ def test_a_part_of_the_ranks_is_not_updated_directly(pair: Cluster) -> None:
 
 
 def test_ranks_on_other_hosts_stand_in_the_way() -> None:
-    here = make_offer([])
+    here = export_segments([])
     silent = Holding(0, "here", "cpu:0", (SegmentEntry(8, (TensorEntry("t", "int8", (8,), 0),)),))
     heard = msgspec.structs.replace(silent, p2p_address="here:1", generation=5)
     assert find_obstacle([here, here], Catalog("a", (silent,))) == ""
@@ -282,15 +279,15 @@ def replace_host(offer: object) -> object:
 
 def test_memory_that_was_given_up_is_not_lent() -> None:
     segment = Segment.create(4096)
-    offer = make_offer([segment])
+    offer = export_segments([segment])
     segment.close()
     with pytest.raises(RankError, match=r"cannot open the host memory of rank 0|has given up"):
-        LentSegments({0: offer})
+        ExportedSegments({0: offer})
 
 
 def test_a_lease_names_the_very_segments() -> None:
     one, other = Segment.create(4096), Segment.create(4096)
-    lent = [LentSegments({0: make_offer(segments)}) for segments in ([one], [other], [one], [one, other])]
+    lent = [ExportedSegments({0: export_segments(segments)}) for segments in ([one], [other], [one], [one, other])]
     leases = [each.memory.lease for each in lent]
     assert leases[0] == leases[2]
     assert len(set(leases)) == 3
@@ -318,7 +315,7 @@ def test_a_descriptor_too_few() -> None:
 
 _WITHOUT_CONTEXT = """
 import torch
-from checkpoint_engine.server import ParameterServer
+from checkpoint_engine.server.parameter_server import ParameterServer
 
 with ParameterServer(rank=0, world_size=1, device="cpu") as server:
     server.register_checkpoint("a", named_tensors={"t": torch.ones(1 << 20)})

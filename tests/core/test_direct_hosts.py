@@ -2,60 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 import pytest
 import torch
-from cluster import Cluster, assert_no_threads_left, check
 from hypothesis import given
 from hypothesis import strategies as st
-from p2p_help import needs_mooncake
 
-from checkpoint_engine.engine.adapter import Update
+from checkpoint_engine.contract.sink import Update
 from checkpoint_engine.errors import UpdateError
-from checkpoint_engine.host.p2p_store import ByteRange, P2PStore, Peer
-from checkpoint_engine.host.segment import Segment
 from checkpoint_engine.link.messages import Wanted
+from checkpoint_engine.p2p.store import ByteRange, P2PStore, Peer
+from checkpoint_engine.planning.buckets import Bucket, BucketPlan
 from checkpoint_engine.reload.reloader import Reloader
-from checkpoint_engine.transfer import update as update_module
-from checkpoint_engine.transfer.offers import Offer, make_offer
+from checkpoint_engine.source.segment import Segment
+from checkpoint_engine.transfer import direct
+from checkpoint_engine.transfer.exports import Export, export_segments
 from checkpoint_engine.transfer.remote import unite
+from tests.core.cluster import Cluster, check
+from tests.core.p2p_help import needs_mooncake
 
 HOSTS = ("red", "red", "blue")
 
 
 @pytest.fixture(autouse=True)
-def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PS_MAX_BUCKET_SIZE_GB", str(512 / (1 << 20)))  # 512 KiB
-    monkeypatch.setenv("CHECKPOINT_ENGINE_P2P_HOST", "127.0.0.1")
-    monkeypatch.setenv("CHECKPOINT_ENGINE_P2P_TRANSPORT", "tcp")
-    monkeypatch.setenv("CHECKPOINT_ENGINE_P2P_PATIENCE", "3")
+def environment(p2p_environment: None, set_bucket_size: Callable[[int], None]) -> None:
+    set_bucket_size(512 << 10)
 
 
 @pytest.fixture
-def hosts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Cluster]]:
-    made: list[Cluster] = []
-
+def hosts(monkeypatch: pytest.MonkeyPatch, clusters: Callable[[int], Cluster]) -> Callable[..., Cluster]:
     def make(names: Sequence[str], *, share: bool = True) -> Cluster:
         monkeypatch.setenv("CHECKPOINT_ENGINE_P2P", "1" if share else "0")
-        made.append(Cluster(len(names)))
+        cluster = clusters(len(names))
 
-        def offer(segments: Sequence[Segment]) -> Offer:
+        def export(segments: Sequence[Segment]) -> Export:
             """Of the rank that holds these segments; a ring is nobody's."""
-            for server, name in zip(made[-1].servers, names, strict=True):
+            for server, name in zip(cluster.servers, names, strict=True):
                 held = [segment for each in server.checkpoints for segment in server._store.get(each).segments]
                 if any(segment is mine for segment in segments for mine in held):
-                    return msgspec.structs.replace(make_offer(segments), host=name)
-            return make_offer(segments)
+                    return msgspec.structs.replace(export_segments(segments), host=name)
+            return export_segments(segments)
 
-        monkeypatch.setattr(update_module, "make_offer", offer)
-        return made[-1]
+        monkeypatch.setattr(direct, "export_segments", export)
+        return cluster
 
-    yield make
-    for cluster in made:
-        cluster.close()
-    assert_no_threads_left()
+    return make
 
 
 @pytest.fixture
@@ -185,6 +178,7 @@ def test_without_p2p_auto_takes_broadcast_and_says_why(
 ranges = st.lists(st.tuples(st.integers(0, 50), st.integers(1, 9)), max_size=6).map(tuple)
 
 
+@pytest.mark.pure
 @given(st.lists(st.one_of(st.none(), ranges), min_size=1, max_size=3))
 def test_what_any_worker_wants_is_fetched_once(wanted: list[Wanted]) -> None:
     (united,) = unite([(each,) for each in wanted])
@@ -197,3 +191,20 @@ def test_what_any_worker_wants_is_fetched_once(wanted: list[Wanted]) -> None:
     ]
     assert set().union(*bytes_of[:-1]) == bytes_of[-1]
     assert sum(nbytes for _, nbytes in united) == len(bytes_of[-1])
+
+
+@given(hosts=st.integers(2, 5), places=st.integers(1, 4), rounds=st.integers(1, 3))
+def test_ranks_that_read_at_once_ask_different_ones(hosts: int, places: int, rounds: int) -> None:
+    ranks = hosts * places
+    names = [f"host{rank // places}" for rank in range(ranks)]
+    plan = BucketPlan(
+        256, tuple(Bucket(rank, 0, 256 * turn, 256, ()) for turn in range(rounds) for rank in range(ranks))
+    )
+    orders = [direct.in_turn(plan, rank, names) for rank in range(ranks)]
+    for rank, order in enumerate(orders):
+        assert sorted(order) == [
+            index for index, bucket in enumerate(plan.buckets) if names[bucket.owner] != names[rank]
+        ]
+    for asked in zip(*orders, strict=True):
+        assert len({plan.buckets[index].owner for index in asked}) == ranks
+        assert len({plan.buckets[index].start for index in asked}) == 1, "shards of one tensor come together"

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import Result
 from typer.testing import CliRunner
 
 from checkpoint_engine.cli import checks_machine, checks_software
+from checkpoint_engine.cli.checks_software import check_software
 from checkpoint_engine.cli.finding import Finding
 from checkpoint_engine.cli.main import app
+from checkpoint_engine.client.announced import InstalledEngine
+from checkpoint_engine.contract.sink import TensorSpec
+from checkpoint_engine.reload.kept_proofs import KeptProofs
+from tests.commands import run_command
 
 
 def doctor(*arguments: str) -> Result:
@@ -56,6 +60,15 @@ def test_a_sound_place_is_ready() -> None:
     assert found(done, "client reference").status == "ok"
 
 
+def test_what_is_kept_of_plans_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CHECKPOINT_ENGINE_PROOFS", "off")
+    assert found(doctor("--json"), "proofs of plans").value == "not kept from one engine process to the next"
+    monkeypatch.setenv("CHECKPOINT_ENGINE_PROOFS", str(tmp_path / "proofs"))
+    assert found(doctor("--json"), "proofs of plans").value == f"0 in {tmp_path / 'proofs'}, 0.0 MB"
+    KeptProofs({"engine": "reference"}).keep("plan", {f"t{n}": TensorSpec(torch.uint8, (n,)) for n in range(5000)})
+    assert found(doctor("--json"), "proofs of plans").value == f"1 in {tmp_path / 'proofs'}, 0.1 MB"
+
+
 def test_everything_wrong_is_found_at_once_and_the_exit_code_tells(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -81,13 +94,8 @@ def test_everything_wrong_is_found_at_once_and_the_exit_code_tells(
 
 
 def test_people_see_marks_and_advice(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "checkpoint_engine", "doctor"],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "COLUMNS": "200", "PYTHONPATH": str(install(tmp_path, "checkpoint-engine", "0.4.2"))},
-    )
+    upstream = install(tmp_path, "checkpoint-engine", "0.4.2")
+    done = run_command("doctor", environment={"PYTHONPATH": str(upstream)})
     assert done.returncode == 1
     assert "✗" in done.stdout
     assert "→ pip uninstall" in done.stdout
@@ -102,7 +110,7 @@ def engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-FAKE = checks_software.Engine("fake_engine", "checkpoint-engine-fake", "fake.plugins", "FAKE_PLUGINS")
+FAKE = InstalledEngine("fake_engine", "checkpoint-engine-fake", "fake.plugins", "FAKE_PLUGINS")
 ANNOUNCED = "[fake.plugins]\ncheckpoint_engine = checkpoint_engine_fake:register\n"
 
 
@@ -171,3 +179,16 @@ def test_huge_pages_of_shared_memory(tmp_path: Path) -> None:
     finding = checks_machine.check_huge_pages(setting, made=False)
     assert (finding.status, "(never)" in finding.value, "echo advise" in finding.advice) == ("note", True, True)
     assert "no such setting" in checks_machine.check_huge_pages(tmp_path / "nothing", made=False).value
+
+
+@pytest.mark.parametrize("name", ["checkpoint_engine/__init__.py", "checkpoint_engine.py"])
+def test_another_package_of_our_name_in_the_current_directory_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert not [found for found in check_software() if found.name == "checkpoint_engine"]
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+    (found,) = (found for found in check_software() if found.name == "checkpoint_engine")
+    assert found.status == "problem"
+    assert str(tmp_path) in found.value

@@ -6,14 +6,14 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from p2p_help import needs_mooncake
 
 from checkpoint_engine.cli import checks_p2p
 from checkpoint_engine.cli.checks import look_everywhere
 from checkpoint_engine.cli.checks_p2p import check_p2p
 from checkpoint_engine.cli.finding import Finding
-from checkpoint_engine.host import p2p_open
 from checkpoint_engine.host.network_cards import Card
+from checkpoint_engine.p2p import open as p2p_open
+from tests.core.p2p_help import needs_mooncake
 
 
 def found() -> dict[str, Finding]:

@@ -8,9 +8,9 @@ from datetime import timedelta
 
 import pytest
 import torch
-from worker_process import Worker, digests
 
-from checkpoint_engine.server import ParameterServer
+from checkpoint_engine.server.parameter_server import ParameterServer
+from tests.core.worker_process import Worker, digests
 
 pytestmark = pytest.mark.gpu
 

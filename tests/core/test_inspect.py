@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +18,9 @@ from checkpoint_engine.cli.inspect import parse_size
 from checkpoint_engine.cli.main import app
 from checkpoint_engine.data_types import metas_to_json
 from checkpoint_engine.errors import CheckpointFormatError, DuplicateTensorError, SettingError
-from checkpoint_engine.host.loader import find_files
-from checkpoint_engine.server import ParameterServer
+from checkpoint_engine.server.parameter_server import ParameterServer
+from checkpoint_engine.source.directory import find_files, select_directory
+from tests.commands import run_command
 
 TENSORS = {
     "a.safetensors": {f"layer.{i}.w": torch.randn(40, 33).bfloat16() for i in range(20)}
@@ -77,7 +76,7 @@ def test_what_a_directory_holds(checkpoint: Path) -> None:
 def test_the_plan_is_the_one_that_registering_gives(checkpoint: Path) -> None:
     server, real = gathered(checkpoint)
     with server:
-        imagined = catalog_of_files("step-7", find_files(checkpoint), 1)
+        imagined = catalog_of_files("step-7", select_directory(checkpoint), 1)
         assert imagined.fingerprint() == real.fingerprint()
         assert [s.tensors for s in imagined.holdings[0].segments] == [s.tensors for s in real.holdings[0].segments]
         contents = read_contents(checkpoint, None, 8192, 0)
@@ -112,12 +111,7 @@ def test_people_see_tables(checkpoint: Path) -> None:
 
 
 def test_what_is_broken_is_named(checkpoint: Path, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "checkpoint_engine", "inspect", str(tmp_path / "nothing"), "--json"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_command("inspect", tmp_path / "nothing", "--json")
     said = json.loads(done.stdout)
     assert (done.returncode, said["ok"], said["error"]) == (1, False, "CheckpointFormatError")
     assert "nothing" in done.stderr

@@ -8,28 +8,26 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
-from http_ranks import HttpRanks
-from p2p_help import needs_mooncake
 
 from checkpoint_engine.catalog import Catalog, Holding, SegmentEntry, TensorEntry
-from checkpoint_engine.cli.main import main
 from checkpoint_engine.cli.seeds import Seeds
-from checkpoint_engine.deadline import Deadline
-from checkpoint_engine.engine.client import ReferenceClient
-from checkpoint_engine.engine.reference import ModelSpec, make_checkpoint
-from checkpoint_engine.engine.reference_process import ReferenceProcess
 from checkpoint_engine.errors import AccessRefusedError, CheckpointFormatError, PeerError, SettingError, UpdateError
-from checkpoint_engine.metas import read_metas
+from checkpoint_engine.reference.engine import ModelSpec, make_checkpoint
+from checkpoint_engine.reference.process import ReferenceProcess
+from checkpoint_engine.server.metas import read_metas
+from tests.commands import command_line, run
+from tests.core.engines import assert_holds
+from tests.core.http_ranks import HttpRanks
+from tests.core.p2p_help import needs_mooncake
 
 SPEC = ModelSpec(experts=2)
 TOKEN = "a-token-of-sixteen-or-more"
@@ -55,27 +53,19 @@ def joining() -> Iterator[ReferenceProcess]:
 
 
 def join_command(*arguments: str) -> list[str]:
-    command = [sys.executable, "-m", "checkpoint_engine", "join", "--engine", "reference", "--device", "cpu", "--json"]
-    return [*command, *arguments]
+    return command_line("join", "--engine", "reference", "--device", "cpu", "--json", *arguments)
 
 
 def run_join(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        join_command(*arguments), capture_output=True, text=True, timeout=100, check=False, env=os.environ | ENVIRONMENT
-    )
-
-
-def assert_holds(engine: ReferenceProcess, directory: Path) -> None:
-    for result in ReferenceClient(engine.endpoint).collective_rpc("verify", Deadline(20), [str(directory)]):
-        assert result["ok"], result
+    return run(join_command(*arguments), environment=ENVIRONMENT)
 
 
 @contextlib.contextmanager
 def running(*arguments: str) -> Iterator[dict[str, Any]]:
     """A command that keeps its ranks; gives its report."""
-    command = [sys.executable, "-m", "checkpoint_engine", *arguments, "--engine", "reference", "--device", "cpu"]
+    options = ("--engine", "reference", "--device", "cpu", "--json", "--keep-serving", "300")
     process = subprocess.Popen(
-        [*command, "--json", "--keep-serving", "300"],
+        command_line(*arguments, *options),
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
@@ -236,8 +226,7 @@ def test_what_cannot_work_is_refused_before_anything_starts(
     arguments: list[str],
     words: str,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    run_main: Callable[..., tuple[int, str, str]],
 ) -> None:
     CATALOG.save(tmp_path / "metas.json")
     other = msgspec.structs.replace(HOLDING, segments=(SegmentEntry(8, (TensorEntry("b", "int8", (8,), 0),)),))
@@ -245,8 +234,6 @@ def test_what_cannot_work_is_refused_before_anything_starts(
     Catalog("step-1", ()).save(tmp_path / "empty.json")
     given = [argument.replace("{}", str(tmp_path)) for argument in arguments]
     command = ["join", "--engine", "reference", "--endpoint", "http://127.0.0.1:9", *given]
-    monkeypatch.setattr(sys, "argv", ["checkpoint-engine", *command])
-    with pytest.raises(SystemExit) as exited:
-        main()
-    assert exited.value.code == 1
-    assert words in capsys.readouterr().err
+    code, _, error = run_main(*command)
+    assert code == 1
+    assert words in error

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 import pytest
 
 from checkpoint_engine.deadline import Deadline
-from checkpoint_engine.link.lease import Lease
+from checkpoint_engine.link.lease import MappingLease
 
-Pair = tuple[Lease, Lease]
+Pair = tuple[MappingLease, MappingLease]
 
 
 @pytest.fixture
@@ -30,10 +30,10 @@ def sockets() -> Iterator[tuple[socket.socket, socket.socket]]:
 
 @pytest.fixture
 def pair(sockets: tuple[socket.socket, socket.socket]) -> Pair:
-    return Lease(sockets[0]), Lease(sockets[1])
+    return MappingLease(sockets[0]), MappingLease(sockets[1])
 
 
-def waiting(lease: Lease) -> threading.Thread:
+def waiting(lease: MappingLease) -> threading.Thread:
     thread = threading.Thread(target=lease.wait, daemon=True)
     thread.start()
     time.sleep(0.05)
@@ -94,7 +94,7 @@ def test_a_process_that_dies_ends_it(sockets: tuple[socket.socket, socket.socket
     os.set_inheritable(theirs.fileno(), True)
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, close_fds=False)
     theirs.close()
-    thread = waiting(Lease(ours))
+    thread = waiting(MappingLease(ours))
     child.kill()
     child.communicate()
     assert ends(thread)
@@ -107,8 +107,8 @@ def test_a_child_that_inherited_the_connection_does_not_keep_it_open(
     os.set_inheritable(theirs.fileno(), True)
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, close_fds=False)
     try:
-        thread = waiting(Lease(ours))
-        Lease(theirs).close()
+        thread = waiting(MappingLease(ours))
+        MappingLease(theirs).close()
         assert ends(thread)
     finally:
         child.kill()

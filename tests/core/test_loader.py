@@ -2,10 +2,8 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.parameter import UninitializedParameter
 
+from checkpoint_engine.device import CpuDevice
 from checkpoint_engine.dtypes import torch_dtype
 from checkpoint_engine.errors import (
     CheckpointFormatError,
@@ -22,20 +23,20 @@ from checkpoint_engine.errors import (
     SettingError,
     UnsupportedTensorError,
 )
-from checkpoint_engine.host import filling
-from checkpoint_engine.host.filling import Filled
-from checkpoint_engine.host.loader import find_files, iterate_files, load_files, load_tensors, select, split_among_ranks
-from checkpoint_engine.host.segment import Segment
 from checkpoint_engine.planning.buckets import ALIGNMENT
+from checkpoint_engine.source import copying, filling
+from checkpoint_engine.source.filling import Filled
+from checkpoint_engine.source.loader import (
+    iterate_files,
+    load_files,
+    load_tensors,
+    select,
+    split_among_ranks,
+)
+from checkpoint_engine.source.segment import Segment
+from checkpoint_engine.source.store import CheckpointStore
 
-
-@pytest.fixture
-def on_tmpfs() -> Iterator[Path]:
-    if not os.path.ismount("/dev/shm"):
-        pytest.skip("no tmpfs on /dev/shm")
-    directory = Path(tempfile.mkdtemp(prefix="checkpoint-engine-test-", dir="/dev/shm"))
-    yield directory
-    shutil.rmtree(directory)
+pytestmark = pytest.mark.pure
 
 
 def contents(filled: Sequence[Filled]) -> dict[str, torch.Tensor]:
@@ -51,6 +52,28 @@ def contents(filled: Sequence[Filled]) -> dict[str, torch.Tensor]:
             tensors[entry.name] = data.view(torch_dtype(entry.dtype)).view(entry.shape)
         assert end <= part.segment.nbytes
     return tensors
+
+
+needs_fp4 = pytest.mark.skipif(not hasattr(torch, "float4_e2m1fn_x2"), reason="this torch has no FP4")
+
+
+@needs_fp4
+def test_fp4_is_read_from_files_and_memory(tmp_path: Path) -> None:
+    tensors = {"fp4": torch.arange(48, dtype=torch.uint8).view(4, 12).view(torch.float4_e2m1fn_x2)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    for filled in (load_files([tmp_path / "model.safetensors"], in_place=False), load_tensors(tensors)):
+        found = contents(filled)["fp4"]
+        assert (found.dtype, found.shape) == (torch.float4_e2m1fn_x2, (4, 12))
+        assert torch.equal(found.view(torch.uint8), tensors["fp4"].view(torch.uint8))
+        free(filled)
+
+
+@pytest.mark.parametrize("shape", [[], [3, 5]])
+def test_fp4_whose_elements_do_not_come_in_pairs_is_refused(tmp_path: Path, shape: list[int]) -> None:
+    header = json.dumps({"a": {"dtype": "F4", "shape": shape, "data_offsets": [0, 8]}}).encode()
+    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    with pytest.raises(CheckpointFormatError, match="come in pairs"):
+        select([tmp_path / "a.safetensors"])
 
 
 def free(filled: Sequence[Filled]) -> None:
@@ -94,12 +117,17 @@ def test_files_arrive_bit_for_bit_at_aligned_offsets(tmp_path: Path) -> None:
     free(filled)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("chunk", "target"), [(1000, 1 << 30), (64, 4096), (100, 1), (1 << 20, 10_000)])
+@pytest.mark.parametrize("from_device", [False, True])
 def test_small_chunks_and_segments_lose_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, target: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, target: int, *, from_device: bool
 ) -> None:
     """Constants are made small so that chunks, gathered reads and segments all have many borders."""
     monkeypatch.setattr(filling, "_CHUNK", chunk)
+    monkeypatch.setattr(copying, "_CHUNK", chunk)
+    monkeypatch.setattr(copying, "_DOWNLOAD", chunk)
+    monkeypatch.setattr(copying, "comes_from_a_device", lambda _: from_device)  # the host downloads from itself
     monkeypatch.setattr(filling, "SEGMENT_TARGET", target)
     monkeypatch.setattr(filling, "_MOST_PIECES", 2)
     tensors = model() | {f"small.{i}": torch.arange(i, dtype=torch.int16) for i in range(40)}
@@ -149,9 +177,23 @@ def test_a_name_that_the_file_lacks_is_refused(tmp_path: Path) -> None:
         load_files({path: ("embed", "norm", "lm_head")})
 
 
-def test_the_same_tensor_in_two_files_is_refused_with_both(tmp_path: Path) -> None:
-    save_file({"x": torch.zeros(1)}, tmp_path / "a.safetensors")
-    save_file({"x": torch.zeros(1)}, tmp_path / "b.safetensors")
+def test_the_same_tensor_in_two_files_is_taken_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("checkpoint_engine.source.copies_in_files._PIECE", 16)
+    once = {"x": torch.arange(9.0), "empty": torch.zeros(0)}
+    save_file(once, tmp_path / "a.safetensors")
+    save_file({**once, "y": torch.ones(3)}, tmp_path / "b.safetensors")
+    filled = load_files([tmp_path / "a.safetensors", tmp_path / "b.safetensors"])
+    assert_same(contents(filled), {**once, "y": torch.ones(3)})
+    assert sum(len(part.entry.tensors) for part in filled) == 3
+    free(filled)
+
+
+@pytest.mark.parametrize(
+    "other", [torch.arange(9.0) + (torch.arange(9) == 8), torch.arange(9.0).view(3, 3), torch.arange(9)]
+)
+def test_another_tensor_of_that_name_in_two_files_is_refused_with_both(tmp_path: Path, other: torch.Tensor) -> None:
+    save_file({"x": torch.arange(9.0)}, tmp_path / "a.safetensors")
+    save_file({"x": other}, tmp_path / "b.safetensors")
     with pytest.raises(DuplicateTensorError, match=r"'x' is in .*a\.safetensors and again in .*b\.safetensors"):
         load_files([tmp_path / "a.safetensors", tmp_path / "b.safetensors"])
     with pytest.raises(DuplicateTensorError, match="given twice"):
@@ -236,7 +278,10 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path: Path, monkey
         load_files([path], in_place=False)
 
 
-def test_tensors_of_any_layout_arrive_bit_for_bit() -> None:
+@pytest.mark.parametrize("from_device", [False, True])
+def test_tensors_of_any_layout_arrive_bit_for_bit(monkeypatch: pytest.MonkeyPatch, *, from_device: bool) -> None:
+    # Stands in for tensors of a GPU: the host downloads from itself.
+    monkeypatch.setattr(copying, "comes_from_a_device", lambda _: from_device)
     base = torch.arange(24, dtype=torch.float32).view(4, 6)
     tensors = model() | {
         "transposed": base.t(),
@@ -336,68 +381,6 @@ def test_memory_that_runs_short_half_way_is_an_error_and_all_is_freed(monkeypatc
     assert [segment.fd for segment in made] == [-1, -1, -1]
 
 
-def test_shards_are_found_sorted(tmp_path: Path) -> None:
-    paths = write_shards(tmp_path, model(), 3)
-    (tmp_path / "config.json").touch()
-    assert find_files(tmp_path) == paths
-
-
-def write_index(directory: Path, weight_map: object) -> None:
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-
-
-def test_the_index_decides_which_files_belong(tmp_path: Path) -> None:
-    paths = write_shards(tmp_path, model(), 2)
-    save_file(model(), tmp_path / "consolidated.safetensors")
-    write_index(tmp_path, {"a": paths[1].name, "b": paths[0].name, "c": paths[1].name})
-    assert find_files(tmp_path) == paths
-
-
-def test_missing_shards_are_named(tmp_path: Path) -> None:
-    paths = write_shards(tmp_path, model(), 3)
-    write_index(tmp_path, {path.name: path.name for path in paths})
-    paths[1].unlink()
-    with pytest.raises(CheckpointFormatError, match=f"missing: {re.escape(str(paths[1]))}; copy"):
-        find_files(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "weight_map",
-    [
-        {"a": "../secret.safetensors"},
-        {"a": "/etc/passwd"},
-        {"a": "sub/x.safetensors"},
-        {"a": 3},
-        {"a": "model.bin"},
-        {"a": ["x"]},
-        {},
-        [],
-        "x",
-    ],
-)
-def test_an_index_that_points_elsewhere_is_refused(tmp_path: Path, weight_map: object) -> None:
-    (tmp_path / "sub").mkdir()
-    for path in (tmp_path / "model.bin", tmp_path / "sub/x.safetensors", tmp_path.parent / "secret.safetensors"):
-        path.touch()
-    write_index(tmp_path, weight_map)
-    with pytest.raises(CheckpointFormatError, match=r"index\.json"):
-        find_files(tmp_path)
-
-
-@pytest.mark.parametrize("content", [b"", b"[]", b"\xff", b"{}", b"null", b'{"weight_map":' + b"[" * 100_000])
-def test_a_broken_index_is_refused(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "model.safetensors.index.json").write_bytes(content)
-    with pytest.raises(CheckpointFormatError, match="is not an index"):
-        find_files(tmp_path)
-
-
-def test_a_directory_without_weights_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointFormatError, match=r"holds no \.safetensors file"):
-        find_files(tmp_path)
-    with pytest.raises(CheckpointFormatError, match="is not a directory"):
-        find_files(tmp_path / "none")
-
-
 @given(st.lists(st.lists(st.integers(0, 300), max_size=8), max_size=4), st.integers(1, 6))
 @settings(max_examples=50, deadline=None)
 def test_ranks_get_runs_of_whole_tensors_of_about_equal_size(
@@ -412,7 +395,7 @@ def test_ranks_get_runs_of_whole_tensors_of_about_equal_size(
         for path, selection in zip(paths, select(paths), strict=True)
         for tensor in selection.tensors
     ]
-    parts = split_among_ranks(paths, world_size)
+    parts = split_among_ranks(select(paths), world_size)
     assert len(parts) == world_size
     assert [(path, name) for part in parts for path, names in part.items() for name in names] == [
         (path, name) for path, name, _ in in_order
@@ -427,7 +410,7 @@ def test_ranks_get_runs_of_whole_tensors_of_about_equal_size(
 
 def test_what_split_gives_can_be_loaded(tmp_path: Path) -> None:
     found: dict[str, torch.Tensor] = {}
-    for part in split_among_ranks(write_shards(tmp_path, model(), 2), 3):
+    for part in split_among_ranks(select(write_shards(tmp_path, model(), 2)), 3):
         filled = load_files(part)
         found |= contents(filled)
         free(filled)
@@ -437,3 +420,64 @@ def test_what_split_gives_can_be_loaded(tmp_path: Path) -> None:
 def test_no_ranks_are_refused() -> None:
     with pytest.raises(SettingError):
         split_among_ranks([], 0)
+
+
+class _Wrapper(torch.Tensor):
+    """As torchao's: it says a shape, and its elements lie in other tensors."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, function: object, *_: object) -> object:
+        raise NotImplementedError(function)
+
+
+class _Plain(torch.Tensor):
+    """Nothing but another name."""
+
+
+def _freed() -> torch.Tensor:
+    parameter = torch.nn.Parameter(torch.ones(3, 3))
+    parameter.untyped_storage().resize_(0)
+    return parameter
+
+
+def _cut_short() -> torch.Tensor:
+    tensor = torch.ones(8)[2:]
+    tensor.untyped_storage().resize_(16)
+    return tensor
+
+
+NO_DATA: dict[str, Callable[[], torch.Tensor]] = {
+    "freed": _freed,
+    "cut short": _cut_short,
+    "wrapper": lambda: torch.Tensor._make_wrapper_subclass(_Wrapper, torch.Size([3])),
+    "fake": lambda: FakeTensorMode().from_tensor(torch.ones(3)),
+    "meta": lambda: torch.ones(3, device="meta"),
+    "sparse": lambda: torch.ones(3, 3).to_sparse(),
+    "nested": lambda: torch.nested.nested_tensor([torch.ones(3), torch.ones(2)]),
+    "lazy": UninitializedParameter,
+    "zeros": lambda: torch._efficientzerotensor((3, 3)),
+}
+
+
+@pytest.mark.thorough
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("kind", NO_DATA)
+def test_tensors_without_data_are_refused_before_anything_is_read(tmp_path: Path, kind: str, in_place: bool) -> None:
+    store = CheckpointStore(CpuDevice(0))
+    (tmp_path / "a.safetensors").write_bytes(b"never looked at")
+    tensors = {"first": torch.ones(3), "layer.weight": NO_DATA[kind]()}
+    with pytest.raises(UnsupportedTensorError, match=r"'layer.weight' has no plain data"):
+        store.register("a", files=[tmp_path / "a.safetensors"], named_tensors=tensors, tensors_stay=in_place)
+    with pytest.raises(UnsupportedTensorError, match=r"'layer.weight' has no plain data"):
+        load_tensors(tensors)
+    assert store.names() == []
+
+
+def test_subclasses_with_data_of_their_own_are_taken() -> None:
+    tensors = {"a": torch.arange(12.0).view(3, 4).as_subclass(_Plain), "b": torch.nn.Buffer(torch.ones(3))}
+    filled = load_tensors({**tensors, "c": tensors["a"].t()})
+    assert_same(contents(filled), {**tensors, "c": tensors["a"].t()})
+    free(filled)

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from checkpoint_engine.errors import SettingError
 from checkpoint_engine.host.network_cards import Card, cards_for_gpu, find_cards, find_gpus, gpu_of_host, select_cards
 
+pytestmark = pytest.mark.pure
+
 MLX = [Card(f"mlx5_{i}", 1, True, 50e9) for i in range(12)]
 TWO_PORTS = [Card("mlx5_0", 1, True, 50e9), Card("mlx5_0", 2, True, 50e9), Card("bnxt_re0", 1, True, 12.5e9)]
 
@@ -44,10 +46,16 @@ def test_a_prefix_is_not_a_whole_name() -> None:
     assert len(select_cards(MLX, nccl_hca="^=mlx5_1")) == 11
 
 
-@pytest.mark.parametrize("text", ["mlx4", "=mlx5", "mlx5_0:x", "mlx5_0:", ":1", "=mlx5_0:7"])
+@pytest.mark.parametrize("text", ["mlx5_0:x", "mlx5_0:", ":1"])
 def test_what_names_no_device_is_refused(text: str) -> None:
     with pytest.raises(SettingError, match="NCCL_IB_HCA"):
         select_cards(MLX, nccl_hca=text)
+
+
+@pytest.mark.parametrize("text", ["mlx4", "=mlx5", "=mlx5_0:7"])
+def test_what_matches_no_device_leaves_all_as_nccl_does(text: str, caplog: pytest.LogCaptureFixture) -> None:
+    assert select_cards(MLX, nccl_hca=text) == select_cards(MLX)
+    assert "matches no RDMA device" in caplog.text
 
 
 def test_our_own_variable_wins_and_keeps_its_order() -> None:

@@ -14,10 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from checkpoint_engine.device import CpuDevice
-from checkpoint_engine.host import filling, numa
-from checkpoint_engine.host.numa import memory_nodes, near, node_of, parse_list, taking_turns
-from checkpoint_engine.host.segment import Segment
-from checkpoint_engine.host.store import CheckpointStore
+from checkpoint_engine.host import numa
+from checkpoint_engine.host.numa import memory_nodes, node_of, on_node_of, parse_list, taking_turns
+from checkpoint_engine.source import copying, filling
+from checkpoint_engine.source.segment import Segment
+from checkpoint_engine.source.store import CheckpointStore
+
+pytestmark = pytest.mark.pure
 
 ADDRESS = "0000:1b:00.0"
 
@@ -105,11 +108,11 @@ def affinity_of_a_thread() -> set[int]:
 def test_threads_run_near_the_device_and_come_back(tmp_path: Path, two: tuple[int, int]) -> None:
     before = os.sched_getaffinity(0)
     sys = make_sys(tmp_path, {0: str(two[0]), 1: f"{two[1]},100000"}, "1")
-    with near(PciDevice(ADDRESS), sys):
+    with on_node_of(PciDevice(ADDRESS), sys):
         assert os.sched_getaffinity(0) == {two[1]}
         assert affinity_of_a_thread() == {two[1]}
     assert os.sched_getaffinity(0) == before
-    with pytest.raises(ValueError, match="told to"), near(PciDevice(ADDRESS), sys):
+    with pytest.raises(ValueError, match="told to"), on_node_of(PciDevice(ADDRESS), sys):
         raise ValueError("told to")
     assert os.sched_getaffinity(0) == before
 
@@ -128,7 +131,7 @@ def test_it_does_nothing_where_it_cannot_help(tmp_path: Path, two: tuple[int, in
     elif why == "no processor of ours":
         nodes[1] = "100000-100003"
     sys = make_sys(tmp_path, nodes, device_node)
-    with near(PciDevice(None if why == "no PCI device" else ADDRESS), sys):
+    with on_node_of(PciDevice(None if why == "no PCI device" else ADDRESS), sys):
         assert os.sched_getaffinity(0) == before
 
 
@@ -137,7 +140,8 @@ class Touches:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.seen: list[frozenset[int]] = []
-        monkeypatch.setattr(filling, "_CHUNK", 4096)
+        for module in (copying, filling):
+            monkeypatch.setattr(module, "_CHUNK", 4096)
         touch = Segment.touch
 
         def spy(segment: Segment, start: int, end: int) -> None:

@@ -14,34 +14,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from cluster import TIMEOUT, Cluster, assert_no_threads_left
-from p2p_help import needs_mooncake
-from p2p_processes import ENVIRONMENT, Joiner, Seed, tensors_of
 
 from checkpoint_engine.catalog import Catalog
 from checkpoint_engine.errors import DeadlineError, HostMemoryError, UpdateError
-from checkpoint_engine.host.mooncake import MooncakeEngine
-from checkpoint_engine.host.p2p_open import open_p2p_store
-from checkpoint_engine.host.p2p_store import ByteRange, P2PStore, Peer
-from checkpoint_engine.pulling import Pull
+from checkpoint_engine.p2p.mooncake import MooncakeEngine
+from checkpoint_engine.p2p.open import open_p2p_store
+from checkpoint_engine.p2p.store import ByteRange, P2PStore, Peer
+from checkpoint_engine.receiver.pulling import Pull
 from checkpoint_engine.settings import P2PSettings
-from checkpoint_engine.transfer.remote import RingKeeper
+from checkpoint_engine.transfer.remote import RingCache
+from tests.core.cluster import TIMEOUT, Cluster
+from tests.core.p2p_help import needs_mooncake
+from tests.core.p2p_processes import Joiner, Seed, tensors_of
 
-pytestmark = needs_mooncake
-
-
-@pytest.fixture(autouse=True)
-def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for variable, value in ENVIRONMENT.items():
-        monkeypatch.setenv(variable, value)
+pytestmark = [needs_mooncake, pytest.mark.usefixtures("p2p_environment")]
 
 
 @pytest.fixture
-def here() -> Iterator[Cluster]:
-    cluster = Cluster(1)
-    yield cluster
-    cluster.close()
-    assert_no_threads_left()
+def here(clusters: Callable[[int], Cluster]) -> Cluster:
+    return clusters(1)
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +154,10 @@ def test_pulling_leaves_nothing_registered(survivor: Seed, registered: list[int]
     assert len(registered) == late_answers
 
 
-def test_reads_that_fail_after_all_was_given_up_leave_nothing_registered(registered: list[int]) -> None:
+def test_reads_that_fail_after_all_was_given_up_leave_nothing_registered(
+    registered: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CHECKPOINT_ENGINE_P2P_PATIENCE", "4.5")  # they outlast the deadline and the goodbye by far
     with Seed() as seed:
         tensors = Pull([seed.catalog], timeout=2).tensors()
         next(tensors)
@@ -195,7 +189,7 @@ def test_memory_that_cannot_be_registered_is_given_back(
         before = anonymous_segments()
         for _ in range(4):
             with pytest.raises(HostMemoryError, match="refused by the test"):
-                RingKeeper(lambda: store).take(1 << 20) if keeper else dict(Pull([survivor.catalog]).tensors())
+                RingCache(lambda: store).take(1 << 20) if keeper else dict(Pull([survivor.catalog]).tensors())
         pages = 0 if keeper else 4  # of late answers
         assert anonymous_segments() - before == pages
 
@@ -240,7 +234,7 @@ def test_two_processes_that_need_the_same_read_it_once(survivor: Seed, monkeypat
 
     monkeypatch.setattr(P2PStore, "read", counting)
     meeting, table = threading.Barrier(2), []
-    pulls = [Pull([survivor.catalog], timeout=TIMEOUT, team=Pair(rank, meeting, table)) for rank in (0, 1)]
+    pulls = [Pull([survivor.catalog], timeout=TIMEOUT, group=Pair(rank, meeting, table)) for rank in (0, 1)]
     with ThreadPoolExecutor(2) as pool:
         pulled = [dict(tensors) for tensors in pool.map(lambda pull: list(pull.tensors()), pulls)]
     expected = tensors_of(1)

@@ -13,8 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 from msgspec import structs
-from p2p_help import needs_mooncake
-from seed_process import SeedProcess
 
 from checkpoint_engine.catalog import Catalog, Holding, SegmentEntry, TensorEntry
 from checkpoint_engine.errors import (
@@ -25,14 +23,16 @@ from checkpoint_engine.errors import (
     PeerMovedError,
     SettingError,
 )
-from checkpoint_engine.host import mooncake
-from checkpoint_engine.host.content import content_of
-from checkpoint_engine.host.mooncake import MooncakeEngine
 from checkpoint_engine.host.network_cards import Card
-from checkpoint_engine.host.p2p_open import choose_way
-from checkpoint_engine.host.p2p_store import MOST_RANGES, ByteRange, P2PStore, Peer
-from checkpoint_engine.host.segment import Segment
+from checkpoint_engine.p2p import mooncake
+from checkpoint_engine.p2p.mooncake import MooncakeEngine
+from checkpoint_engine.p2p.open import choose_transport
+from checkpoint_engine.p2p.store import MOST_RANGES, ByteRange, P2PStore, Peer
 from checkpoint_engine.settings import P2PSettings
+from checkpoint_engine.source.content import content_of
+from checkpoint_engine.source.segment import Segment
+from tests.core.p2p_help import needs_mooncake
+from tests.core.seed_process import SeedProcess
 
 NBYTES = 3 << 20
 checks_addresses = pytest.mark.skipif(
@@ -226,6 +226,7 @@ def test_a_segment_that_closes_is_registered_no_longer(here: P2PStore, there: P2
             here.verify(peer)
 
 
+@needs_mooncake
 def test_memory_where_the_engine_knows_other_memory_is_refused_for_that_reason(here: P2PStore, target: Segment) -> None:
     here.register(target)
     with pytest.raises(HostMemoryError, match=f"at {target.address:#x} it knows other memory") as refusal:
@@ -257,15 +258,15 @@ def test_mooncake_without_its_libraries_says_which(monkeypatch: pytest.MonkeyPat
 def test_the_way_depends_on_the_cards() -> None:
     rdma, efa = Card("mlx5_0", 1, True, 50e9), Card("rdmap0", 1, True, 12.5e9, efa=True)
     unlimited = resource.RLIM_INFINITY
-    assert choose_way("auto", [], unlimited).transport == "tcp"
-    assert choose_way("auto", [rdma], unlimited).cards == (rdma,)
-    assert choose_way("auto", [rdma, efa], unlimited).transport == "efa"
-    assert choose_way("rdma", [rdma, efa], unlimited).cards == (rdma,)
-    assert choose_way("tcp", [rdma], 0).cards == ()
+    assert choose_transport("auto", [], unlimited).transport == "tcp"
+    assert choose_transport("auto", [rdma], unlimited).cards == (rdma,)
+    assert choose_transport("auto", [rdma, efa], unlimited).transport == "efa"
+    assert choose_transport("rdma", [rdma, efa], unlimited).cards == (rdma,)
+    assert choose_transport("tcp", [rdma], 0).cards == ()
     with pytest.raises(SettingError, match="rdma is asked for"):
-        choose_way("rdma", [efa], unlimited)
+        choose_transport("rdma", [efa], unlimited)
     with pytest.raises(HostMemoryError, match="memlock"):
-        choose_way("auto", [rdma], 64 << 10)
+        choose_transport("auto", [rdma], 64 << 10)
 
 
 @pytest.mark.parametrize(

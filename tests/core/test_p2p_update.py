@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 
 import pytest
 import torch
-from cluster import TIMEOUT, Cluster, assert_no_threads_left, check
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from p2p_help import needs_mooncake
 
 from checkpoint_engine.catalog import Catalog, Holding, SegmentEntry, TensorEntry
 from checkpoint_engine.data_types import metas_from_json, metas_to_json
@@ -19,31 +17,18 @@ from checkpoint_engine.errors import CheckpointStateError, SettingError, UpdateE
 from checkpoint_engine.planning.peers import PeerPlan, plan_peer_reads
 from checkpoint_engine.planning.receivers import Port
 from checkpoint_engine.transfer.trace import Span, covered
+from tests.core.cluster import TIMEOUT, Cluster, check
+from tests.core.p2p_help import needs_mooncake
+
+pytestmark = pytest.mark.usefixtures("p2p_environment")
 
 Clusters = Callable[[int], Cluster]
 
 
-@pytest.fixture(autouse=True)
-def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PS_MAX_BUCKET_SIZE_GB", str(64 / (1 << 20)))  # 64 KiB
-    monkeypatch.setenv("CHECKPOINT_ENGINE_P2P", "1")
-    monkeypatch.setenv("CHECKPOINT_ENGINE_P2P_HOST", "127.0.0.1")
-    monkeypatch.setenv("CHECKPOINT_ENGINE_P2P_TRANSPORT", "tcp")
-    monkeypatch.setenv("CHECKPOINT_ENGINE_P2P_PATIENCE", "3")
-
-
 @pytest.fixture
-def clusters() -> Iterator[Clusters]:
-    made: list[Cluster] = []
-
-    def make(size: int) -> Cluster:
-        made.append(Cluster(size))
-        return made[-1]
-
-    yield make
-    for cluster in made:
-        cluster.close()
-    assert_no_threads_left()
+def unshared(p2p_environment: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As everybody's environment is who only updates some of their own ranks."""
+    monkeypatch.delenv("CHECKPOINT_ENGINE_P2P")
 
 
 def tensors_of(seed: int) -> dict[str, torch.Tensor]:
@@ -84,6 +69,7 @@ def catalog(cluster: Cluster, name: str) -> Catalog:
 
 
 @needs_mooncake
+@pytest.mark.usefixtures("unshared")
 @pytest.mark.parametrize("receivers", [[1], [0, 2], [2, 1]])
 def test_some_ranks_are_updated_from_the_host_memory_of_all(clusters: Clusters, receivers: list[int]) -> None:
     group = clusters(3)
@@ -112,6 +98,31 @@ def test_some_ranks_are_updated_from_the_host_memory_of_all(clusters: Clusters, 
 
 
 @needs_mooncake
+def test_what_is_shared_with_others_is_read_by_these_ranks_too(clusters: Clusters) -> None:
+    group, tensors = clusters(2), tensors_of(0)
+    group.register("a", tensors)
+    check(group.on_all(lambda s: s.update("a", group.asker(s.rank), ranks=[1], timeout=timedelta(seconds=TIMEOUT))))
+    assert_delivered(group, range(1, 2), tensors)
+
+
+@needs_mooncake
+@pytest.mark.usefixtures("unshared")
+def test_whatever_is_best_for_some_ranks_is_p2p(clusters: Clusters) -> None:
+    """A direct update would copy by a plan of reads, out of segments that this is no plan of."""
+    group, tensors = clusters(2), tensors_of(0)
+    group.register("a", tensors)
+    check(
+        group.on_all(
+            lambda s: s.update("a", group.asker(s.rank), ranks=[1], method="auto", timeout=timedelta(seconds=TIMEOUT))
+        )
+    )
+    assert_delivered(group, range(1, 2), tensors)
+    report = group.servers[1].last_report
+    assert report is not None
+    assert report.method == "p2p"
+
+
+@needs_mooncake
 def test_a_trace_shows_when_buckets_were_read(clusters: Clusters) -> None:
     here, there = clusters(1), clusters(1)
     there.register("a", tensors_of(1))
@@ -124,6 +135,7 @@ def test_a_trace_shows_when_buckets_were_read(clusters: Clusters) -> None:
     assert report.seconds["fetch"] == covered(reads)
 
 
+@pytest.mark.pure
 def test_time_is_covered_once_however_many_spans_lie_on_it() -> None:
     spans = [Span("read", "", begin, end) for begin, end in ((3.0, 4.0), (0.0, 2.0), (1.0, 1.5), (1.0, 2.5))]
     assert covered(spans) == 3.5
@@ -280,6 +292,7 @@ def layouts(draw: st.DrawFn) -> tuple[list[Catalog], dict[str, bytes], dict[tupl
     return catalogs, contents, memory
 
 
+@pytest.mark.pure
 @given(layouts(), st.integers(1, 3), st.integers(1, 4))
 @settings(max_examples=200, deadline=None)
 def test_every_route_brings_the_same_tensors(

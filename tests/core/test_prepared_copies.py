@@ -11,10 +11,14 @@ from typing import Any
 import pytest
 import torch
 
+from checkpoint_engine.device import prepare_copies
 from checkpoint_engine.device.copy_calls import MOST_COPIES, CopyCalls
-from checkpoint_engine.device.prepared_copies import FEW_COPIES, prepare_copies
+from checkpoint_engine.device.cuda_copies import FEW_COPIES
+from checkpoint_engine.device.kernel_copies import KernelCopies
 from checkpoint_engine.errors import CheckpointEngineError
-from checkpoint_engine.planning.byte_runs import ByteRuns, Copy, Layout, plan_byte_runs
+from checkpoint_engine.planning.byte_runs import ByteRuns, CopyLayout, PlannedCopy, plan_byte_runs
+
+pytestmark = pytest.mark.pure
 
 CPU = torch.device("cpu")
 SIZE = ctypes.c_size_t
@@ -26,9 +30,9 @@ def some_runs() -> ByteRuns:
     """A whole tensor, one half of the columns of another, and one element: 16-bit, from a block of 4096 bytes."""
     return plan_byte_runs(
         [
-            Copy(0, 256, 0, 64, Layout((4, 16), (16, 1), (16, 1), 2)),
-            Copy(0, 1024 + 16, 1, 0, Layout((32, 8), (16, 1), (8, 1), 2)),
-            Copy(0, 4094, 0, 0, Layout((), (), (), 2)),
+            PlannedCopy(0, 256, 0, 64, CopyLayout((4, 16), (16, 1), (16, 1), 2)),
+            PlannedCopy(0, 1024 + 16, 1, 0, CopyLayout((32, 8), (16, 1), (8, 1), 2)),
+            PlannedCopy(0, 4094, 0, 0, CopyLayout((), (), (), 2)),
         ]
     )
 
@@ -53,7 +57,7 @@ def test_copies_in_host_memory_can_be_done_again(*, stay: bool) -> None:
     targets = [torch.zeros(512, dtype=torch.int16), torch.zeros(32, 8, dtype=torch.int16)]
     for seed in (2, 3):
         source.copy_(noise(seed))
-        copies.start(source, targets)
+        copies.start([source], targets)
         assert all(torch.equal(*pair) for pair in zip(targets, expected(source), strict=True))
 
 
@@ -62,7 +66,7 @@ def test_another_block_is_another_source() -> None:
     targets = [torch.zeros(512, dtype=torch.int16), torch.zeros(32, 8, dtype=torch.int16)]
     for seed in (2, 3):
         source = torch.cat([torch.zeros(256 * seed, dtype=torch.uint8), noise(seed)])[256 * seed :]
-        copies.start(source, targets)
+        copies.start([source], targets)
         assert all(torch.equal(*pair) for pair in zip(targets, expected(noise(seed)), strict=True))
 
 
@@ -73,7 +77,7 @@ def test_targets_that_have_moved_are_found() -> None:
         # Parts of larger tensors: places count from the part's own first element.
         whole = torch.zeros(600, dtype=torch.int16), torch.zeros(40, 8, dtype=torch.int16)
         targets = [whole[0][60:572], whole[1][3:35]]
-        copies.start(source, targets)
+        copies.start([source], targets)
         assert all(torch.equal(*pair) for pair in zip(targets, expected(source), strict=True))
         assert not whole[0][:60].any()
         assert not whole[1][35:].any()
@@ -140,8 +144,10 @@ def c_function(function: Callable[..., int], *types: Any) -> Any:
 
 def copied_by(calls: CopyCalls, count: int) -> bool:
     source, target = torch.arange(count, dtype=torch.int64), torch.zeros(count, dtype=torch.int64)
-    places = torch.arange(count, dtype=torch.int64) * 8
-    calls.copy(target.data_ptr() + places, source.data_ptr() + places, torch.full_like(places, 8), 77)
+    target_regions = torch.arange(count, dtype=torch.int64) * 8
+    calls.copy(
+        target.data_ptr() + target_regions, source.data_ptr() + target_regions, torch.full_like(target_regions, 8), 77
+    )
     return torch.equal(source, target)
 
 
@@ -173,9 +179,39 @@ def test_an_error_is_told_in_words_and_cleared() -> None:
 def test_rows() -> None:
     driver = MemmoveDriver(13)
     source, target = torch.arange(24, dtype=torch.uint8), torch.zeros(12, dtype=torch.uint8)
-    table = torch.tensor([[target.data_ptr(), 3, source.data_ptr() + 1, 6, 3, 4]])
-    CopyCalls(driver.library, 13).copy_rows(table, 77)
+    targets, sources = torch.tensor([[target.data_ptr()], [3]]), torch.tensor([[source.data_ptr() + 1], [6]])
+    shapes = torch.tensor([[3], [4]])
+    CopyCalls(driver.library, 13).copy_rows(tuple(targets), tuple(sources), tuple(shapes), 77)
     assert target.view(4, 3).tolist() == source.view(4, 6)[:, 1:4].tolist()
+
+
+ALIGNMENTS = {"words": (256, 64, 512), "odd": (3, 5, 7), "halves": (2, 4, 6), "a word and a bit": (8, 16, 25)}
+
+
+@pytest.mark.parametrize("alignment", ALIGNMENTS)
+def test_kernels_copy_every_byte_wherever_it_lies(alignment: str) -> None:
+    """Torch's kernels for many tensors; on the CPU it does the same one by one."""
+    begin, offset, width = ALIGNMENTS[alignment]
+    planned = [PlannedCopy(0, begin + 600 * row, row, offset, CopyLayout((width,), (1,), (1,), 1)) for row in range(3)]
+    runs = plan_byte_runs(planned).runs
+    copies = KernelCopies(runs)
+    block, targets = noise(5)[16:], [torch.zeros(1024, dtype=torch.uint8) for _ in range(3)]
+    for seed in (6, 7):
+        block.copy_(noise(seed)[16:])
+        copies.start([block], targets)
+        for row, target in enumerate(targets):
+            wanted = torch.zeros(1024, dtype=torch.uint8)
+            wanted[offset : offset + width] = block[begin + 600 * row :][:width]
+            assert torch.equal(target, wanted)
+
+
+def test_kernels_follow_memory_that_moved_after_all() -> None:
+    runs = plan_byte_runs([PlannedCopy(0, 0, 0, 0, CopyLayout((64,), (1,), (1,), 1))]).runs
+    copies = KernelCopies(runs)
+    for seed in (1, 2):
+        source, target = noise(seed), torch.zeros(64, dtype=torch.uint8)
+        copies.start([source], [target])
+        assert torch.equal(target, source[:64])
 
 
 PLACES = {"pinned": torch.Tensor.pin_memory, "pageable": torch.Tensor.clone, "device": torch.Tensor.cuda}
@@ -184,28 +220,30 @@ PLACES = {"pinned": torch.Tensor.pin_memory, "pageable": torch.Tensor.clone, "de
 @pytest.mark.gpu
 @pytest.mark.parametrize("memory", PLACES)
 @pytest.mark.parametrize("count", [FEW_COPIES, FEW_COPIES + 1, 2 * MOST_COPIES])
-def test_every_second_element_to_a_gpu(memory: str, count: int) -> None:
+@pytest.mark.parametrize("stays", [False, True])
+def test_every_second_element_to_a_gpu(memory: str, count: int, *, stays: bool) -> None:
     """One by one, in a batch, and in several."""
     gpu = torch.device("cuda", torch.cuda.current_device())
-    runs = plan_byte_runs(Copy(0, 4 * item, 0, 2 * item, Layout((), (), (), 2)) for item in range(count))
+    runs = plan_byte_runs(PlannedCopy(0, 4 * item, 0, 2 * item, CopyLayout((), (), (), 2)) for item in range(count))
     source = PLACES[memory](torch.arange(2 * count, dtype=torch.int16))
     target = torch.zeros(count, dtype=torch.int16, device=gpu)
-    prepare_copies(runs, gpu, source_stays=False, targets_stay=True).start(source.view(torch.uint8), [target])
+    prepare_copies(runs, gpu, source_stays=stays, targets_stay=True).start([source.view(torch.uint8)], [target])
     assert torch.equal(target.cpu(), source.cpu()[::2])
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("memory", PLACES)
-def test_runs_and_rows_to_a_gpu(memory: str) -> None:
+@pytest.mark.parametrize("stays", [False, True])
+def test_runs_and_rows_to_a_gpu(memory: str, *, stays: bool) -> None:
     gpu = torch.device("cuda", torch.cuda.current_device())
     source = PLACES[memory](noise(1))
-    copies = prepare_copies(some_runs(), gpu, source_stays=False, targets_stay=True)
+    copies = prepare_copies(some_runs(), gpu, source_stays=stays, targets_stay=True)
     targets = [
         torch.zeros(512, dtype=torch.int16, device=gpu),
         torch.zeros(32, 8, dtype=torch.int16, device=gpu),
     ]
     for seed in (2, 3):
         source.copy_(noise(seed))
-        copies.start(source, targets)
+        copies.start([source], targets)
         arrived = [target.cpu() for target in targets]
         assert all(torch.equal(*pair) for pair in zip(arrived, expected(source.cpu()), strict=True))

@@ -11,10 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from checkpoint_engine.engine.adapter import TensorSpec
+from checkpoint_engine.contract.sink import TensorSpec
 from checkpoint_engine.reload.plan import ReloadPlan, make_plan
 from checkpoint_engine.reload.recorder import LoaderError, record
 from checkpoint_engine.reload.replay import Replay
+
+pytestmark = pytest.mark.pure
 
 Tensors = Iterable[tuple[str, torch.Tensor]]
 Shapes = dict[str, tuple[int, ...]]
@@ -108,9 +110,10 @@ def view_step(  # noqa: C901, PLR0911, PLR0912 - one branch for each kind of vie
     return lambda t: t.reshape(math.prod(shape[:1]), -1)
 
 
+@pytest.mark.thorough
 @settings(max_examples=400, deadline=None)
-@given(st.data())
-def test_random_chains_of_views_and_copies_are_traced_or_named(data: st.DataObject) -> None:
+@given(st.data(), st.booleans())
+def test_random_chains_of_views_and_copies_are_traced_or_named(data: st.DataObject, inference: bool) -> None:
     shape = tuple(data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=4)))
     source = numbered(*shape)
     steps, current = [], source
@@ -126,7 +129,8 @@ def test_random_chains_of_views_and_copies_are_traced_or_named(data: st.DataObje
             parameters["p"].copy_(tensor)
 
     shapes = {"p": tuple(current.shape)}
-    plan = plan_of(load, shapes, {"t": source})
+    with torch.inference_mode(mode=inference):
+        plan = plan_of(load, shapes, {"t": source})
     expected = {"p": torch.full(shapes["p"], math.nan)}
     load(expected, [("t", source)])
     if plan.flaws:
@@ -181,6 +185,26 @@ def test_experts_stacked_interleaved_and_transposed() -> None:
         for expert in (0, 1)
     }
     check(load, {"w13": (2, 8, 3)}, sources)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_tensors_side_by_side_and_then_sharded(rank: int) -> None:
+    """Heads of a fused projection sorted by kind; pairs of gate and up in turn; two tensors in one."""
+
+    def load(parameters: dict[str, torch.Tensor], tensors: Tensors) -> None:
+        given = dict(tensors)
+        heads = given["qkv"].view(2, 4, 2, 3)  # groups, of which each has two queries, a key and a value
+        kinds = [heads.narrow(1, first, size).reshape(-1, 3) for first, size in ((0, 2), (2, 1), (3, 1))]
+        parameters["qkv"].copy_(torch.cat(kinds, dim=0).narrow(0, 8 * rank, 8))
+        gate, up = given["gate_up"][..., :4], given["gate_up"][..., 4:]
+        pairs = torch.stack([gate, up], dim=-1).reshape(2, 8).contiguous()
+        parameters["gate_up"].copy_(pairs.chunk(2, dim=-1)[rank].t())
+        parameters["both"].copy_(torch.cat([given["a"], given["b"][:, 1:]], dim=-1))
+
+    sources = {"qkv": numbered(16, 3), "gate_up": numbered(2, 8), "a": numbered(3, 2), "b": numbered(3, 4, first=50)}
+    plan = check(load, {"qkv": (8, 3), "gate_up": (4, 2), "both": (3, 5)}, sources)
+    assert plan.recording.joined == {"a": frozenset("ab"), "b": frozenset("ab")}
+    assert plan.recording.computed_with == set()
 
 
 def test_a_padded_vocabulary_is_filled_and_a_tied_head_shares_it() -> None:
@@ -240,11 +264,13 @@ def test_bits_read_as_another_dtype() -> None:
 # -- what is not movement -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("compute", "says"),
     [
         (lambda t: -t.exp(), "neg"),
-        (lambda t: torch.cat((t, t))[: t.shape[0]], "cat"),
+        (lambda t: torch.cat((t, t.exp()))[: t.shape[0]], "cat"),
+        (lambda t: torch.cat((t.double(), t.double()))[: t.shape[0]], "cat"),
         (lambda t: t[torch.tensor([3, 2, 1, 0], device=t.device)], "index"),
         (lambda t: t.clone().add_(1), "a copy"),
     ],
@@ -257,11 +283,13 @@ def test_values_that_are_computed_are_named(compute: Callable[[torch.Tensor], to
     plan = plan_of(load, {"a": (4,), "b": (4,)}, {"a": numbered(4), "b": numbered(4)})
     assert list(plan.flaws) == ["a"]
     assert "computed from a" in plan.flaws["a"]
+    assert plan.recording.computed_with == {"a"}
     assert says in plan.flaws["a"] or "a copy" in plan.flaws["a"]
     assert plan.is_traced()
 
 
-@pytest.mark.parametrize("make", [lambda: torch.zeros(4), lambda: torch.tensor([1.0, 2.0, 3.0, 4.0])])
+@pytest.mark.thorough
+@pytest.mark.parametrize("make", [lambda: torch.arange(4.0), lambda: torch.tensor([1.0, 2.0, 3.0, 4.0])])
 def test_what_a_loader_makes_itself_has_no_data_either(make: Callable[[], torch.Tensor]) -> None:
     """Nor does it fail beside tensors without data; it is only not movement."""
     devices = []
@@ -389,6 +417,7 @@ def test_lone_values_that_are_read_are_left_to_the_loader_and_nothing_else_is() 
     assert plan.covered(plan.targets) == ({"weight"}, {"weight"})
 
 
+@pytest.mark.thorough
 def test_tensors_that_are_put_together_are_known_to_belong_together() -> None:
     def load(parameters: dict[str, torch.Tensor], tensors: Tensors) -> None:
         given = dict(tensors)
@@ -397,3 +426,125 @@ def test_tensors_that_are_put_together_are_known_to_belong_together() -> None:
 
     recording = plan_of(load, {"both": (4,), "c": (2,)}, {name: numbered(2) for name in "abc"}).recording
     assert recording.joined == {"a": frozenset("ab"), "b": frozenset("ab")}
+
+
+def test_what_is_computed_from_a_parameter_comes_from_what_filled_that_one() -> None:
+    """As a weight that its loader also keeps with 1 added, and a head that is tied when everything else is loaded."""
+
+    def load(parameters: dict[str, torch.Tensor], tensors: Tensors) -> None:
+        for name, tensor in tensors:
+            parameters[name].copy_(tensor)
+        parameters["plus one"].copy_(parameters["norm"]).add_(1)
+        parameters["head"].copy_(parameters["embed"] * 1)
+
+    shapes: Shapes = {"norm": (4,), "plus one": (4,), "embed": (3, 2), "head": (3, 2), "other": (2,)}
+    sources = {"norm": numbered(4), "embed": numbered(3, 2), "other": numbered(2)}
+    plan = plan_of(load, shapes, sources)
+    assert plan.flaws.keys() == {"plus one", "head"}
+    assert "computed from norm (" in plan.flaws["plus one"]
+    assert plan.recording.origins["head"] == {"embed"}
+    assert plan.covered(plan.targets - plan.flaws.keys()) == ({"other"}, {"other"}), "the loader must do the rest"
+
+
+def test_a_value_that_is_read_in_inference_mode() -> None:
+    def load(parameters: dict[str, torch.Tensor], tensors: Tensors) -> None:
+        for _, tensor in tensors:
+            parameters["scale"].fill_(tensor.item())
+
+    with torch.inference_mode():
+        plan = plan_of(load, {"scale": (3,)}, {"scale": numbered()})
+    assert plan.loader_only == {"scale": "its loader reads its value"}
+    assert plan.is_traced()
+
+
+def test_casts_in_inference_mode_are_part_of_the_plan() -> None:
+    def load(parameters: dict[str, torch.Tensor], tensors: Tensors) -> None:
+        for name, tensor in tensors:
+            parameters[name].copy_(tensor.t().contiguous().to(torch.float32))
+
+    shapes: Shapes = {"bias": (4, 2)}
+    sources = {"bias": numbered(2, 4, dtype=torch.bfloat16)}
+    with torch.inference_mode():
+        plan = plan_of(load, shapes, sources)
+    assert not plan.flaws
+    assert torch.equal(replayed(plan, shapes, sources)["bias"], sources["bias"].t().float())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        torch.zeros_like,
+        lambda like: torch.zeros(like.shape[0]),
+        lambda like: torch.ones(like.shape).to(torch.float64).clone(),
+        lambda like: torch.full((4,), 2.5)[1:],
+        lambda like: like.new_zeros(3),
+    ],
+    ids=["zeros like", "zeros", "ones, cast and cloned", "part of a full", "new zeros"],
+)
+def test_constants_that_a_loader_makes_are_filled_in(make: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def load(parameters: dict[str, torch.Tensor], tensors: Tensors) -> None:
+        for _, tensor in tensors:
+            parameters["qkv"][:3].copy_(tensor)
+            parameters["qkv"][3:6].copy_(make(tensor))
+            parameters["qkv"][6:].copy_(tensor)
+
+    check(load, {"qkv": (9,)}, {"q": numbered(3, first=1)})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda t: t.fill_(3.0), lambda t: t.add_(1.0), lambda t: t[:1].fill_(3.0), lambda t: t.uniform_()],
+    ids=["filled", "added to", "filled in part", "noise"],
+)
+def test_a_constant_that_was_changed_is_none(change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def load(parameters: dict[str, torch.Tensor], tensors: Tensors) -> None:
+        for _, tensor in tensors:
+            made = torch.zeros(3)
+            change(made)
+            parameters["bias"].copy_(made)
+            parameters["weight"].copy_(tensor)
+
+    plan = plan_of(load, {"bias": (3,), "weight": (3,)}, {"w": numbered(3)})
+    assert plan.flaws == {"bias": "computed from nothing (a copy)"}
+
+
+def test_a_constant_with_tensors_put_into_it_is_computed() -> None:
+    def load(parameters: dict[str, torch.Tensor], tensors: Tensors) -> None:
+        for _, tensor in tensors:
+            made = torch.zeros(4)
+            made[:3].copy_(tensor)
+            parameters["bias"].copy_(made)
+
+    assert plan_of(load, {"bias": (4,)}, {"w": numbered(3)}).flaws == {"bias": "computed from w (a copy)"}
+
+
+def test_a_copy_out_of_a_parameter_is_traced_through_it() -> None:
+    def load(parameters: dict[str, torch.Tensor], tensors: Tensors) -> None:
+        for _, tensor in tensors:
+            parameters["embedding"][:4].copy_(tensor)
+            parameters["embedding"][4:].fill_(0)
+        parameters["head"].copy_(parameters["embedding"][:4])
+
+    plan = check(load, {"embedding": (6, 2), "head": (4, 2)}, {"w": numbered(4, 2)})
+    assert plan.recording.origins["head"] == {"w"}
+
+
+def test_what_was_written_to_a_parameter_twice_is_not_traced_through_it() -> None:
+    def load(parameters: dict[str, torch.Tensor], tensors: Tensors) -> None:
+        for _, tensor in tensors:
+            parameters["embedding"].copy_(tensor)
+        parameters["head"].copy_(parameters["embedding"])
+
+    plan = plan_of(load, {"embedding": (4,), "head": (4,)}, {"a": numbered(4), "b": numbered(4, first=9)})
+    assert plan.flaws.keys() == {"embedding", "head"}
+    assert plan.recording.origins["head"] == {"a", "b"}
+
+
+def test_padding_belongs_to_the_tensor_that_it_pads_and_not_to_one_that_was_taken_since() -> None:
+    def load(parameters: dict[str, torch.Tensor], tensors: Tensors) -> None:
+        taken = dict(tensors)
+        parameters["embedding"][:4].copy_(taken["w"])
+        parameters["embedding"][4:].fill_(0)
+
+    plan = check(load, {"embedding": (6,)}, {"w": numbered(4), "unused": numbered(1)})
+    assert plan.recording.taken == {"w": 6}

@@ -14,14 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from checkpoint_engine.client.auto import load_client
+from checkpoint_engine.client.rpc_client import ReferenceClient
+from checkpoint_engine.client.update_request import request_inference_to_update
+from checkpoint_engine.contract.sink import TensorSpec, Update
 from checkpoint_engine.deadline import Deadline
-from checkpoint_engine.engine.adapter import TensorSpec, Update
-from checkpoint_engine.engine.auto import load_client
-from checkpoint_engine.engine.client import ReferenceClient, request_inference_to_update
-from checkpoint_engine.engine.reference import ModelSpec, ReferenceEngine, make_checkpoint
-from checkpoint_engine.engine.reference_adapter import ReferenceAdapter
-from checkpoint_engine.engine.reference_model import checkpoint_tensors
-from checkpoint_engine.engine.reference_process import ReferenceProcess
 from checkpoint_engine.errors import (
     DeadlineError,
     EngineRequestError,
@@ -29,6 +26,10 @@ from checkpoint_engine.errors import (
     SettingError,
     WeightsRejectedError,
 )
+from checkpoint_engine.reference.engine import ModelSpec, ReferenceEngine, make_checkpoint
+from checkpoint_engine.reference.model import checkpoint_tensors
+from checkpoint_engine.reference.process import ReferenceProcess
+from checkpoint_engine.reference.sink import ReferenceSink
 
 DENSE = ModelSpec()
 MOE = ModelSpec(experts=4)
@@ -102,7 +103,7 @@ def test_one_wrong_byte_is_found(tmp_path: Path) -> None:
 @pytest.mark.parametrize("wrong", ["unknown", "misshapen", "missing"])
 def test_an_update_of_other_tensors_writes_nothing(wrong: str, tmp_path: Path) -> None:
     engine = ReferenceEngine(DENSE)
-    adapter = ReferenceAdapter(engine)
+    sink = ReferenceSink(engine)
     before = engine.checksum()
     tensors = tensors_of(make_checkpoint(tmp_path, DENSE, seed=1))
     if wrong == "unknown":
@@ -113,34 +114,34 @@ def test_an_update_of_other_tensors_writes_nothing(wrong: str, tmp_path: Path) -
         del tensors["model.norm.weight"]
     named = "model.surprise" if wrong == "unknown" else "model.norm.weight"
     with pytest.raises(WeightsRejectedError, match=named):
-        adapter.begin(update_of(tensors))
-    assert adapter.abort() is True
-    assert not adapter.dirty
+        sink.begin(update_of(tensors))
+    assert sink.abort() is True
+    assert not sink.dirty
     assert engine.checksum() == before
 
 
 def test_an_update_aborted_in_the_middle_is_dirty_until_the_next_one(tmp_path: Path) -> None:
-    adapter = ReferenceAdapter(ReferenceEngine(DENSE))
+    sink = ReferenceSink(ReferenceEngine(DENSE))
     tensors = tensors_of(make_checkpoint(tmp_path, DENSE, seed=1))
-    adapter.begin(update_of(tensors))
-    adapter.load(list(tensors.items())[:4])
+    sink.begin(update_of(tensors))
+    sink.load(list(tensors.items())[:4])
     with pytest.raises(WeightsRejectedError, match="which did not come"):
-        adapter.finish()
-    assert adapter.abort() is False
-    assert adapter.dirty
+        sink.finish()
+    assert sink.abort() is False
+    assert sink.dirty
 
     # A refused update changes nothing, so the older damage is still there.
     with pytest.raises(WeightsRejectedError):
-        adapter.begin(update_of({}))
-    assert adapter.abort() is True
-    assert adapter.dirty
+        sink.begin(update_of({}))
+    assert sink.abort() is False, "the link would say otherwise than the status"
+    assert sink.dirty
 
-    adapter.begin(update_of(tensors, "v2"))
-    adapter.load(list(tensors.items()))
-    adapter.finish()
-    assert not adapter.dirty
-    assert adapter.version == "v2"
-    assert adapter.engine.compare(ReferenceEngine.cold_start(tmp_path)).equal
+    sink.begin(update_of(tensors, "v2"))
+    sink.load(list(tensors.items()))
+    sink.finish()
+    assert not sink.dirty
+    assert sink.version == "v2"
+    assert sink.engine.compare(ReferenceEngine.cold_start(tmp_path)).equal
 
 
 def test_sizes_that_cannot_be_divided_are_refused() -> None:
@@ -201,7 +202,7 @@ def test_clients_find_and_refuse_endpoints() -> None:
     with pytest.raises(MissingDependencyError, match="pip install checkpoint-engine-nosuch"):
         load_client("nosuch")
     with pytest.raises(SettingError, match="unix:"):
-        ReferenceClient("localhost:8000")
+        ReferenceClient("ftp://localhost:8000")
     with pytest.raises(DeadlineError, match="No such file"):
         ReferenceClient("unix:/nowhere/at/all.sock").wait_ready(Deadline(0.3))
 
@@ -210,7 +211,7 @@ def test_unix_socket_in_use_is_refused_and_a_dead_one_replaced(tmp_path: Path) -
     path = tmp_path / "e"
     if len(str(path)) > 100:
         pytest.skip("the temporary directory's path is too long for a Unix socket")
-    command = [sys.executable, "-m", "checkpoint_engine.engine.reference_server", "--uds", str(path)]
+    command = [sys.executable, "-m", "checkpoint_engine.reference.server", "--uds", str(path)]
     with ReferenceProcess(DENSE.to_json(), 1, uds=str(path)) as process:
         assert path.stat().st_mode & 0o077 == 0
         second = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)

@@ -6,12 +6,11 @@ import gc
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from cluster import Cluster, check
 
 from checkpoint_engine.deadline import Deadline
 from checkpoint_engine.device import CpuDevice, Pinned, open_device
@@ -19,10 +18,11 @@ from checkpoint_engine.device import registering as module
 from checkpoint_engine.device.registering import Registration
 from checkpoint_engine.device.segments import MappedSegments
 from checkpoint_engine.errors import DeadlineError, HostMemoryError, UpdateError
-from checkpoint_engine.host import filling
-from checkpoint_engine.host.segment import Segment
-from checkpoint_engine.transfer.direct import RING, LentSegments
-from checkpoint_engine.transfer.offers import make_offer
+from checkpoint_engine.source import filling
+from checkpoint_engine.source.segment import Segment
+from checkpoint_engine.transfer.exports import RING, ExportedSegments, export_segments
+from tests.core.cluster import Cluster, check
+from tests.waiting import within
 
 
 class SlowDevice(CpuDevice):
@@ -52,13 +52,6 @@ class SlowPinned:
 
 def blocks(count: int) -> list[torch.Tensor]:
     return [torch.empty(number, dtype=torch.uint8) for number in range(count)]
-
-
-def within(seconds: float, condition: Callable[[], bool]) -> bool:
-    deadline = Deadline(seconds)
-    while not (done := condition()) and not deadline.expired:
-        time.sleep(0.01)
-    return done
 
 
 def test_a_block_is_ready_while_others_are_not() -> None:
@@ -138,14 +131,15 @@ class Noting(set[int]):
 
 
 @pytest.fixture
-def pair(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+def pair(
+    monkeypatch: pytest.MonkeyPatch, set_bucket_size: Callable[[int], None], clusters: Callable[[int], Cluster]
+) -> Cluster:
     """Two ranks; each holds five segments, and a bucket is a tensor."""
     monkeypatch.setattr(filling, "SEGMENT_TARGET", 1 << 14)
-    monkeypatch.setenv("PS_MAX_BUCKET_SIZE_GB", str(16 / (1 << 20)))
-    cluster = Cluster(2)
+    set_bucket_size(16 << 10)
+    cluster = clusters(2)
     cluster.register("v1", noise())
-    yield cluster
-    cluster.close()
+    return cluster
 
 
 def noise() -> dict[str, torch.Tensor]:
@@ -199,7 +193,7 @@ def test_the_first_update_begins_before_everything_is_registered(
     check(pair.update("v1", method="direct"))
     assert pins.held == pins.begun == 20, "registered once"
     for server in pair.servers:
-        server.unregister_checkpoint("v1")
+        server.unregister_checkpoint("v1", force=True)
     assert within(5, lambda: (pins.held, mapped_segments()) == (0, own - 10)), "the ranks' ten are gone as well"
 
 
@@ -231,8 +225,8 @@ def test_a_failure_while_it_is_under_way_leaves_nothing(pair: Cluster, monkeypat
 def test_segments_are_lent_in_the_order_in_which_they_are_needed() -> None:
     segments = [[Segment.create(4096 * (10 * rank + index + 1)) for index in range(2 + rank)] for rank in range(2)]
     ring = Segment.create(4096)
-    offers = {rank: make_offer(mine) for rank, mine in enumerate(segments)} | {RING: make_offer([ring])}
-    lent = LentSegments(offers)
+    offers = {rank: export_segments(mine) for rank, mine in enumerate(segments)} | {RING: export_segments([ring])}
+    lent = ExportedSegments(offers)
     assert [size // 4096 for size in lent.memory.sizes] == [1, 1, 11, 2, 12, 13]  # type: ignore[union-attr]
     assert [lent.number(*place) for place in ((RING, 0), (0, 0), (1, 0), (0, 1), (1, 1), (1, 2))] == [0, 1, 2, 3, 4, 5]
     lent.close()
@@ -246,7 +240,7 @@ def test_a_gpu_copies_out_of_segments_that_are_registered_in_the_background() ->
     segments = [Segment.create(64 << 20) for _ in range(6)]
     for number, segment in enumerate(segments):
         segment.tensor.fill_(number)
-    lent = LentSegments({0: make_offer(segments)})
+    lent = ExportedSegments({0: export_segments(segments)})
     for _ in range(2):
         mapped = device.map(lent.memory, tuple(os.dup(descriptor) for descriptor in lent.descriptors))
         assert isinstance(mapped, MappedSegments)

@@ -12,10 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from checkpoint_engine.engine.adapter import TensorSpec, Update
-from checkpoint_engine.engine.reference import ModelSpec, ReferenceEngine, make_checkpoint
-from checkpoint_engine.engine.reference_adapter import ReferenceAdapter
+from checkpoint_engine.contract.figures import UpdateFigures
+from checkpoint_engine.contract.sink import TensorSpec, Update
 from checkpoint_engine.errors import WeightsRejectedError, WorkerError
+from checkpoint_engine.reference.engine import ModelSpec, ReferenceEngine, make_checkpoint
+from checkpoint_engine.reference.sink import ReferenceSink
 from checkpoint_engine.reload import proof
 from checkpoint_engine.reload import reloader as reloading
 from checkpoint_engine.reload.plan import ReloadPlan, make_plan
@@ -23,8 +24,9 @@ from checkpoint_engine.reload.proof import Checksums, Proof
 from checkpoint_engine.reload.recorder import record
 from checkpoint_engine.reload.reloader import Reloader
 
+pytestmark = pytest.mark.pure
+
 DENSE, MOE, TIED = ModelSpec(), ModelSpec(experts=4), ModelSpec(tied=True, extras=False, dtype="float32")
-Details = Mapping[str, str | int | float]
 
 
 def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
@@ -33,36 +35,38 @@ def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
     }
 
 
-def give(adapter: ReferenceAdapter, tensors: dict[str, torch.Tensor], version: str, mode: str = "auto") -> Details:
+def give(sink: ReferenceSink, tensors: dict[str, torch.Tensor], version: str, mode: str = "auto") -> UpdateFigures:
     """One update in buckets of three tensors."""
     specs = {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    adapter.begin(Update("id", "checkpoint", version, specs, mode))  # type: ignore[arg-type]
+    sink.begin(Update("id", "checkpoint", version, specs, mode))  # type: ignore[arg-type]
     pairs = list(tensors.items())
     for start in range(0, len(pairs), 3):
-        adapter.load(pairs[start : start + 3])
-    return adapter.finish()
+        sink.load(pairs[start : start + 3])
+    figures = sink.finish()
+    assert isinstance(figures, UpdateFigures)
+    return figures
 
 
 @pytest.mark.parametrize("spec", [DENSE, MOE, TIED], ids=["dense", "moe", "tied"])
 @pytest.mark.parametrize(("tp_rank", "tp_size"), [(0, 1), (0, 2), (1, 2)])
 def test_four_updates_by_proof_check_and_plan(spec: ModelSpec, tp_rank: int, tp_size: int, tmp_path: Path) -> None:
-    adapter = ReferenceAdapter(ReferenceEngine(spec, tp_rank=tp_rank, tp_size=tp_size))
-    addresses, ways = adapter.engine.addresses(), []
+    sink = ReferenceSink(ReferenceEngine(spec, tp_rank=tp_rank, tp_size=tp_size))
+    addresses, ways = sink.engine.addresses(), []
     for seed in (1, 2, 3, 1):
         directory = make_checkpoint(tmp_path / str(seed), spec, seed=seed)
-        details = give(adapter, tensors_of(directory), f"v{seed}")
+        figures = give(sink, tensors_of(directory), f"v{seed}")
         cold = ReferenceEngine.cold_start(directory, tp_rank=tp_rank, tp_size=tp_size)
-        assert adapter.engine.compare(cold).equal
-        ways.append(details["reload"])
+        assert sink.engine.compare(cold).equal
+        ways.append(figures.reload)
     assert ways == ["proof", "plan", "plan", "plan"]
-    assert (int(details["plan_bytes"]) > 0, details["loader_bytes"]) == (True, 0)
-    assert adapter.engine.addresses() == addresses
+    assert (figures.plan_bytes > 0, figures.loader_bytes) == (True, 0)
+    assert sink.engine.addresses() == addresses
 
 
 def test_the_loader_alone_when_asked_for(tmp_path: Path) -> None:
-    adapter = ReferenceAdapter(ReferenceEngine(DENSE))
+    sink = ReferenceSink(ReferenceEngine(DENSE))
     tensors = tensors_of(make_checkpoint(tmp_path, DENSE, seed=1))
-    assert [give(adapter, tensors, "v", "loader")["reload"] for _ in range(3)] == ["loader"] * 3
+    assert [give(sink, tensors, "v", "loader").reload for _ in range(3)] == ["loader"] * 3
 
 
 def test_other_tensors_are_recorded_anew() -> None:
@@ -83,7 +87,7 @@ def test_other_tensors_are_recorded_anew() -> None:
         tensors = {name: torch.rand(2) for name in names}
         reloader.begin({name: TensorSpec(torch.float32, (2,)) for name in names}, "auto")
         reloader.load(list(tensors.items()))
-        ways.append(reloader.finish()["reload"])
+        ways.append(reloader.finish().reload)
         assert torch.equal(parameters["p"], torch.cat(list(tensors.values())))
     assert ways == ["proof", "plan", "plan", "proof", "plan"]
 
@@ -107,38 +111,39 @@ def test_one_altered_entry_of_a_plan_is_found_before_the_plan_is_used(
         return plan
 
     monkeypatch.setattr(reloading, "make_plan", alter)
-    adapter = ReferenceAdapter(ReferenceEngine(DENSE))
+    sink = ReferenceSink(ReferenceEngine(DENSE))
     tensors = tensors_of(make_checkpoint(tmp_path, DENSE, seed=1))
     whole = sum(tensor.nbytes for tensor in tensors.values())
-    give(adapter, tensors, "v1")
-    details = give(adapter, tensors, "v2")
+    give(sink, tensors, "v1")
+    figures = give(sink, tensors, "v2")
     assert seen
-    assert details["reload"] == "plan"
-    assert 0 < int(details["loader_bytes"]) < whole, "the altered parameter stays with the loader"
+    assert figures.reload == "plan"
+    assert 0 < figures.loader_bytes < whole, "the altered parameter stays with the loader"
     cold = ReferenceEngine.cold_start(tmp_path)
-    assert adapter.engine.compare(cold).equal
+    assert sink.engine.compare(cold).equal
 
 
 def test_an_entry_altered_after_the_proof_is_found_by_the_check(tmp_path: Path) -> None:
-    adapter = ReferenceAdapter(ReferenceEngine(DENSE))
+    sink = ReferenceSink(ReferenceEngine(DENSE))
     tensors = tensors_of(make_checkpoint(tmp_path, DENSE, seed=1))
-    give(adapter, tensors, "v1")
-    replay = adapter._reloader._replay
-    assert replay is not None
+    give(sink, tensors, "v1")
+    assert sink._reloader._ladder.layers is not None
+    replay = sink._reloader._ladder.layers.replay
     step = next(steps[0] for steps in replay._steps.values() if steps and steps[0].piece.region.elements > 1)
     assert step.target is not None
     step.target = step.target.clone()  # the copy now goes elsewhere
     step_target = step.piece.target
-    adapter.engine.parameters[step_target].zero_()
+    sink.engine.parameters[step_target].zero_()
     with pytest.raises(WorkerError, match="put something else") as caught:
-        give(adapter, tensors, "v2")
+        give(sink, tensors, "v2")
     assert step_target in str(caught.value)
-    adapter.abort()
-    assert adapter.dirty
-    assert give(adapter, tensors, "v3")["reload"] == "proof", "nothing of a plan that failed is kept"
-    assert not adapter.dirty
+    sink.abort()
+    assert sink.dirty
+    assert give(sink, tensors, "v3").reload == "proof", "nothing of a plan that failed is kept"
+    assert not sink.dirty
 
 
+@pytest.mark.thorough
 def test_nothing_but_a_plan_where_it_does_not_reach() -> None:
     parameters = {"p": torch.zeros(4)}
 
@@ -153,6 +158,7 @@ def test_nothing_but_a_plan_where_it_does_not_reach() -> None:
     assert "'p'" in str(caught.value)
 
 
+@pytest.mark.thorough
 def test_a_mixture_of_planned_and_computed(tmp_path: Path) -> None:
     del tmp_path
 
@@ -170,10 +176,10 @@ def test_a_mixture_of_planned_and_computed(tmp_path: Path) -> None:
         tensors = {name: torch.rand(4) for name in "abc"}
         reloader.begin({name: TensorSpec(torch.float32, (4,)) for name in "abc"}, "auto")
         reloader.load(list(tensors.items()))
-        details = reloader.finish()
+        figures = reloader.finish()
         assert torch.equal(parameters["a"], tensors["a"].exp())
         assert torch.equal(parameters["b"], tensors["b"])
-    assert (details["plan_bytes"], details["loader_bytes"]) == (32, 16)
+    assert (figures.plan_bytes, figures.loader_bytes) == (32, 16)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8, torch.float32, torch.float64, torch.complex128])

@@ -14,11 +14,13 @@ import pytest
 import torch
 
 from checkpoint_engine.device.host_memory import map_host_memory
+from checkpoint_engine.device.memory import HostMemory
 from checkpoint_engine.device.pages import COLLAPSE, HUGE, HUGE_PAGE, advise
 from checkpoint_engine.errors import CheckpointFormatError, HostMemoryError
 from checkpoint_engine.host.memory import FreeMemory, free_host_memory, require_host_memory
-from checkpoint_engine.host.segment import LARGEST_SEGMENT, Segment
-from checkpoint_engine.link.messages import HostMemory
+from checkpoint_engine.source.segment import LARGEST_SEGMENT, Segment
+
+pytestmark = pytest.mark.pure
 
 MIB = 1 << 20
 
@@ -86,6 +88,7 @@ def test_discarding_a_mapped_file_leaves_the_file(tmp_path: Path) -> None:
         file.unlink()
 
 
+@pytest.mark.thorough
 def test_another_process_sees_the_same_memory() -> None:
     segment = Segment.create(4096)
     write = f"import os; os.pwrite({segment.fd}, b'hello', 100)"
@@ -155,7 +158,7 @@ def test_small_pages_do_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append(advice)
         return errno.EINVAL if advice in (COLLAPSE, HUGE) else advise(address, nbytes, advice)
 
-    monkeypatch.setattr("checkpoint_engine.host.segment.advise", without)
+    monkeypatch.setattr("checkpoint_engine.source.segment.advise", without)
     segment = Segment.create(8 * MIB)
     segment.touch(0, 4 * MIB)
     segment.touch(4 * MIB, 8 * MIB)
@@ -249,10 +252,10 @@ def test_a_mapped_file_that_shrinks_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(bytes(10000))
     segment = Segment.map_file(path)
-    segment.check_file()
+    segment.check()
     os.truncate(path, 100)
     with pytest.raises(CheckpointFormatError, match=r"truncated to 100 bytes .* 10000"):
-        segment.check_file()
+        segment.check()
     segment.close()
 
 

@@ -1,14 +1,14 @@
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from datetime import timedelta
 
 import pytest
 import torch
-from cluster import Cluster, assert_no_threads_left, check, free_port
 
-from checkpoint_engine.collective import open_store
+from checkpoint_engine.collective import connect_ranks
 from checkpoint_engine.deadline import Deadline
 from checkpoint_engine.errors import (
     AddressInUseError,
@@ -18,29 +18,22 @@ from checkpoint_engine.errors import (
     EngineRequestError,
     SettingError,
     UpdateError,
+    WorkerTracebackError,
 )
-from checkpoint_engine.server import ParameterServer
+from checkpoint_engine.server import parameter_server
+from checkpoint_engine.server.parameter_server import ParameterServer
+from tests.core.cluster import Cluster, check
+from tests.ports import free_port
 
 
 @pytest.fixture(autouse=True)
-def small_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PS_MAX_BUCKET_SIZE_GB", str(64 / (1 << 20)))  # 64 KiB
+def small_buckets(set_bucket_size: Callable[[int], None]) -> None:
+    set_bucket_size(64 << 10)
 
 
 @pytest.fixture(params=[1, 2, 3])
-def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
-    cluster = Cluster(request.param)
-    yield cluster
-    cluster.close()
-    assert_no_threads_left()
-
-
-@pytest.fixture
-def pair() -> Iterator[Cluster]:
-    cluster = Cluster(2)
-    yield cluster
-    cluster.close()
-    assert_no_threads_left()
+def cluster(request: pytest.FixtureRequest, clusters: Callable[[int], Cluster]) -> Cluster:
+    return clusters(request.param)
 
 
 def awkward_tensors(seed: int) -> dict[str, torch.Tensor]:
@@ -193,9 +186,9 @@ def test_a_rank_that_stays_away_is_named(pair: Cluster) -> None:
         pair.servers[0].store_based_barrier(timedelta(seconds=0.5))
 
 
-def test_the_same_tensor_on_two_ranks(pair: Cluster) -> None:
+def test_a_tensor_that_differs_between_two_ranks(pair: Cluster) -> None:
     for server in pair.servers:
-        server.register_checkpoint("a", named_tensors={"only.once": torch.ones(3)})
+        server.register_checkpoint("a", named_tensors={"only.once": torch.full((3,), float(server.rank))})
     for error in pair.on_all(lambda server: server.gather_metas("a")):
         assert isinstance(error, DuplicateTensorError)
         assert "only.once" in str(error)
@@ -203,15 +196,16 @@ def test_the_same_tensor_on_two_ranks(pair: Cluster) -> None:
         assert "rank 1" in str(error)
 
 
-def test_calls_in_the_wrong_state(pair: Cluster) -> None:
+def test_calls_in_the_wrong_state(pair: Cluster, caplog: pytest.LogCaptureFixture) -> None:
     server = pair.servers[0]
     server.register_checkpoint("a", named_tensors={"x": torch.ones(3)})
     with pytest.raises(CheckpointStateError, match="gather_metas"):
         server.update("a", pair.asker(0))
     with pytest.raises(CheckpointStateError, match="registered"):
         server.register_checkpoint("a", named_tensors={"x": torch.zeros(3)})
-    with pytest.raises(CheckpointStateError, match="nothing"):
-        server.unregister_checkpoint("nothing")
+    with caplog.at_level("WARNING"):
+        server.unregister_checkpoint("nothing")  # as upstream does; scripts clean up whatever came of registering
+    assert "'nothing' is not registered" in caplog.text
     check(pair.on_all(lambda s: s.gather_metas("a")))
     with pytest.raises(SettingError, match="ranks 0 to 1"):
         server.update("a", pair.asker(0), ranks=[1, 2])
@@ -245,7 +239,7 @@ def test_staging_falls_back_as_memory_shrinks(pair: Cluster, monkeypatch: pytest
     stagings = []
     for free in (1 << 30, int(1.5 * largest), 1000):
         for server in pair.servers:
-            monkeypatch.setattr(server.device, "memory", lambda free=free: (free, free), raising=True)
+            monkeypatch.setattr(server.device, "memory", lambda free=free, **_: (free, free), raising=True)
         check(pair.update("a"))
         assert_delivered(pair, tensors)
         report = pair.servers[0].last_report
@@ -272,7 +266,32 @@ def test_ranks_come_from_arguments_or_the_environment(monkeypatch: pytest.Monkey
 
 def test_a_port_in_use_is_named() -> None:
     port = free_port()
-    store = open_store(0, 2, "127.0.0.1", port, timedelta(seconds=5))
+    plane = connect_ranks(0, 2, "127.0.0.1", port)
     with pytest.raises(AddressInUseError, match=str(port)):
-        open_store(0, 2, "127.0.0.1", port, timedelta(seconds=5))
-    del store
+        connect_ranks(0, 2, "127.0.0.1", port)
+    plane.close()
+    connect_ranks(0, 2, "127.0.0.1", port).close()
+
+
+def test_where_a_worker_failed_is_the_cause_of_the_error(clusters: Callable[[int], Cluster]) -> None:
+    cluster = clusters(1)
+    cluster.register("a", {"t": torch.ones(10)})
+    cluster.recorders[0].fail_in = "load"
+
+    def ask(handles: list[tuple[str, str]]) -> None:
+        with contextlib.suppress(ValueError):  # an engine answers; its worker's error stays in its process
+            cluster.asker(0)(handles)
+
+    with pytest.raises(UpdateError) as caught:
+        cluster.servers[0].update("a", ask)
+    chain: list[BaseException] = [caught.value]
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    assert isinstance(chain[-1], WorkerTracebackError)
+    assert "in _maybe_fail" in str(chain[-1])
+
+
+def test_more_gpus_than_there_are_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parameter_server, "accelerator_count", lambda: 2)  # none are here
+    with pytest.raises(SettingError, match="gpu_count is 3, but this host has 2"):
+        ParameterServer(rank=0, world_size=1, gpu_count=3, device="cpu")

@@ -8,6 +8,8 @@ from checkpoint_engine.errors import DeviceMemoryError
 from checkpoint_engine.planning.buckets import Bucket, BucketPlan
 from checkpoint_engine.planning.staging import StagingLayout, choose_layout, place_buckets
 
+pytestmark = pytest.mark.pure
+
 plans = st.builds(
     lambda size, buckets: BucketPlan(
         bucket_size=size * 256,

@@ -5,27 +5,26 @@ from __future__ import annotations
 import gc
 import os
 import signal
-import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 
 import pytest
 import torch
-from cluster import Cluster, check
-from worker_process import Rank, Worker, digests, stagings_of
 
-from checkpoint_engine.deadline import Deadline
 from checkpoint_engine.device import CpuDevice
-from checkpoint_engine.engine.mappings import kept_bytes
 from checkpoint_engine.errors import CheckpointStateError, DeviceMemoryError, SettingError, UpdateError
-from checkpoint_engine.server import ParameterServer
+from checkpoint_engine.receiver.cache import process_cache
+from checkpoint_engine.server.parameter_server import ParameterServer
+from tests.core.cluster import Cluster, check
+from tests.core.worker_process import Rank, Worker, digests, stagings_of
+from tests.waiting import within
 
 SMALL = 64 << 10
 
 
 @pytest.fixture(autouse=True)
-def settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PS_MAX_BUCKET_SIZE_GB", str(SMALL / (1 << 30)))
+def settings(monkeypatch: pytest.MonkeyPatch, set_bucket_size: Callable[[int], None]) -> None:
+    set_bucket_size(SMALL)
     monkeypatch.setenv("PS_STAGING", "persistent")
 
 
@@ -52,13 +51,6 @@ def another() -> Iterator[Worker]:
 def tensors(largest: int = 1000) -> dict[str, torch.Tensor]:
     sizes = {f"t{index}": 9000 for index in range(20)} | {"large": largest}
     return {name: torch.randint(0, 256, (size,), dtype=torch.uint8) for name, size in sizes.items()}
-
-
-def within(seconds: float, condition: Callable[[], bool]) -> bool:
-    deadline = Deadline(seconds)
-    while not (done := condition()) and not deadline.expired:
-        time.sleep(0.02)
-    return done
 
 
 def update(server: ParameterServer, worker: Worker, name: str) -> set[str]:
@@ -137,7 +129,7 @@ def test_another_worker_gets_the_memory_and_the_first_one_lets_go(
 def test_a_stopped_worker_does_not_hold_the_server_up_for_long(
     server: ParameterServer, worker: Worker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("checkpoint_engine.transfer.staging._UNMAP_SECONDS", 0.3)
+    monkeypatch.setattr("checkpoint_engine.limits.UNMAP", 0.3)
     update(server, worker, "a")
     os.kill(worker.pid, signal.SIGSTOP)
     try:
@@ -192,7 +184,7 @@ def pair() -> Iterator[Cluster]:
     cluster = Cluster(2)
     yield cluster
     cluster.close()
-    assert [kept_bytes(CpuDevice(rank)) for rank in (0, 1)] == [0, 0]
+    assert [process_cache().mappings.nbytes(CpuDevice(rank)) for rank in (0, 1)] == [0, 0]
 
 
 def assert_delivered(pair: Cluster, expected: dict[str, torch.Tensor]) -> None:
@@ -203,7 +195,9 @@ def assert_delivered(pair: Cluster, expected: dict[str, torch.Tensor]) -> None:
 
 def kept(pair: Cluster) -> list[int]:
     reports = [server.last_report for server in pair.servers]
-    assert [kept_bytes(CpuDevice(rank)) for rank in (0, 1)] == [report and report.staging_kept for report in reports]
+    assert [process_cache().mappings.nbytes(CpuDevice(rank)) for rank in (0, 1)] == [
+        report and report.staging_kept for report in reports
+    ]
     return [report.staging_kept for report in reports if report is not None]
 
 
@@ -235,7 +229,7 @@ def test_nothing_is_kept_after_a_failure(pair: Cluster, phase: str) -> None:
     pair.received.clear()  # the errors' tracebacks refer to tensors in the staging memory
     gc.collect()
     assert not stagings_of(os.getpid())
-    assert [kept_bytes(CpuDevice(rank)) for rank in (0, 1)] == [0, 0]
+    assert [process_cache().mappings.nbytes(CpuDevice(rank)) for rank in (0, 1)] == [0, 0]
     pair.recorders[1].fail_in = ""
     check(pair.update("a"))
     assert_delivered(pair, content)
@@ -245,7 +239,7 @@ def test_kept_memory_counts_as_free_for_the_next_update(pair: Cluster, monkeypat
     pair.register("a", tensors())
     check(pair.update("a"))
     for server in pair.servers:
-        monkeypatch.setattr(server.device, "memory", lambda: (0, 1 << 40))  # the engine has taken all that was left
+        monkeypatch.setattr(server.device, "memory", lambda **_: (0, 1 << 40))  # the engine has taken all that was left
         monkeypatch.setattr(server.device, "allocate", _refuse)
     before = stagings_of(os.getpid())
     check(pair.update("a"))

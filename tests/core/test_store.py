@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import gc
 import os
-import shutil
-import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,9 +19,11 @@ from checkpoint_engine.errors import (
     DuplicateTensorError,
     HostMemoryError,
 )
-from checkpoint_engine.host import filling, loader
-from checkpoint_engine.host.segment import Segment
-from checkpoint_engine.host.store import CheckpointStore, Registered
+from checkpoint_engine.source import filling, loader
+from checkpoint_engine.source.segment import Segment
+from checkpoint_engine.source.store import CheckpointStore, Registered
+
+pytestmark = pytest.mark.pure
 
 
 class CountingPinned(CpuPinned):
@@ -66,7 +66,7 @@ def store(device: CountingDevice) -> Iterator[CheckpointStore]:
     yield store
     store.close()
     assert device.pinned == 0
-    assert open_descriptors() == before
+    assert open_descriptors() <= before  # fewer where memory of reads that other tests gave up has gone meanwhile
 
 
 def open_descriptors() -> int:
@@ -159,7 +159,7 @@ class LookingDevice(CountingDevice):
 @pytest.mark.parametrize("from_gpu", [False, True])
 def test_memory_is_pinned_before_a_gpu_writes_to_it(monkeypatch: pytest.MonkeyPatch, from_gpu: bool) -> None:
     # Stands in for tensors of a GPU, which this test has none of.
-    monkeypatch.setattr(loader, "comes_from_a_gpu", lambda _: from_gpu)
+    monkeypatch.setattr(loader, "comes_from_a_device", lambda _: from_gpu)
     device = LookingDevice()
     store = CheckpointStore(device)
     store.register("a", named_tensors=tensors(1))
@@ -223,6 +223,19 @@ def test_an_unknown_name_is_refused_with_those_that_are_known(store: CheckpointS
     for call in (store.unregister, lambda name: store.use(name).__enter__()):
         with pytest.raises(CheckpointStateError):
             call("c")
+
+
+def test_a_tensor_in_a_file_and_in_memory_is_taken_once_if_it_is_the_same(
+    store: CheckpointStore, tmp_path: Path
+) -> None:
+    held = {"x": torch.arange(6).to(torch.bfloat16).view(2, 3).t(), "scalar": torch.tensor(3)}
+    save_file({**{name: tensor.contiguous() for name, tensor in held.items()}, "y": torch.ones(2)}, tmp_path / "a")
+    store.register("a", files=[tmp_path / "a"], named_tensors=held)
+    assert_holds(store, "a", {**held, "y": torch.ones(2)})
+    assert sum(len(entry.tensors) for entry in store.get("a").entries) == 3
+    held["x"][0, 0] = -1
+    with pytest.raises(DuplicateTensorError, match=r"'x' is in .* with other bytes"):
+        store.register("b", files=[tmp_path / "a"], named_tensors=held)
 
 
 def test_a_failure_frees_everything_and_leaves_the_others(store: CheckpointStore, tmp_path: Path) -> None:
@@ -292,6 +305,32 @@ def test_a_pool_serves_other_shapes_without_new_memory(
     assert_holds(store, "c", third)
 
 
+@pytest.mark.parametrize("sizes", [(900, 900, 900), (500, 3000, 700, 2000, 10)])
+def test_the_same_tensors_again_lie_where_they_lay(
+    store: CheckpointStore, device: CountingDevice, monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, ...]
+) -> None:
+    monkeypatch.setattr(filling, "SEGMENT_TARGET", 4096)
+
+    def step(number: int) -> dict[str, torch.Tensor]:
+        return {f"t{index}": torch.full((size,), 100.0 * number + index) for index, size in enumerate(sizes)}
+
+    def offsets() -> list[tuple[int, object]]:
+        registered = store.get("step")
+        return list(zip((segment.address for segment in registered.segments), registered.entries, strict=True))
+
+    store.register("another", named_tensors=tensors(1, count=5, size=900), pool=True)
+    found: list[list[tuple[int, object]]] = []
+    for number in range(4):
+        store.register("step", named_tensors=step(number), pool=True)
+        assert_holds(store, "step", step(number))
+        found.append(offsets())
+        if number == 1:
+            store.unregister("another")  # its segments are of no interest to those that have some of their own
+        store.unregister("step")
+    assert found == [found[0]] * 4
+    assert device.pins == device.pinned
+
+
 def test_a_pool_grows_where_it_does_not_suffice(store: CheckpointStore, device: CountingDevice) -> None:
     store.register("a", named_tensors=tensors(1, count=2, size=100), pool=True)
     store.unregister("a")
@@ -329,15 +368,6 @@ def test_an_idle_pool_gives_way_when_memory_is_short(
     monkeypatch.setattr(Segment, "create", create_once_the_pool_is_empty)
     store.register("b", named_tensors=tensors(1, count=1, size=100_000), pool=True)
     assert_holds(store, "b", tensors(1, count=1, size=100_000))
-
-
-@pytest.fixture
-def on_tmpfs() -> Iterator[Path]:
-    if not os.path.ismount("/dev/shm"):
-        pytest.skip("no tmpfs on /dev/shm")
-    directory = Path(tempfile.mkdtemp(prefix="checkpoint-engine-test-", dir="/dev/shm"))
-    yield directory
-    shutil.rmtree(directory)
 
 
 def test_a_file_in_place_stays_when_its_checkpoint_goes(store: CheckpointStore, on_tmpfs: Path) -> None:

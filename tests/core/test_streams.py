@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import httpx
-from streams import lines_of
+import pytest
+
+from tests.core.streams import lines_of
+
+pytestmark = pytest.mark.pure
 
 
 def test_only_line_feeds_end_a_line() -> None:

@@ -5,30 +5,27 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from cluster import Cluster, check
 
 from checkpoint_engine.cli import timeline_plot
-from checkpoint_engine.cli.main import main
 from checkpoint_engine.cli.timeline_data import load_timeline
 from checkpoint_engine.device import CpuDevice
 from checkpoint_engine.errors import MissingDependencyError, SettingError
 from checkpoint_engine.transfer.trace import DeviceClock, RankTrace, Span, chrome_trace, save_trace
+from tests.core.cluster import Cluster, check
 
 LOAD_SECONDS = 0.02
 
 
 @pytest.fixture
-def pair(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
-    monkeypatch.setenv("PS_MAX_BUCKET_SIZE_GB", str(64 / (1 << 20)))  # 64 KiB
-    cluster = Cluster(2)
-    yield cluster
-    cluster.close()
+def pair(set_bucket_size: Callable[[int], None], clusters: Callable[[int], Cluster]) -> Cluster:
+    set_bucket_size(64 << 10)
+    return clusters(2)
 
 
 def traced_update(pair: Cluster) -> list[RankTrace]:
@@ -60,6 +57,8 @@ def test_every_bucket_passes_every_stage_in_order_and_on_one_clock(pair: Cluster
         for bucket in buckets:
             assert lanes["broadcast"][bucket].end <= lanes["load"][bucket].begin
             assert lanes["load"][bucket].end - lanes["load"][bucket].begin >= LOAD_SECONDS
+        met = next(span.end for span in trace.spans if span.name == "wait for the worker")
+        assert min(span.begin for span in lanes["copy"].values()) < met, "staging is filled while the engine serves"
         phases = {span.name for span in trace.spans if span.lane == "phases"}
         assert {"introduce", "connect", "staging", "worker checks", "finish", "free"} <= phases
         assert max(span.end for span in trace.spans) - began >= 0.99 * report.seconds["total"]
@@ -99,7 +98,7 @@ def test_a_direct_update_has_nothing_but_loads(pair: Cluster, tmp_path: Path) ->
 
 
 def test_a_worker_with_another_clock_is_placed_by_ours(pair: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    from checkpoint_engine.engine import receiver
+    from checkpoint_engine.receiver import reception as receiver
 
     loaded = receiver.Loaded
     monkeypatch.setattr(receiver, "Loaded", lambda bucket, seconds, began: loaded(bucket, seconds, began + 1e6))
@@ -127,6 +126,7 @@ def hand_made(host: str = "h", boot: str = "b", wall: float = 0.0, rank: int = 0
     return RankTrace(rank, f"cpu:{rank}", host, boot, wall, spans)
 
 
+@pytest.mark.pure
 def test_the_file_is_what_chrome_and_perfetto_read() -> None:
     content = chrome_trace([hand_made(rank=1), hand_made()], version="v")
     events = content["traceEvents"]
@@ -139,6 +139,7 @@ def test_the_file_is_what_chrome_and_perfetto_read() -> None:
     assert all(threads[e["pid"], e["tid"]] == e["cat"] for e in events if e["ph"] == "X")
 
 
+@pytest.mark.pure
 def test_other_hosts_are_brought_into_line_by_their_wall_clocks() -> None:
     far = hand_made("other", "another boot", wall=1000.0, rank=1)
     far = replace(far, spans=tuple(replace(s, begin=s.begin - 1000, end=s.end - 1000) for s in far.spans))
@@ -148,6 +149,7 @@ def test_other_hosts_are_brought_into_line_by_their_wall_clocks() -> None:
     assert "several hosts" in content["otherData"]["clock"]
 
 
+@pytest.mark.pure
 def test_timeline_measures_what_the_trace_holds(tmp_path: Path) -> None:
     file = tmp_path / "trace.json"
     save_trace(file, [hand_made(), hand_made(rank=1)], version="v")
@@ -165,6 +167,7 @@ def test_timeline_measures_what_the_trace_holds(tmp_path: Path) -> None:
     assert (measured.seconds, given.seconds) == (pytest.approx(1.0), pytest.approx(0.5))
 
 
+@pytest.mark.pure
 @pytest.mark.parametrize("content", ["", "[]", '{"traceEvents": []}', '{"traceEvents": [{"ph": 1}]}'])
 def test_what_is_no_trace_is_refused(tmp_path: Path, content: str) -> None:
     file = tmp_path / "trace.json"
@@ -173,28 +176,20 @@ def test_what_is_no_trace_is_refused(tmp_path: Path, content: str) -> None:
         load_timeline(file)
 
 
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
-    monkeypatch.setattr(sys, "argv", ["checkpoint-engine", *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    captured = capsys.readouterr()
-    return int(ended.value.code or 0), captured.out + captured.err
-
-
-def test_timeline_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_timeline_draws(tmp_path: Path, run_main: Callable[..., tuple[int, str, str]]) -> None:
     pytest.importorskip("matplotlib")
     file = tmp_path / "trace.json"
     save_trace(file, [hand_made(), hand_made(rank=1)], version="v", method="broadcast", bytes=4_000_000_000)
-    code, said = run(monkeypatch, capsys, "timeline", file, "-o", tmp_path / "picture.png", "--rate", 4, "--json")
-    assert code == 0, said
+    code, said, error = run_main("timeline", file, "-o", tmp_path / "picture.png", "--rate", 4, "--json")
+    assert code == 0, error
     result = json.loads(said)
     assert result["share_of_limit"] == pytest.approx(0.5 / 4.5)
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
-    assert run(monkeypatch, capsys, "timeline", file, "-o", tmp_path / "picture.svg")[0] == 0
+    assert run_main("timeline", file, "-o", tmp_path / "picture.svg")[0] == 0
     picture = (tmp_path / "picture.svg").read_text()
     assert "</svg>" in picture
     for output, cause in (("picture.gif", ".png"), ("missing/picture.png", "directory")):
-        code, said = run(monkeypatch, capsys, "timeline", file, "-o", tmp_path / output)
+        code, _, said = run_main("timeline", file, "-o", tmp_path / output)
         assert code == 1
         assert cause in " ".join(said.split())
 
@@ -208,9 +203,9 @@ def test_missing_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch, tmp
 
 
 def test_where_nothing_can_be_written_is_said_before_the_update(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    run_main: Callable[..., tuple[int, str, str]], tmp_path: Path
 ) -> None:
     arguments = ("update", tmp_path, "--engine", "reference", "--endpoint", "unix:/nowhere.sock")
-    code, said = run(monkeypatch, capsys, *arguments, "--trace", tmp_path / "missing" / "trace.json")
+    code, _, said = run_main(*arguments, "--trace", tmp_path / "missing" / "trace.json")
     assert code == 1
     assert "cannot write" in said

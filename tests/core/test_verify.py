@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from cluster import Cluster
 from safetensors.torch import load_file, save_file
 
 from checkpoint_engine.cli.messages import Job, Logged, Progressed
+from checkpoint_engine.cli.options import Engines, Patience
 from checkpoint_engine.cli.ranks import Ranks
+from checkpoint_engine.client.rpc_client import ReferenceClient
+from checkpoint_engine.contract.figures import ComparisonFigures
+from checkpoint_engine.contract.findings import Findings, same_bytes
 from checkpoint_engine.deadline import Deadline
-from checkpoint_engine.engine.client import ReferenceClient
-from checkpoint_engine.engine.findings import Findings, same_bytes
-from checkpoint_engine.engine.reference import ModelSpec, make_checkpoint
-from checkpoint_engine.engine.reference_process import ReferenceProcess
+from checkpoint_engine.reference.engine import ModelSpec, make_checkpoint
+from checkpoint_engine.reference.process import ReferenceProcess
+from tests.commands import run_command
+from tests.core.cluster import Cluster, Recorder
 
 SPEC = ModelSpec(experts=2)
 TP = 2
@@ -43,7 +45,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def engine(checkpoints: Path) -> Iterator[ReferenceProcess]:
     with ReferenceProcess(SPEC.to_json(), TP) as process, Ranks(TP, device="cpu") as ranks:
         served = checkpoints / "served"
-        job = Job(str(served), "step-1", "reference", (process.endpoint,), TP, timeout=30.0, wait=60.0)
+        job = Job(str(served), "step-1", Engines("reference", (process.endpoint,), TP), patience=Patience(30.0, 60.0))
         ranks.run(job, _ignore)
         yield process
 
@@ -54,13 +56,7 @@ def _ignore(event: Progressed | Logged) -> None:
 
 def verify(directory: Path, engine: ReferenceProcess, *options: str) -> subprocess.CompletedProcess[str]:
     arguments = ["verify", directory, "--engine", "reference", "--endpoint", engine.endpoint, "-tp", TP]
-    return subprocess.run(
-        list(map(str, [sys.executable, "-m", "checkpoint_engine", *arguments, "--device", "cpu", *options])),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    return run_command(*arguments, "--device", "cpu", *options, timeout=60)
 
 
 def checksums(engine: ReferenceProcess) -> list[Any]:
@@ -92,6 +88,27 @@ def test_an_engine_that_cannot_compare_says_so_and_is_not_updated() -> None:
         cluster.register("step", {"a": torch.ones(4)})
         (result,) = cluster.on_all(lambda server: server.update("step", cluster.asker(0), reload="verify"))
         assert "cannot compare weights with a checkpoint" in str(result)
+        assert not cluster.recorders[0].loaded
+    finally:
+        cluster.close()
+
+
+def test_a_parameter_server_verifies_in_one_call() -> None:
+    class Comparing(Recorder):
+        def verifier(self) -> Recorder:
+            return Compared()
+
+    class Compared(Recorder):
+        def finish(self) -> Mapping[str, str | int | float]:
+            return {"compared_tensors": len(self.loaded), "different_tensors": 1, "different": "a"}
+
+    cluster = Cluster(1)
+    cluster.recorders[0] = Comparing()
+    try:
+        cluster.register("step", {"a": torch.ones(4), "b": torch.ones(4)})
+        (found,) = cluster.on_all(lambda server: server.verify("step", cluster.asker(0)))
+        assert isinstance(found, ComparisonFigures)
+        assert (found.compared_tensors, found.different, found.equal) == (2, "a", False)
         assert not cluster.recorders[0].loaded
     finally:
         cluster.close()

@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import time
-from datetime import timedelta
+from collections.abc import Iterator
 
 import pytest
-import torch.distributed as dist
-from cluster import free_port
 
-from checkpoint_engine.collective import Board, Failure
+from checkpoint_engine.collective import Board, ControlPlane, connect_ranks
+from checkpoint_engine.contract.failure import Failure
+from checkpoint_engine.contract.phase import Phase
 from checkpoint_engine.deadline import Cancel, Deadline
 from checkpoint_engine.errors import CheckpointEngineError, DeadlineError, EngineRequestError, RankError
-from checkpoint_engine.transfer import watch
 from checkpoint_engine.transfer.watch import EngineRequest, Watch
+from tests.ports import free_port
 
 
 @pytest.fixture
-def boards() -> list[Board]:
+def planes() -> Iterator[list[ControlPlane]]:
     port = free_port()
-    stores = [
-        dist.TCPStore("127.0.0.1", port, 2, rank == 0, timedelta(seconds=10), wait_for_workers=False)
-        for rank in range(2)
-    ]
-    return [Board(store, rank, 2) for rank, store in enumerate(stores)]
+    made = [connect_ranks(rank, 2, "127.0.0.1", port) for rank in range(2)]
+    for plane in made:
+        plane.wait_until_connected(Deadline(10))
+    yield made
+    for plane in made:
+        plane.close()
+
+
+@pytest.fixture
+def boards(planes: list[ControlPlane]) -> list[Board]:
+    return [plane.board() for plane in planes]
 
 
 def cause(cancel: Cancel, seconds: float = 5.0) -> CheckpointEngineError | None:
@@ -37,26 +43,25 @@ def test_the_failure_of_another_rank(boards: list[Board]) -> None:
         Watch(boards[0], "u", cancels[0], Deadline(30)) as first,
         Watch(boards[1], "u", cancels[1], Deadline(30)) as second,
     ):
-        second.report(Failure(1, "load", "ValueError", "it broke"))
-        first.report(Failure(0, "load", "ValueError", "a consequence"))
+        second.report(Failure(1, Phase.LOAD, "ValueError", "it broke"))
+        first.report(Failure(0, Phase.LOAD, "ValueError", "a consequence"))
         for cancel in cancels:
             error = cause(cancel)
             assert isinstance(error, RankError)
             assert "rank 1 failed in load: it broke" in str(error)
-        assert first.first_failure() == Failure(1, "load", "ValueError", "it broke")
+        assert first.first_failure() == Failure(1, Phase.LOAD, "ValueError", "it broke")
 
 
-def test_a_rank_that_gives_no_sign_of_life(boards: list[Board], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watch, "_SILENCE_SECONDS", 1.5)
-    monkeypatch.setattr(watch, "_BEAT_SECONDS", 0.2)
+def test_a_rank_that_leaves_during_an_update(planes: list[ControlPlane], boards: list[Board]) -> None:
     cancels = [Cancel(), Cancel()]
-    with Watch(boards[0], "u", cancels[0], Deadline(30)):
-        with Watch(boards[1], "u", cancels[1], Deadline(30)):
-            time.sleep(2.5)
-            assert cancels[0].cause is None  # both are alive
+    with Watch(boards[0], "u", cancels[0], Deadline(30)), Watch(boards[1], "u", cancels[1], Deadline(30)):
+        assert not cancels[0].wait(0.5)
+        planes[1].close()
         error = cause(cancels[0])
     assert isinstance(error, RankError)
-    assert "rank 1 gave no sign of life" in str(error)
+    assert "rank 1" in str(error)
+    assert "has left" in str(error)
+    assert error.rank == 1
 
 
 def test_the_deadline(boards: list[Board]) -> None:
@@ -81,19 +86,14 @@ def test_an_engine_that_raises_and_one_that_does_not_answer() -> None:
     slow.join(5)
 
 
-def test_rank_0_stays_until_the_others_have_read(boards: list[Board]) -> None:
+def test_rank_0_stays_until_the_others_have_read(planes: list[ControlPlane], boards: list[Board]) -> None:
     answers: list[list[bytes]] = []
 
-    def gather(rank: int) -> list[bytes]:
-        return boards[rank].gather("k", bytes([rank]), Deadline(5), Cancel(), "both")
+    def gather(rank: int) -> None:
+        answers.append(boards[rank].gather("k", bytes([rank]) * (8 << 20), Deadline(5), Cancel(), "both"))
 
-    late = EngineRequest(lambda: (time.sleep(0.5), answers.append(gather(1)))[0], Cancel())
-    answers.append(gather(0))
+    late = EngineRequest(lambda: (time.sleep(0.2), gather(1))[0], Cancel())
+    gather(0)
+    planes[0].close()
     late.join(5)
-    assert answers == [[b"\0", b"\1"]] * 2
-    boards[0]._last = "k/not-yet"
-    reading = EngineRequest(lambda: (time.sleep(0.5), boards[1]._store.add("k/not-yet", 1))[0], Cancel())
-    started = time.monotonic()
-    boards[0].leave()
-    assert 0.4 < time.monotonic() - started < 1.5
-    reading.join(5)
+    assert [[part[:1] for part in parts] for parts in answers] == [[b"\0", b"\1"]] * 2

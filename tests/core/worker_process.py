@@ -11,12 +11,12 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
-from cluster import TIMEOUT, Recorder
-from forked import Forked
 
 from checkpoint_engine.device import open_device
-from checkpoint_engine.engine.receiver import receive_update
-from checkpoint_engine.server import ParameterServer
+from checkpoint_engine.receiver.reception import receive_update
+from checkpoint_engine.server.parameter_server import ParameterServer
+from tests.core.cluster import TIMEOUT, Recorder
+from tests.core.forked import Forked
 
 
 def digests(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:

@@ -9,14 +9,15 @@ import os
 import sys
 from pathlib import Path
 
-from checkpoint_engine.host.loader import find_files, split_among_ranks
-from checkpoint_engine.server import ParameterServer
+from checkpoint_engine.server.parameter_server import ParameterServer
+from checkpoint_engine.source.directory import select_directory
+from checkpoint_engine.source.loader import split_among_ranks
 
 
 def main() -> None:
     directory, metas = Path(sys.argv[1]), Path(sys.argv[2])
     server = ParameterServer(device="cpu")
-    files = split_among_ranks(find_files(directory), server.world_size)[server.rank]
+    files = split_among_ranks(select_directory(directory), server.world_size)[server.rank]
     server.register_checkpoint(directory.name, files=files)
     server.gather_metas(directory.name)
     if server.rank == 0:

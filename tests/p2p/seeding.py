@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from hosts import Network
+from tests.p2p.hosts import Network
 
 ENVIRONMENT = {
     "PS_MAX_BUCKET_SIZE_GB": str(64 / (1 << 20)),
@@ -25,6 +26,7 @@ def seeds(network: Network, checkpoint: Path, metas: Path) -> Iterator[list[subp
     """Ranks 0 and 1 on host 0, ranks 2 and 3 on host 1."""
     script = str(Path(__file__).with_name("seed_rank.py"))
     processes: list[subprocess.Popen[str]] = []
+    secret = secrets.token_hex(32)
     try:
         for rank in range(4):
             environment = {
@@ -33,6 +35,7 @@ def seeds(network: Network, checkpoint: Path, metas: Path) -> Iterator[list[subp
                 "LOCAL_RANK": str(rank % 2),
                 "MASTER_ADDR": network.address(0),
                 "MASTER_PORT": "29400",
+                "CHECKPOINT_ENGINE_RANKS_SECRET": secret,
                 "CHECKPOINT_ENGINE_P2P": "1",
             }
             processes.append(

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from hosts import Network, why_not
-from p2p_help import needs_mooncake
-from seeding import ENVIRONMENT, seeds
 
 from checkpoint_engine.catalog import Catalog
-from checkpoint_engine.deadline import Deadline
-from checkpoint_engine.engine.client import ReferenceClient
-from checkpoint_engine.engine.reference import ModelSpec, make_checkpoint
-from checkpoint_engine.engine.reference_process import ReferenceProcess
+from checkpoint_engine.reference.engine import ModelSpec, make_checkpoint
+from checkpoint_engine.reference.process import ReferenceProcess
+from tests.commands import command_line, run
+from tests.core.engines import assert_holds
+from tests.core.p2p_help import needs_mooncake
+from tests.p2p.hosts import Network, why_not
+from tests.p2p.seeding import ENVIRONMENT, seeds
 
 pytestmark = [pytest.mark.long, needs_mooncake, pytest.mark.skipif(bool(why_not()), reason=why_not())]
 
@@ -31,15 +29,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def join(network: Network, host: int, metas: Path, endpoint: str, *more: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "checkpoint_engine", "join", "--metas", str(metas), "--engine", "reference"]
-    return subprocess.run(
-        network.command(host, [*command, "-tp", "2", "--endpoint", endpoint, "--device", "cpu", "--json", *more]),
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-        env=os.environ | ENVIRONMENT,
-    )
+    options = ("--engine", "reference", "-tp", "2", "--endpoint", endpoint, "--device", "cpu", "--json", *more)
+    command = command_line("join", "--metas", metas, *options)
+    return run(network.command(host, command), environment=ENVIRONMENT)
 
 
 def test_an_engine_on_a_third_host_joins_and_hears_when_a_host_is_gone(checkpoint: Path, tmp_path: Path) -> None:
@@ -54,8 +46,7 @@ def test_an_engine_on_a_third_host_joins_and_hears_when_a_host_is_gone(checkpoin
         joined = join(network, 2, metas, engine.endpoint)
         assert joined.returncode == 0, joined.stderr
         assert json.loads(joined.stdout)["method"] == "p2p"
-        for result in ReferenceClient(engine.endpoint).collective_rpc("verify", Deadline(20), [str(checkpoint)]):
-            assert result["ok"], result
+        assert_holds(engine, checkpoint)
         for process in processes[2:]:
             process.send_signal(signal.SIGKILL)
         refused = join(network, 2, metas, engine.endpoint, "--wait", "1")

@@ -75,7 +75,7 @@ def test_the_wheels_work_in_an_empty_environment(wheels: dict[str, Path], tmp_pa
     plugins = (wheels["checkpoint-engine-vllm"], wheels["checkpoint-engine-sglang"])
     uv("pip", "install", "--quiet", "--python", environment / "bin" / "python", *plugins)
     code = (
-        "from checkpoint_engine.engine.auto import load_client; import checkpoint_engine_vllm as p;"
+        "from checkpoint_engine.client.auto import load_client; import checkpoint_engine_vllm as p;"
         "print(load_client('vllm').__name__, p.WorkerExtension.__name__, load_client('sglang').__name__)"
     )
     done = subprocess.run(

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import httpx
 import pytest
-from vllm_sources import VERSIONS, extract, wheel_urls
+
+from tests.patches.vllm_sources import VERSIONS, extract, wheel_urls
 
 if TYPE_CHECKING:
     from collections.abc import Callable

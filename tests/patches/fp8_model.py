@@ -1,4 +1,4 @@
-"""A small real Llama of a vLLM source tree, updated by the plugin's own adapter as a worker would be."""
+"""A small real Llama of a vLLM source tree, updated by the plugin's own sink as a worker would be."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import transformers
 from fp8_state import addresses, differences, state
 from fp8_tree import Vllm
 
-from checkpoint_engine.engine.adapter import TensorSpec, Update
+from checkpoint_engine.contract.sink import TensorSpec, Update
 from checkpoint_engine.errors import MissingDependencyError, WeightsRejectedError
 from checkpoint_engine_vllm import patched
 
@@ -45,7 +45,7 @@ def checkpoint(seed: int) -> dict[str, torch.Tensor]:
 
 
 class Worker:
-    """What the adapter uses of vLLM's worker."""
+    """What the sink uses of vLLM's worker."""
 
     def __init__(self, vllm: Vllm) -> None:
         from vllm.config import VllmConfig, set_current_vllm_config
@@ -118,76 +118,77 @@ def update(vllm: Vllm) -> str:
         expected[seed] = state(fresh.model)
     worker.load(checkpoint(1))
     before = addresses(worker.model)
-    adapter, wrong = patched.PatchedAdapter(worker), []
+    sink, wrong = patched.PatchedSink(worker), []
 
     def compare(what: str, seed: int, *, dirty: bool = False) -> None:
         wrong.extend(f"{what}: {text}" for text in differences(state(worker.model), expected[seed]))
-        wrong.extend([f"{what}: dirty is {adapter.dirty}"] if adapter.dirty is not dirty else [])
+        wrong.extend([f"{what}: dirty is {sink.dirty}"] if sink.dirty is not dirty else [])
 
     if not differences(expected[1], expected[2]):
         return "the two checkpoints are the same"
-    bring(adapter, checkpoint(2))
+    bring(sink, checkpoint(2))
     compare("an update", 2)
-    announce(adapter, checkpoint(1))
-    wrong += [] if adapter.abort() else ["given up before anything came: the weights are said to be others"]
+    announce(sink, checkpoint(1))
+    wrong += [] if sink.abort() else ["given up before anything came: the weights are said to be others"]
     compare("given up before anything came", 2)
-    announce(adapter, checkpoint(1))
+    announce(sink, checkpoint(1))
     for bucket in list(buckets(checkpoint(1)))[:2]:
-        adapter.load(bucket)
-    wrong += ["given up half-way: the weights are said to be the old ones"] if adapter.abort() else []
+        sink.load(bucket)
+    wrong += ["given up half-way: the weights are said to be the old ones"] if sink.abort() else []
     for missing in ("model.layers.0.mlp.up_proj.weight", "model.norm.weight"):
         some = {name: tensor for name, tensor in checkpoint(1).items() if name != missing}
         try:
-            bring(adapter, some)
+            bring(sink, some)
             wrong.append(f"without {missing}: no error")
         except WeightsRejectedError as error:
             wrong += [] if "weight" in str(error) else [str(error)]
-            adapter.abort()
-        wrong += [] if adapter.dirty else [f"without {missing}: not dirty"]
-    bring(adapter, checkpoint(1))
+            sink.abort()
+        wrong += [] if sink.dirty else [f"without {missing}: not dirty"]
+    bring(sink, checkpoint(1))
     compare("healed", 1)
     wrong += [f"{name} has moved" for name, at in addresses(worker.model).items() if at != before.get(name)]
-    return "; ".join(wrong) or refusals(worker, adapter)
+    return "; ".join(wrong) or refusals(worker, sink)
 
 
-def refusals(worker: Worker, adapter: patched.PatchedAdapter) -> str:
+def refusals(worker: Worker, sink: patched.PatchedSink) -> str:
     """What is wrong with the refusals of what this vLLM cannot do."""
     layer: Any = worker.model.model.layers[0].mlp.down_proj
     from vllm import __version__ as version
 
     kept, wrong = vars(layer).pop(patched.STATE), []
-    if "down_proj" not in refusal(adapter):
+    if "down_proj" not in refusal(sink):
         wrong.append("a layer that cannot be loaded again was accepted")
     vars(layer)[patched.STATE] = kept
     worker.vllm_config = types.SimpleNamespace(
         quant_config=types.SimpleNamespace(is_checkpoint_fp8_serialized=False),
         parallel_config=types.SimpleNamespace(tensor_parallel_size=2),
     )
-    if ("only half" in refusal(adapter)) is not version.startswith("0.13."):
-        wrong.append(f"quantised by {version} for two workers: {refusal(adapter) or 'accepted'}")
+    if ("only half" in refusal(sink)) is not version.startswith("0.13."):
+        wrong.append(f"quantised by {version} for two workers: {refusal(sink) or 'accepted'}")
     return "; ".join(wrong)
 
 
-def refusal(adapter: patched.PatchedAdapter) -> str:
+def refusal(sink: patched.PatchedSink) -> str:
     try:
-        announce(adapter, checkpoint(1))
+        announce(sink, checkpoint(1))
     except MissingDependencyError as error:
         return str(error)
+    sink.abort()
     return ""
 
 
-def bring(adapter: patched.PatchedAdapter, tensors: dict[str, torch.Tensor]) -> None:
-    announce(adapter, tensors)
+def bring(sink: patched.PatchedSink, tensors: dict[str, torch.Tensor]) -> None:
+    announce(sink, tensors)
     for bucket in buckets(tensors):
-        adapter.load(bucket)
+        sink.load(bucket)
         for _, tensor in bucket:
             tensor.view(torch.uint8).fill_(0x55) if tensor.dim() else tensor.fill_(7)  # memory is used again
-    adapter.finish()
+    sink.finish()
 
 
-def announce(adapter: patched.PatchedAdapter, tensors: dict[str, torch.Tensor]) -> None:
+def announce(sink: patched.PatchedSink, tensors: dict[str, torch.Tensor]) -> None:
     specs = {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    adapter.begin(Update(id="1", checkpoint="x", version="2", tensors=specs))
+    sink.begin(Update(id="1", checkpoint="x", version="2", tensors=specs))
 
 
 def buckets(tensors: dict[str, torch.Tensor]) -> Iterator[list[tuple[str, torch.Tensor]]]:

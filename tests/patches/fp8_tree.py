@@ -24,11 +24,10 @@ def import_tree(tree: str) -> Vllm:
     """vLLM from a source tree, on a CPU that says it is an H100 (or, for Marlin, something older)."""
     sys.path.insert(0, tree)
     os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
+    from vllm import _custom_ops as ops
     from vllm.config import CacheConfig, VllmConfig, set_current_vllm_config
     from vllm.distributed import parallel_state
     from vllm.platforms import current_platform
-
-    from vllm import _custom_ops as ops
 
     platform = type(current_platform)
     vllm = types.SimpleNamespace(marlin=False, CacheConfig=CacheConfig)

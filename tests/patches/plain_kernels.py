@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from fp8_tree import scaled_fp8_quant, triton_experts
+from vllm import _custom_ops as ops
 from vllm.model_executor.layers.fused_moe import cpu_fused_moe
 from vllm.model_executor.layers.quantization import fp8
 
 from checkpoint_engine_vllm import WorkerExtension
-from vllm import _custom_ops as ops
 
 BLOCK = 128
 FP8_MAX = 448.0

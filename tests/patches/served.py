@@ -1,7 +1,9 @@
 """By hand: real `vllm serve` of a patched vLLM on the CPU, updated to and fro, compared with cold starts.
 
-served.py ENVIRONMENT [--pause MODE] NAME...     in this repository's environment; NAME as in tests/vllm/models.py, with
-                                                 +fp8 one that vLLM quantises itself, such as wide+fp8
+python -m tests.patches.served ENVIRONMENT [--pause MODE] NAME...
+
+In this repository's environment. NAME as in tests/vllm/models.py, with +fp8 one that vLLM quantises itself, such as
+wide+fp8.
 
 For each NAME: greedy tokens of cold starts of checkpoints A and B; then a server with dummy weights, brought to A, B,
 A, B and A by `checkpoint-engine update`. Prints whether it says the same each time; ends with 1 if it does not.
@@ -10,15 +12,13 @@ A, B and A by `checkpoint-engine update`. Prints whether it says the same each t
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "vllm"))
-
-from conftest import Server
+from tests.commands import run_command
+from tests.vllm.conftest import Server
 
 HERE = Path(__file__).parent
 VLLM_TESTS = HERE.parent / "vllm"
@@ -41,18 +41,8 @@ def cold_tokens(environment: Path, model: Path, *options: str) -> list[list[int]
 
 
 def update(server: Server, model: Path, pause: str) -> None:
-    command = [
-        *(Path(sys.executable).parent / "checkpoint-engine", "update", model, "--engine", "vllm"),
-        *("--endpoint", server.endpoint, "--device", "cpu", "--timeout", "120", "--pause", pause),
-    ]
-    done = subprocess.run(
-        list(map(str, command)),
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-        env={**os.environ, "COLUMNS": "200"},
-    )
+    where = ("--engine", "vllm", "--endpoint", server.endpoint, "--device", "cpu")
+    done = run_command("update", model, *where, "--timeout", "120", "--pause", pause, timeout=240)
     if done.returncode:
         raise RuntimeError(done.stderr)
 

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from vllm_sources import ROOT, extract
+
+from tests.environments import python_of
+from tests.patches.vllm_sources import extract
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,10 +30,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 @pytest.fixture(scope="module")
 def python() -> Path:
     """Of the environment that scripts/make_vllm_env.sh makes: old sources run with its newer libraries."""
-    found = Path(os.environ.get("CHECKPOINT_ENGINE_VLLM_ENV", ROOT / ".venvs" / "vllm")) / "bin" / "python"
-    if not found.exists():
-        pytest.skip(f"no {found}: run scripts/make_vllm_env.sh")
-    return found
+    return python_of("vllm")
 
 
 @pytest.fixture(scope="module")

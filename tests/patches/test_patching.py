@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from vllm_sources import ROOT, VERSIONS
+
+from tests.patches.vllm_sources import ROOT, VERSIONS
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from sglang_push import free_port
-from sglang_server import SHARED_MEMORY, Server
+
+from tests.commands import run, run_command
+from tests.environments import ROOT, python_of
+from tests.ports import free_port
+from tests.sglang.sglang_server import SHARED_MEMORY, Server
 
 HERE = Path(__file__).parent
-ROOT = HERE.parent.parent
 CHECKPOINTS = ("qwen3", "qwen3-b", "moe", "moe-b")
 PLUGINS = ("faults", "cpu_identity", "second_model", "plain_kernels")
 
@@ -28,11 +31,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def sglang_python() -> Path:
-    """Python of SGLang's environment; CHECKPOINT_ENGINE_SGLANG_ENV names another one."""
-    found = Path(os.environ.get("CHECKPOINT_ENGINE_SGLANG_ENV", ROOT / ".venvs" / "sglang")) / "bin" / "python"
-    if not found.exists():
-        pytest.skip(f"no SGLang in {found.parent.parent}: run scripts/make_sglang_env.sh")
-    return found
+    return python_of("sglang")
+
+
+@pytest.fixture(scope="session")
+def in_sglang(sglang_python: Path) -> Callable[..., Any]:
+    """Runs a script of this directory in SGLang's environment; gives the JSON of its last line."""
+
+    def run_script(script: str, *arguments: object) -> Any:
+        command = list(map(str, [sglang_python, "-W", "ignore", HERE / script, *arguments]))
+        environment = {
+            "SGLANG_USE_CPU_ENGINE": "1",
+            "SGLANG_PLUGINS": "checkpoint_engine",
+            "HF_HUB_OFFLINE": "1",
+            "TRANSFORMERS_OFFLINE": "1",
+        }
+        done = run(command, timeout=400, environment=environment)
+        assert done.returncode == 0, done.stderr[-4000:]
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return run_script
 
 
 @pytest.fixture(scope="session")
@@ -139,14 +157,8 @@ def verify_command() -> Callable[..., subprocess.CompletedProcess[str]]:
 
 def _command(name: str) -> Callable[..., subprocess.CompletedProcess[str]]:
     def run(directory: Path, server: Server, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        command = [
-            *(Path(sys.executable).parent / "checkpoint-engine", name, directory),
-            *("--endpoint", server.endpoint, "--device", "cpu", "--timeout", "120", "--wait", "60"),
-            *("--tensor-parallel-size", str(server.workers), *options),
-        ]
-        env = {**os.environ, "COLUMNS": "200", **environment}
-        return subprocess.run(
-            list(map(str, command)), capture_output=True, text=True, timeout=240, check=False, env=env
-        )
+        where = ("--endpoint", server.endpoint, "--device", "cpu", "--tensor-parallel-size", server.workers)
+        patience = ("--timeout", "120", "--wait", "60")
+        return run_command(name, directory, *where, *patience, *options, timeout=240, environment=environment)
 
     return run

@@ -8,6 +8,7 @@ replaced is the arithmetic. The processing is SGLang's.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import sys
 import types
@@ -52,7 +53,14 @@ def install() -> None:
     stand_in.utils = types.ModuleType("deep_gemm.utils")
     stand_in.utils.align = lambda size, step: -(-size // step) * step
     stand_in.utils.get_tma_aligned_size = lambda size, width: stand_in.utils.align(size, 16 // width)
-    sys.modules.update({"deep_gemm": stand_in, "deep_gemm.utils": stand_in.utils})
+    stand_in.utils.layout = types.ModuleType("deep_gemm.utils.layout")
+    stand_in.utils.layout.get_mn_major_tma_aligned_packed_ue8m0_tensor = (
+        utils._get_mn_major_tma_aligned_packed_ue8m0_tensor_torch_impl
+    )
+    modules = (stand_in, stand_in.utils, stand_in.utils.layout)
+    sys.modules.update({module.__name__: module for module in modules})
+    if importlib.util.find_spec("sglang.srt.layers.quantization.mxfp8_input"):  # as new as 0.5.23
+        importlib.import_module("plain_small_floats").install()
     rotary: Any = importlib.import_module("sglang.srt.layers.rotary_embedding.factory")
     rotary.get_rope_cpu = lambda *args: rotary.get_rope(*args[:-1])  # the device comes last
 

@@ -9,6 +9,8 @@ Prints JSON: for each name what differs after each update, and what else a test 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import importlib
 import json
 import os
@@ -21,6 +23,7 @@ import plain_kernels
 import torch
 from safetensors.torch import load_file
 
+DEVICE = os.environ.get("ZOO_DEVICE", "cpu")
 UPDATES = ("b", "a", "b", "a", "b")
 """By the loader, proved; by plan, checked; by plan. And once more each way round."""
 
@@ -30,7 +33,8 @@ def start(model: Path) -> None:
     from sglang.srt.plugins import load_plugins
 
     load_plugins()
-    plain_kernels.install()
+    if DEVICE == "cpu":
+        plain_kernels.install()
     try:
         from sglang.benchmark.one_batch import _init_process_global_configs  # noqa: F401 - asks for the version
     except ImportError:
@@ -60,12 +64,13 @@ def start_by_benchmark(model: Path) -> None:
     benchmark.load_model = load_and_stop
     arguments = ServerArgs(
         model_path=str(model),
-        device="cpu",
+        device=DEVICE,
         attention_backend="torch_native",
         sampling_backend="pytorch",
         grammar_backend="none",
         mem_fraction_static=0.1,
         max_total_tokens=8192,
+        disable_cuda_graph=True,
     )
     with contextlib.suppress(StartedError):
         benchmark.latency_test(arguments, PortArgs.init_new(arguments), None, 0, 0)
@@ -79,11 +84,11 @@ def start_at_once(model: Path) -> None:
     from sglang.srt.runtime_context import SpawnRanks, publish
     from sglang.srt.server_args import PortArgs, ServerArgs
 
-    arguments = ServerArgs(model_path=str(model), device="cpu", attention_backend="torch_native")
+    arguments = ServerArgs(model_path=str(model), device=DEVICE, attention_backend="torch_native")
     publish(arguments, role="scheduler", ranks=SpawnRanks(world_rank=0, gpu_id=0))
     _init_process_global_configs()
     bootstrap.init_parallel_runtime(
-        server_args=arguments, device="cpu", dist_port=PortArgs.init_new(arguments).nccl_port
+        server_args=arguments, device=DEVICE, dist_port=PortArgs.init_new(arguments).nccl_port
     )
     bootstrap.init_layer_runtime(model_config=ModelConfig.from_server_args(arguments))
 
@@ -98,7 +103,7 @@ def load(directory: Path, method: str, load_format: str = "auto") -> tuple[torch
     config = ModelConfig(str(directory), dtype="bfloat16", quantization=method or None)
     loading = LoadConfig(load_format=load_format)
     with torch.inference_mode(mode=False):
-        return get_model(model_config=config, load_config=loading, device_config=DeviceConfig("cpu", 0)), config
+        return get_model(model_config=config, load_config=loading, device_config=DeviceConfig(DEVICE, 0)), config
 
 
 def tensors_of(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -111,6 +116,19 @@ def tensors_of(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         for name, value in vars(module).items():
             if isinstance(value, torch.Tensor):
                 yield f"{prefix}.{name}", value
+    yield from held_by_methods(model)
+
+
+def held_by_methods(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors of what processes layers, which it may have in records of its own, as for OpenAI's kernels."""
+    for prefix, module in model.named_modules():
+        method = getattr(module, "quant_method", None)
+        for name, held in vars(method).items() if method is not None else ():
+            value = held
+            while dataclasses.is_dataclass(value) and not isinstance(value, type):
+                value = getattr(value, dataclasses.fields(value)[0].name)
+            if isinstance(value, torch.Tensor):
+                yield f"{prefix}.{name}", value
 
 
 def numbers_of(model: torch.nn.Module) -> dict[str, object]:
@@ -119,7 +137,8 @@ def numbers_of(model: torch.nn.Module) -> dict[str, object]:
     for prefix, module in model.named_modules():
         for owner in (module, getattr(module, "quant_method", None), getattr(module, "scheme", None)):
             for name, value in vars(owner).items() if owner is not None else ():
-                if isinstance(value, (bool, int, float, str)):
+                remembered = isinstance(getattr(type(owner), name, None), functools.cached_property)
+                if isinstance(value, (bool, int, float, str)) and not remembered:
                     found[f"{prefix}.{type(owner).__name__}.{name}"] = value
     for name, tensor in tensors_of(model):
         found[f"{name}.format_ue8m0"] = getattr(tensor, "format_ue8m0", None)
@@ -150,38 +169,39 @@ def read(directory: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def update(adapter: Any, tensors: dict[str, torch.Tensor], mode: str) -> dict[str, Any]:
+def update(sink: Any, tensors: dict[str, torch.Tensor], mode: str) -> dict[str, Any]:
     """In three buckets that cut layers apart, each of whose memory is used again."""
-    from checkpoint_engine.engine.adapter import TensorSpec, Update
+    from checkpoint_engine.contract.sink import TensorSpec, Update
 
     specs = {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    adapter.begin(Update("id", "checkpoint", "version", specs, mode))
+    sink.begin(Update("id", "checkpoint", "version", specs, mode))
     names = sorted(tensors)
     for part in range(3):
         bucket = [(name, tensors[name].clone()) for name in names[part::3]]
-        adapter.load(bucket)
+        sink.load(bucket)
         for _, tensor in bucket:
             tensor.zero_()
-    return dict(adapter.finish())
+    return dict(sink.finish().details())
 
 
 def derived_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """What DeepSeek's attention computes from its weights."""
-    return {
+    """What DeepSeek's attention computes from its weights, and what methods hold in place of their layers."""
+    derived = {
         f"{prefix}.{name}": getattr(module, name)
         for prefix, module in model.named_modules()
         for name in ("w_kc", "w_vc", "w_scale")
         if isinstance(getattr(module, name, None), torch.Tensor)
     }
+    return {**derived, **dict(held_by_methods(model))}
 
 
-def found_when_flipped(model: torch.nn.Module, adapter: Any, weights: dict[str, torch.Tensor]) -> dict[str, str]:
+def found_when_flipped(model: torch.nn.Module, sink: Any, weights: dict[str, torch.Tensor]) -> dict[str, str]:
     """What a comparison finds when one bit of one derived tensor is another, for each of them."""
     found: dict[str, str] = {}
     for name, tensor in derived_tensors(model).items():
         first = tensor.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[tensor.itemsize])[(0,) * tensor.dim()]
         first.bitwise_xor_(1)
-        found[name] = update(adapter.verifier(), weights, "verify")["different"]
+        found[name] = update(sink.verifier(), weights, "verify")["different"]
         first.bitwise_xor_(1)
     return found
 
@@ -199,8 +219,8 @@ def in_tree(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> str:
 
 
 def check(parent: Path, name: str) -> dict[str, Any]:
-    from checkpoint_engine_sglang.adapter import SGLangAdapter
     from checkpoint_engine_sglang.compat import Runner
+    from checkpoint_engine_sglang.sink import SGLangSink
 
     name, _, method = name.partition("+")
     directories = {"a": parent / name, "b": parent / f"{name}-b"}
@@ -212,15 +232,15 @@ def check(parent: Path, name: str) -> dict[str, Any]:
     result: dict[str, Any] = {"a is b": not differing(fresh["a"], fresh["b"]), "ways": [], "reasons": []}
     runner = Runner("target", model, config, torch.device("cpu"), has_graphs=True)
     for mode in ("auto", "loader"):
-        adapter = SGLangAdapter([runner], 1)
+        sink = SGLangSink([runner], 1)
         for key in UPDATES if mode == "auto" else UPDATES[:2]:
-            details = update(adapter, weights[key], mode)
+            details = update(sink, weights[key], mode)
             result.setdefault("differing", []).append(differing(model, fresh[key])[:8])
             result["ways"].append(details["reload"])
             result["reasons"].append(details["loader_reason"])
             result["rebuilt"] = details["rebuilt_layers"]
-    result["compared"] = {key: update(adapter.verifier(), weights[key], "verify") for key in ("a", "b")}
-    result["flipped"] = found_when_flipped(model, adapter, weights["a"])
+    result["compared"] = {key: update(sink.verifier(), weights[key], "verify") for key in ("a", "b")}
+    result["flipped"] = found_when_flipped(model, sink, weights["a"])
     result["changed by comparing"] = differing(model, fresh["a"])
     result["moved"] = [key for key, tensor in tensors_of(model) if tensor.data_ptr() != places.get(key)]
     result["exchanged"] = [key for key, tensor in tensors_of(model) if id(tensor) != objects.get(key)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -14,10 +13,11 @@ from typing import Any
 import httpx
 import torch
 from safetensors.torch import load_file
-from sglang_server import Server
 
-from checkpoint_engine.server import ParameterServer
+from checkpoint_engine.server.parameter_server import ParameterServer
 from checkpoint_engine_sglang import SGLangClient
+from tests.ports import free_port
+from tests.sglang.sglang_server import Server
 
 Tensors = dict[str, torch.Tensor]
 
@@ -30,10 +30,18 @@ def read(directory: Path) -> Tensors:
     return tensors
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+def broken(tensors: Tensors, fault: str) -> Tensors:
+    """Tensors with something wrong about them."""
+    changed = dict(tensors)
+    if fault == "missing":
+        del changed["model.layers.1.mlp.up_proj.weight"]
+    elif fault == "unknown":
+        changed["nonsense.weight"] = torch.ones(3)
+    elif fault == "too long":
+        changed["model.layers.0.mlp.down_proj.weight"] = torch.zeros(200, 256, dtype=torch.bfloat16)
+    elif fault == "too short":
+        changed["model.layers.0.mlp.down_proj.weight"] = torch.zeros(100, 256, dtype=torch.bfloat16)
+    return changed
 
 
 Ask = Callable[[dict[str, str]], None]

@@ -7,14 +7,14 @@ import json
 import os
 import signal
 import subprocess
-import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
-from streams import lines_of
+
+from tests.core.streams import TokenStream
 
 PROMPTS = ["Hello, my name is", "The capital of France is", "The quick brown fox"]
 START_SECONDS = 240
@@ -96,36 +96,16 @@ class Server:
             left.unlink(missing_ok=True)
 
 
-class Stream:
-    """A generation that arrives piece by piece in a thread."""
+class Stream(TokenStream):
+    """A generation of a running SGLang."""
 
     def __init__(self, server: Server, length: int) -> None:
-        self.tokens: list[int] = []
         self.finish: dict[str, Any] | None = None
-        self.error: Exception | None = None
         parameters = {"temperature": 0, "max_new_tokens": length, "ignore_eos": True}
-        self._body = {"text": PROMPTS[0], "sampling_params": parameters, "stream": True}
-        self._url = f"{server.endpoint}/generate"
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
+        super().__init__(
+            f"{server.endpoint}/generate", {"text": PROMPTS[0], "sampling_params": parameters, "stream": True}
+        )
 
-    def _run(self) -> None:
-        try:
-            with httpx.stream("POST", self._url, json=self._body, timeout=120) as reply:
-                for line in lines_of(reply):
-                    if line.startswith(b"data: {"):
-                        answer = json.loads(line[6:])
-                        self.tokens = answer["output_ids"]
-                        self.finish = answer["meta_info"]["finish_reason"]
-        except httpx.HTTPError as error:
-            self.error = error
-
-    def wait_for(self, tokens: int) -> None:
-        end = time.monotonic() + 60
-        while len(self.tokens) < tokens:
-            assert time.monotonic() < end, f"{len(self.tokens)} tokens came; {self.error}"
-            time.sleep(0.02)
-
-    def join(self) -> None:
-        self._thread.join(timeout=120)
-        assert not self._thread.is_alive()
+    def take(self, answer: dict[str, Any]) -> None:
+        self.tokens = answer["output_ids"]
+        self.finish = answer["meta_info"]["finish_reason"]

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from sglang_push import InTreeAnswer, in_tree, push, read
-from sglang_server import Server, Stream
 
 from checkpoint_engine.errors import CheckpointEngineError
+from tests.sglang.sglang_push import InTreeAnswer, broken, in_tree, push, read
+from tests.sglang.sglang_server import Server, Stream
 
 Update = Callable[..., "subprocess.CompletedProcess[str]"]
 TINY_BUCKETS = {"PS_MAX_BUCKET_SIZE_GB": "0.00001"}
@@ -216,19 +216,6 @@ def test_a_cache_in_use_is_not_flushed_under_its_requests(
     stream.join()
     assert stream.tokens[:12] == cold["qwen3"]["tokens"][0]
     assert on_a.state() == cold["qwen3"]
-
-
-def broken(tensors: dict[str, torch.Tensor], fault: str) -> dict[str, torch.Tensor]:
-    changed = dict(tensors)
-    if fault == "missing":
-        del changed["model.layers.1.mlp.up_proj.weight"]
-    elif fault == "unknown":
-        changed["nonsense.weight"] = torch.ones(3)
-    elif fault == "too long":
-        changed["model.layers.0.mlp.down_proj.weight"] = torch.zeros(200, 256, dtype=torch.bfloat16)
-    elif fault == "too short":
-        changed["model.layers.0.mlp.down_proj.weight"] = torch.zeros(100, 256, dtype=torch.bfloat16)
-    return changed
 
 
 FAULTS = {

@@ -12,11 +12,10 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-from sglang_push import InTreeAnswer, in_tree, push, read
-from sglang_server import Server
-from test_dense import broken
 
 from checkpoint_engine.errors import CheckpointEngineError
+from tests.sglang.sglang_push import InTreeAnswer, broken, in_tree, push, read
+from tests.sglang.sglang_server import Server
 
 Serve = Callable[..., Server]
 Tensors = dict[str, torch.Tensor]

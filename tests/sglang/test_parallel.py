@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from sglang_push import InTreeAnswer, in_tree, push, read
-from sglang_server import Server, Stream
 
 from checkpoint_engine.errors import CheckpointEngineError
+from checkpoint_engine_sglang import SGLangClient
+from tests.sglang.sglang_push import InTreeAnswer, in_tree, push, read
+from tests.sglang.sglang_server import Server, Stream
+from tests.sharded import ShardingTrainer
 
 Update = Callable[..., "subprocess.CompletedProcess[str]"]
 Serve = Callable[..., Server]
@@ -53,6 +55,18 @@ def test_two_tensor_parallel_workers(
         done = update_command(checkpoints / name, server, "--engine", "sglang", *how)
         assert done.returncode == 0, done.stderr
     assert server.state() == expected
+
+    # A trainer's two ranks, each with its shards.
+    trainer = ShardingTrainer(2, SGLangClient(server.endpoint))
+    for dealing, method, name in (
+        ("rows", "broadcast", "qwen3-b"),
+        ("rows", "direct", "qwen3"),
+        ("columns", "direct", "qwen3-b"),
+        ("uneven", "broadcast", "qwen3"),
+    ):
+        trainer.step(weights[name], dealing, method, name)
+        assert (server.state() == expected) == (name == "qwen3")
+    trainer.close()
 
     # The wrong number of workers.
     done = update_command(checkpoints / "qwen3-b", server, "--engine", "sglang", "--tensor-parallel-size", "1")

@@ -5,8 +5,6 @@ The CPU has no kernels for most of these; plain_kernels.py has them in plain tor
 
 from __future__ import annotations
 
-import json
-import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +12,10 @@ from typing import Any
 
 import httpx
 import pytest
-from sglang_push import InTreeAnswer, in_tree, push, read
-from sglang_server import Server
 
 from checkpoint_engine.errors import CheckpointEngineError
+from tests.sglang.sglang_push import InTreeAnswer, in_tree, push, read
+from tests.sglang.sglang_server import Server
 
 HERE = Path(__file__).parent
 FORMATS = {
@@ -31,8 +29,14 @@ FORMATS = {
     "fp8tensormoe": "experts with one scale a tensor",
     "fp8mla": "DeepSeek's attention, w_kc and w_vc derived",
     "mla": "the same in bfloat16",
+    "nvfp4": "NVFP4 as ModelOpt writes it, scales interleaved for CUTLASS",
+    "nvfp4moe": "experts likewise",
+    "nvfp4ct": "NVFP4 as compressed-tensors writes it",
+    "mxfp8": "MXFP8, exponents packed for DeepGEMM",
+    "gptoss": "MXFP4 as gpt-oss is published, weights held by OpenAI's kernels",
+    "fp8mxfp4moe": "experts in MXFP4 beside FP8, as DeepSeek-V4 has them",
 }
-UNDER_SGLANGS_OWN = ("mla",)
+UNDER_SGLANGS_OWN = ("mla", "nvfp4", "nvfp4moe")
 """What SGLang's own path does right."""
 
 
@@ -46,23 +50,8 @@ def quantised(sglang_python: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture(scope="module")
-def results(sglang_python: Path, quantised: Path) -> dict[str, Any]:
-    done = subprocess.run(
-        [sglang_python, "-W", "ignore", HERE / "quantised_process.py", quantised, *FORMATS],
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-        env={
-            **os.environ,
-            "SGLANG_USE_CPU_ENGINE": "1",
-            "SGLANG_PLUGINS": "checkpoint_engine",
-            "HF_HUB_OFFLINE": "1",
-            "TRANSFORMERS_OFFLINE": "1",
-        },
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+def results(in_sglang: Callable[..., Any], quantised: Path) -> dict[str, Any]:
+    return in_sglang("quantised_process.py", quantised, *FORMATS)
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -85,9 +74,19 @@ def test_compared_with_a_checkpoint(results: dict[str, Any], form: str) -> None:
         assert name not in equal["not_compared"]
 
 
-@pytest.mark.parametrize(("form", "kinds"), [("mla", {"w_kc", "w_vc"}), ("fp8mla", {"w_kc", "w_vc", "w_scale"})])
-def test_one_bit_of_what_is_derived_from_weights_is_found(results: dict[str, Any], form: str, kinds: set[str]) -> None:
-    """By name; neither w_kc nor w_vc is among the model's parameters."""
+@pytest.mark.parametrize(
+    ("form", "kinds"),
+    [
+        ("mla", {"w_kc", "w_vc"}),
+        ("fp8mla", {"w_kc", "w_vc", "w_scale"}),
+        (
+            "gptoss",
+            {f"{part}_{what}" for part in ("w13", "w2") for what in ("weight_triton_tensor", "precision_config")},
+        ),
+    ],
+)
+def test_one_bit_of_what_is_made_of_weights_is_found(results: dict[str, Any], form: str, kinds: set[str]) -> None:
+    """By name; none of these is among the model's parameters."""
     flipped = results[form]["flipped"]
     assert {name.rpartition(".")[2] for name in flipped} == kinds
     assert flipped == {name: name for name in flipped}
@@ -105,9 +104,10 @@ def test_sglangs_own_path_fails_with_it(results: dict[str, Any], form: str) -> N
 
 
 def test_what_no_plan_reaches(results: dict[str, Any]) -> None:
-    """Tensors that DeepSeek's loader joins, and those that it writes twice, go through the loader; by name."""
-    for form, name in (("mla", "fused_qkv_a_proj_with_mqa"), ("fp8tensormoe", "w13_input_scale")):
-        assert name in results[form]["reasons"][1]
+    """Tensors that a loader writes twice go through it, by name; those that DeepSeek's joins are copied."""
+    for form in ("fp8tensormoe", "nvfp4moe"):
+        assert "w13_input_scale" in results[form]["reasons"][1]
+    assert "fused_qkv_a_proj_with_mqa" not in results["mla"]["reasons"][1]
     assert results["fp8block"]["reasons"][1] == ""
 
 

@@ -13,17 +13,19 @@ from typing import Any
 
 import pytest
 
+from checkpoint_engine.client.auto import AutoClient
 from checkpoint_engine.deadline import Deadline
-from checkpoint_engine.engine.auto import AutoClient
 from checkpoint_engine.errors import DeadlineError, EngineRequestError, SettingError
-from checkpoint_engine_sglang import SGLangClient, compat, places, routes
-from checkpoint_engine_sglang.gate import Gate, GateMiddleware
-from checkpoint_engine_sglang.messages import Order, Report, describe_failures, pack, unpack
-from checkpoint_engine_sglang.places import Place
+from checkpoint_engine_sglang import SGLangClient, compat, installation, routes
+from checkpoint_engine_sglang.gate import GateMiddleware, ServingGate
+from checkpoint_engine_sglang.installation import Hook
+from checkpoint_engine_sglang.messages import Order, Report, failures_in, pack, unpack
 from checkpoint_engine_sglang.plugin import check_settings
 
+pytestmark = pytest.mark.pure
 
-def ask(gate: Gate, path: str, root_path: str = "") -> tuple[int, str]:
+
+def ask(gate: ServingGate, path: str, root_path: str = "") -> tuple[int, str]:
     sent: list[Any] = []
 
     async def app(_scope: Any, _receive: Any, send: Any) -> None:
@@ -41,7 +43,7 @@ def ask(gate: Gate, path: str, root_path: str = "") -> tuple[int, str]:
 
 
 def test_the_gate() -> None:
-    gate = Gate(waiting=True)
+    gate = ServingGate(waiting=True)
     for path in ("/generate", "/health", "/ping", "/v1/completions", "/a_route_of_the_future", "/update_weights"):
         assert ask(gate, path)[0] == 503
         assert "initial weights" in ask(gate, path)[1]
@@ -54,11 +56,11 @@ def test_the_gate() -> None:
     assert ask(gate, "/continue_generation")[0] == 503
     gate.note_success()
     assert ask(gate, "/generate")[0] == 200
-    assert ask(Gate(waiting=True, keep_open=("/ping",)), "/ping")[0] == 200
+    assert ask(ServingGate(waiting=True, keep_open=("/ping",)), "/ping")[0] == 200
 
 
 def test_the_gate_says_when_its_time_is_over_and_stays_closed() -> None:
-    gate = Gate(waiting=True)
+    gate = ServingGate(waiting=True)
     opened: list[bool] = []
     waiting = threading.Thread(target=lambda: opened.append(gate.wait_until_opened(0.3)))
     waiting.start()
@@ -70,7 +72,7 @@ def test_the_gate_says_when_its_time_is_over_and_stays_closed() -> None:
     gate.note_success()
     waiting.join(5)
     assert opened == [True]
-    never = Gate(waiting=True)
+    never = ServingGate(waiting=True)
     never.end()
     assert never.wait_until_opened(10) is False
 
@@ -81,22 +83,22 @@ def test_what_travels_in_a_request() -> None:
     assert list(unpack(pack(handles, order))[0]) == ["cpu:1", "cpu:0"]
     assert unpack(handles) == (handles, None)
     same = [Report(rank, ok=rank == 1, phase="update", error="x") for rank in range(3)]
-    assert describe_failures(same) == "worker 0, 2 failed in update: x"
-    assert describe_failures([Report(0)]) == ""
+    assert failures_in(same) == "worker 0, 2 failed in update: x"
+    assert failures_in([Report(0)]) == ""
 
 
 def test_places_that_are_not_there() -> None:
-    place = Place("x", ("json.no_such_name", "no.such.module.name", "json.decoder.NaN"), "nothing works")
-    (found,) = places.find_places([place])
+    place = Hook("x", ("json.no_such_name", "no.such.module.name", "json.decoder.NaN"), "nothing works")
+    (found,) = installation.find_hooks([place])
     assert found.target == ""
     assert "no_such_name" in found.problem
     assert "no.such.module" in found.problem
     assert "NaN: not a function" in found.problem
-    (found,) = places.find_places([Place("x", ("no.such.name", "json.loads"), "")])
+    (found,) = installation.find_hooks([Hook("x", ("no.such.name", "json.loads"), "")])
     assert (found.target, found.problem) == ("json.loads", "")
-    assert places.version_numbers("0.5.10.post1") == (0, 5, 10)
-    assert places.version_numbers("0.5.10rc1") < (0, 5, 11)
-    assert places.version_numbers("of unknown version") == ()
+    assert installation.version_numbers("0.5.10.post1") == (0, 5, 10)
+    assert installation.version_numbers("0.5.10rc1") < (0, 5, 11)
+    assert installation.version_numbers("of unknown version") == ()
 
 
 Answer = tuple[int, object]
@@ -152,7 +154,7 @@ def test_the_client_says_what_a_server_without_the_plugin_lacks(engine: Callable
     with pytest.raises(EngineRequestError, match="install checkpoint-engine-sglang"):
         engine({"/health": (200, {})}).wait_ready(Deadline(5))
     with pytest.raises(DeadlineError, match="503"):
-        engine({routes.STATUS: (503, {})}).wait_ready(Deadline(3))
+        engine({routes.STATUS: (503, {})}).wait_ready(Deadline(1))
     client = engine({routes.STATUS: (200, STATUS)})
     client.wait_ready(Deadline(5))
     assert client.world_size() == 1
@@ -212,7 +214,7 @@ def test_without_its_hooks_no_worker_is_asked(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setitem(front.lost_hooks, "workers", "workers cannot be updated (no such place)")
     manager = SimpleNamespace(initial_weights_loaded=True)  # asking the workers would need far more of it
-    fronted = front.Front(manager)
+    fronted = front.ServerFront(manager)
     reports, problem = asyncio.run(fronted.update(SimpleNamespace(zmq_handles={}), wait_for_requests=True))
     assert reports == []
     assert "no such place" in problem

@@ -8,7 +8,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,11 +15,14 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
+from tests.commands import run_command
+from tests.environments import python_of
+from tests.ports import free_port
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 HERE = Path(__file__).parent
-ROOT = HERE.parent.parent
 CHECKPOINTS = [f"{kind}{variant}" for kind in ("qwen3", "tied", "moe", "mtp") for variant in ("", "-b")]
 PROMPTS = ["Hello, my name is", "The capital of France is", "The quick brown fox"]
 START_SECONDS = 240
@@ -37,11 +39,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def vllm_bin() -> Path:
-    """The `bin` of vLLM's environment; CHECKPOINT_ENGINE_VLLM_ENV names another one."""
-    found = Path(os.environ.get("CHECKPOINT_ENGINE_VLLM_ENV", ROOT / ".venvs" / "vllm")) / "bin"
-    if not (found / "vllm").exists():
-        pytest.skip(f"no vLLM in {found.parent}: run scripts/make_vllm_env.sh")
-    return found
+    """The `bin` of vLLM's environment."""
+    return python_of("vllm").parent
 
 
 def vllm_environment(**more: str) -> dict[str, str]:
@@ -69,16 +68,16 @@ def checkpoints(vllm_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 class EngineProcess:
     """A process of `engine_process.py`; `engine("update", checkpoint=...)` asks it and returns its answer."""
 
-    def __init__(self, python: Path, log: Path) -> None:
+    def __init__(self, python: Path, log: Path, script: str = "engine_process.py") -> None:
         self.log = log
-        self._python = python
+        self._python, self._script = python, script
         self._start()
 
     def _start(self) -> None:
         reading, writing = os.pipe()
         with self.log.open("w") as output:
             self._process = subprocess.Popen(
-                [self._python, HERE / "engine_process.py", str(writing)],
+                [self._python, HERE / self._script, str(writing)],
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=output,
@@ -90,9 +89,15 @@ class EngineProcess:
         self._answers = os.fdopen(reading)
 
     def __call__(self, do: str, **request: Any) -> dict[str, Any]:
+        self.ask(do, **request)
+        return self.answer()
+
+    def ask(self, do: str, **request: Any) -> None:
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps({"do": do, **request}, default=str) + "\n")
         self._process.stdin.flush()
+
+    def answer(self) -> dict[str, Any]:
         line = self._answers.readline()
         if not line:
             code, said = self._process.wait(timeout=30), self.log.read_text()[-4000:]
@@ -113,6 +118,16 @@ def engine(vllm_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     process = EngineProcess(vllm_bin / "python", tmp_path_factory.mktemp("engine") / "log")
     yield process
     process.close()
+
+
+@pytest.fixture(scope="session")
+def trainers(vllm_bin: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[EngineProcess]]:
+    """Two ranks of a trainer that speaks vLLM's own interface: processes of `trainer_process.py`."""
+    logs = tmp_path_factory.mktemp("trainers")
+    processes = [EngineProcess(vllm_bin / "python", logs / f"log{rank}", "trainer_process.py") for rank in (0, 1)]
+    yield processes
+    for process in processes:
+        process.close()
 
 
 @pytest.fixture
@@ -155,7 +170,9 @@ class Server:
         port = free_port()
         where = ["--uds", socket_path] if socket_path else ["--host", "127.0.0.1", "--port", str(port)]
         self.endpoint = f"unix:{socket_path}" if socket_path else f"http://127.0.0.1:{port}"
+        key = environment.get("VLLM_API_KEY")
         self.http = httpx.Client(
+            headers={"Authorization": f"Bearer {key}"} if key else {},
             base_url="http://localhost" if socket_path else self.endpoint,
             transport=httpx.HTTPTransport(uds=str(socket_path) if socket_path else None),
             timeout=120,
@@ -233,12 +250,6 @@ def completion(prompt: str, length: int) -> dict[str, Any]:
     }
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
 def serve(
     vllm_bin: Path, checkpoints: Path, tmp_path_factory: pytest.TempPathFactory
@@ -272,13 +283,8 @@ def verify() -> Callable[..., subprocess.CompletedProcess[str]]:
 
 def _command(name: str) -> Callable[..., subprocess.CompletedProcess[str]]:
     def run(directory: Path, server: Server, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        command = [
-            *(Path(sys.executable).parent / "checkpoint-engine", name, directory, "--engine", "vllm"),
-            *("--endpoint", server.endpoint, "--device", "cpu", "--timeout", "120", "--wait", "60", *options),
-        ]
-        env = {**os.environ, "COLUMNS": "200", **environment}
-        return subprocess.run(
-            list(map(str, command)), capture_output=True, text=True, timeout=240, check=False, env=env
-        )
+        where = ("--engine", "vllm", "--endpoint", server.endpoint, "--device", "cpu")
+        patience = ("--timeout", "120", "--wait", "60")
+        return run_command(name, directory, *where, *patience, *options, timeout=240, environment=environment)
 
     return run

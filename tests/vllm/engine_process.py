@@ -1,7 +1,7 @@
 """Runs in vLLM's environment: a real vLLM engine in this process, driven by lines of JSON.
 
 Reads {"do": ..., ...} from stdin and answers each with a line on the descriptor given as the only argument. It feeds
-`VllmAdapter` directly: buckets in one block of memory that is overwritten after every `load`, which is what a sender
+`VllmSink` directly: buckets in one block of memory that is overwritten after every `load`, which is what a sender
 is allowed to do, and faults at will.
 """
 
@@ -23,17 +23,24 @@ from unittest import mock
 
 import msgspec
 import torch
+import transfer_doors
 from safetensors import safe_open
+from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.model_executor.layers import rotary_embedding
 from vllm.model_executor.layers.fused_moe.config import fp8_w8a8_moe_quant_config
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
-from checkpoint_engine.engine.adapter import TensorSpec, Update
+from checkpoint_engine.catalog import ShardPlace
+from checkpoint_engine.contract.sink import TensorSpec, Update
+from checkpoint_engine.dtypes import dtype_name
+from checkpoint_engine.link.messages import Load, TensorSlice
+from checkpoint_engine.receiver.layouts import ReceivedBucket, UpdateLayout
+from checkpoint_engine.receiver.scattered import ScatteredDelivery, ShardAssembly
+from checkpoint_engine.sdk.testing import EngineUnderTest, run_checks
 from checkpoint_engine_vllm import compat, formats, loadplan, shadow
-from checkpoint_engine_vllm.adapter import VllmAdapter
-from vllm import LLM, SamplingParams
+from checkpoint_engine_vllm.sink import LENIENT, VllmSink
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -68,7 +75,7 @@ class Engine:
             disable_log_stats=False,
             **options,
         )
-        self.adapter = VllmAdapter(self.worker)
+        self.adapter = VllmSink(self.worker)
         return {}
 
     def stop(self) -> dict[str, Any]:
@@ -104,6 +111,9 @@ class Engine:
         without: tuple[str, ...] = (),
         draft: str | None = None,
         reload: Any = "auto",
+        shards: int = 0,
+        *,
+        lenient: bool = False,
         **change: Any,
     ) -> dict[str, Any]:
         tensors = changed(read(checkpoint), **change)
@@ -111,6 +121,7 @@ class Engine:
             tensors.update({f"draft_model.{name}": tensor for name, tensor in read(draft).items()})
         specs = {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
         with ExitStack() as faults:
+            faults.enter_context(mock.patch.dict(os.environ, {LENIENT: str(int(lenient))}))
             for thing in without:
                 faults.enter_context(lacking(thing))
             if alter is not None:
@@ -121,9 +132,9 @@ class Engine:
             try:
                 adapter.begin(Update("id", "test", Path(checkpoint).name, specs, reload))
                 for bucket in cut_off(buckets(tensors, bucket_bytes), break_after):
-                    adapter.load(placed(bucket))
+                    adapter.load(in_shards(bucket, shards) if shards else placed(bucket))
                     SCRATCH.fill_(0x41)
-                details = dict(adapter.finish())
+                details = adapter.finish().details()
             except Exception as error:  # noqa: BLE001 - reported to the test
                 traceback.print_exc()
                 intact = adapter.abort()
@@ -135,10 +146,70 @@ class Engine:
                 }
         return {"error": None, "dirty": self.adapter.dirty, "version": self.adapter.version, "details": details}
 
+    def native(
+        self, checkpoint: str, steps: str = "isuf", break_after: int | None = None, **change: Any
+    ) -> dict[str, Any]:
+        """An update by the parameter server through vLLM's own calls; see `transfer_doors.native`."""
+        tensors = changed(read(checkpoint), **change)
+        with ExitStack() as faults:
+            if break_after is not None:
+                faults.enter_context(broken_loader(compat.target_model(self.worker), break_after))
+            return transfer_doors.native(
+                self, tensors, checkpoint, steps, reload="auto" if break_after is None else "loader"
+            )
+
+    def ipc(
+        self,
+        checkpoint: str,
+        buffer: int | None = None,
+        stop_after: int | None = None,
+        break_after: int | None = None,
+        **change: Any,
+    ) -> dict[str, Any]:
+        """An update by vLLM's own `ipc` trainer; see `transfer_doors.ipc`."""
+        tensors = changed(read(checkpoint), **change)
+        with ExitStack() as faults:
+            if break_after is not None:
+                faults.enter_context(broken_loader(compat.target_model(self.worker), break_after))
+            return transfer_doors.ipc(self, tensors, buffer=buffer, stop_after=stop_after)
+
+    def nccl(
+        self,
+        checkpoint: str,
+        buffer: int | None = None,
+        port: int | None = None,
+        leave_after: int | None = None,
+        **change: Any,
+    ) -> dict[str, Any]:
+        """An update by vLLM's own `nccl` trainer; see `transfer_doors.nccl`."""
+        tensors = changed(read(checkpoint), **change)
+        return transfer_doors.nccl(self, tensors, buffer=buffer, port=port, leave_after=leave_after)
+
+    def call(self, method: str, arguments: tuple[Any, ...] = ()) -> dict[str, Any]:
+        """One of vLLM's own calls."""
+        with transfer_doors.told() as outcome:
+            getattr(self.llm, method)(*arguments)
+        return outcome
+
+    def contract(self, checkpoints: list[str], spoilt: str) -> dict[str, str]:
+        """Which checks of the sdk fail, and why; checkpoints 0 and 1, and a parameter to flip a bit of."""
+        cold = []
+        for checkpoint in checkpoints:
+            self.start(checkpoint)
+            cold.append(fingerprint(compat.target_model(self.worker)))
+        self.start(checkpoints[0], load_format="dummy")
+        verdicts = run_checks(UnderTest(self, checkpoints, cold, spoilt))
+        return {name: words for name, words in verdicts.items() if words}
+
     def spoil(self, parameter: str) -> dict[str, Any]:
         """Flips one bit of a live parameter."""
         found = dict(compat.target_model(self.worker).named_parameters())[parameter]
         found.data.view(-1).view(torch.uint8)[-1] ^= 1
+        return {}
+
+    def move_experts(self, *, moves: bool) -> dict[str, Any]:
+        """Says that experts are moved as load demands, which takes several GPUs."""
+        self.worker.vllm_config.parallel_config.enable_eplb = moves
         return {}
 
     def hold_cutlass_experts(self) -> dict[str, Any]:
@@ -186,6 +257,33 @@ class Engine:
         counters = {"num_draft_tokens", "num_accepted_tokens"}
         found = {metric.name.rpartition("spec_decode_")[2]: metric for metric in self.llm.get_metrics()}
         return {name: int(found[name].value) for name in counters & found.keys()}
+
+
+class UnderTest(EngineUnderTest):
+    """A vLLM worker as the contract of sinks sees it."""
+
+    def __init__(self, engine: Engine, checkpoints: list[str], cold: list[dict[str, str]], spoilt: str) -> None:
+        self._engine, self._cold, self._spoilt = engine, cold, spoilt
+        self._tensors = [read(checkpoint) for checkpoint in checkpoints]
+
+    @property
+    def sink(self) -> Any:
+        return self._engine.adapter
+
+    def checkpoint(self, number: int) -> dict[str, torch.Tensor]:
+        return self._tensors[number]
+
+    def cold(self, number: int) -> dict[str, str]:
+        return self._cold[number]
+
+    def state(self) -> dict[str, str]:
+        return fingerprint(compat.target_model(self._engine.worker))
+
+    def addresses(self) -> dict[str, int]:
+        return self._engine.state()["addresses"]
+
+    def spoil(self) -> None:
+        self._engine.spoil(self._spoilt)
 
 
 def fingerprint(model: torch.nn.Module) -> dict[str, str]:
@@ -251,6 +349,33 @@ def changed(
     if as_dtype is not None:
         tensors = {name: tensor.to(getattr(torch, as_dtype)) for name, tensor in tensors.items()}
     return tensors
+
+
+def in_shards(bucket: list[tuple[str, torch.Tensor]], count: int) -> ScatteredDelivery:
+    """The same tensors, each in so many boxes of its last dimension, as ranks of a trainer hold them."""
+    entries: list[TensorSlice] = []
+    parts: list[torch.Tensor] = []
+    offset = 0
+    for name, tensor in bucket:
+        begin = 0
+        for part in tensor.chunk(count, -1):
+            at = (*(0 for _ in tensor.shape[1:]), begin)
+            entries.append(
+                TensorSlice(
+                    name, dtype_name(part.dtype), tuple(part.shape), offset, ShardPlace(tuple(tensor.shape), at)
+                )
+            )
+            parts.append(part)
+            begin, offset = begin + part.shape[-1], offset + -(-part.nbytes // 256) * 256
+    memory = torch.zeros(offset, dtype=torch.uint8)
+    for entry, part in zip(entries, parts, strict=True):
+        memory[entry.offset : entry.offset + part.nbytes] = part.contiguous().view(-1).view(torch.uint8)
+    counts = {name: sum(entry.name == name for entry in entries) for name, _ in bucket}
+    layout = UpdateLayout("shards", (ReceivedBucket(entries),), {}, offset, counts)
+    found = ShardAssembly(layout, torch.device("cpu"), {}).add(layout.buckets[0], memory, Load(0, 0), stays=True)
+    if found is None:
+        raise ValueError("nothing is complete")
+    return found
 
 
 def buckets(tensors: dict[str, torch.Tensor], size: int) -> list[list[tuple[str, torch.Tensor]]]:

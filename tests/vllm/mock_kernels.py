@@ -12,12 +12,12 @@ import importlib
 from typing import Any
 
 import torch
+from vllm import _custom_ops as ops
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 from vllm.model_executor.utils import replace_parameter
 from vllm.platforms import PlatformEnum
 
 from checkpoint_engine_vllm import WorkerExtension
-from vllm import _custom_ops as ops
 
 
 def optional(*modules: str) -> Any:
@@ -53,6 +53,8 @@ def install() -> None:
     else:
         cpu_moe.CPUExpertsFp8 = Experts
         cpu_moe.prepare_fp8_moe_layer_for_cpu = prepare_experts
+    if hasattr(linear, "_POSSIBLE_NVFP4_KERNELS"):
+        importlib.import_module("mock_small_floats").install()
 
 
 def older_kernels() -> Any:

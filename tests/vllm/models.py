@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import gpt_oss
 import torch
 from quantise import FORMATS, quantise, with_cache_scales
 from safetensors.torch import save_file
@@ -45,7 +46,7 @@ LARGE = Size(hidden=4096, heads=32, key_heads=8, head=128, intermediate=12288, e
 @dataclass(frozen=True)
 class Kind:
     model: str
-    """What the architecture is called here: qwen3, tied, moe, mtp or deepseek."""
+    """What the architecture is called here: qwen3, tied, moe, mtp, deepseek or gptoss."""
     form: str = ""
     """How weights are stored; empty: bfloat16."""
     size: Size = SMALL
@@ -66,6 +67,14 @@ KINDS = {
     "fp8moe": Kind("moe", "fp8-block", WIDE),
     "fp8experts": Kind("moe", "fp8-channel", WIDE),
     "fp8kv": Kind("qwen3", "fp8-tensor", WIDE, cache_scales=True),
+    "nvfp4": Kind("qwen3", "nvfp4", WIDE),
+    "nvfp4ct": Kind("qwen3", "nvfp4-compressed", WIDE),
+    "nvfp4moe": Kind("moe", "nvfp4-moe", WIDE),
+    "mxfp8": Kind("qwen3", "mxfp8", WIDE),
+    "mxfp8moe": Kind("moe", "mxfp8-moe", WIDE),
+    "mxfp4moe": Kind("moe", "mxfp4-experts", WIDE),
+    "fp8mxfp4moe": Kind("moe", "mxfp4-experts-beside-fp8", WIDE),
+    "gptoss": Kind("gptoss", "gpt-oss", WIDE),
     "mla": Kind("deepseek", size=WIDE),
     "fp8mla": Kind("deepseek", "fp8-block", WIDE),
 }
@@ -102,13 +111,15 @@ def mlp(prefix: str, size: Size, intermediate: int) -> Shapes:
 
 
 def layer(prefix: str, model: str, size: Size, *, dense: bool) -> Shapes:
-    if model == "deepseek":
+    if model == "gptoss":
+        yield from gpt_oss.layer(prefix, size)
+    elif model == "deepseek":
         yield from latent_attention(prefix, size)
     else:
         yield from attention(prefix, size, norms=model != "mtp", biases=model == "mtp")
     if dense:
         yield from mlp(f"{prefix}.mlp", size, size.intermediate)
-    else:
+    elif model != "gptoss":
         yield f"{prefix}.mlp.gate.weight", (size.experts, size.hidden)
         for expert in range(size.experts):
             yield from mlp(f"{prefix}.mlp.experts.{expert}", size, size.expert_intermediate)
@@ -123,7 +134,7 @@ def shapes(kind: Kind) -> Shapes:
     size, model = kind.size, kind.model
     yield "model.embed_tokens.weight", (VOCABULARY, size.hidden)
     for index in range(LAYERS):
-        dense = model != "moe" and (model != "deepseek" or index == 0)
+        dense = model not in ("moe", "gptoss") and (model != "deepseek" or index == 0)
         yield from layer(f"model.layers.{index}", model, size, dense=dense)
     yield "model.norm.weight", (size.hidden,)
     if model != "tied":
@@ -150,6 +161,7 @@ def config(kind: Kind) -> dict[str, object]:
         "moe": ("Qwen3MoeForCausalLM", "qwen3_moe"),
         "mtp": ("MiMoForCausalLM", "qwen2"),
         "deepseek": ("DeepseekV3ForCausalLM", "deepseek_v3"),
+        "gptoss": ("GptOssForCausalLM", "gpt_oss"),
     }.get(kind.model, ("Qwen3ForCausalLM", "qwen3"))
     found = {
         "architectures": [architecture],
@@ -179,6 +191,7 @@ def config(kind: Kind) -> dict[str, object]:
             "mlp_only_layers": [],
         },
         "mtp": {"num_nextn_predict_layers": 1},
+        "gptoss": gpt_oss.config(size),
         "deepseek": {
             "num_key_value_heads": size.heads,
             "head_dim": ROPE,
@@ -202,7 +215,11 @@ def config(kind: Kind) -> dict[str, object]:
             "num_nextn_predict_layers": 1,
         },
     }.get(kind.model, {})
-    return found | ({"quantization_config": FORMATS[kind.form].config} if kind.form else {})
+    return found | ({"quantization_config": _how_stored(kind)} if kind.form else {})
+
+
+def _how_stored(kind: Kind) -> Mapping[str, object]:
+    return gpt_oss.CONFIG if kind.model == "gptoss" else FORMATS[kind.form].config
 
 
 def weights(kind: Kind, seed: int) -> dict[str, torch.Tensor]:
@@ -211,7 +228,9 @@ def weights(kind: Kind, seed: int) -> dict[str, torch.Tensor]:
     for name, shape in shapes(kind):
         tensor = torch.randn(shape, generator=generator) * SPREAD + (1.0 if "norm" in name else 0.0)
         tensors[name] = tensor if name.endswith("correction_bias") else tensor.to(torch.bfloat16)
-    if kind.form:
+    if kind.model == "gptoss":
+        tensors = gpt_oss.store(tensors)
+    elif kind.form:
         tensors = quantise(tensors, FORMATS[kind.form])
     return with_cache_scales(tensors, seed) if kind.cache_scales else tensors
 

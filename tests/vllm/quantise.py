@@ -6,16 +6,14 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import small_floats
 import torch
+from small_floats import FP8, FP8_MAX, Parts
 
-FP8 = torch.float8_e4m3fn
-FP8_MAX = 448.0
 BLOCK = 128
 QUANTISED = re.compile(r"\.((q|k|v|o|gate|up|down|q_a|q_b|kv_b)_proj|kv_a_proj_with_mqa)\.weight$")
 """Linear layers; embeddings, norms, routers and output layers stay as they are."""
-
-Parts = dict[str, torch.Tensor]
-"""What stands for one weight, by the last part of the name."""
+EXPERTS = re.compile(r"\.experts\.\d+\.(gate|up|down)_proj\.weight$")
 
 
 @dataclass(frozen=True)
@@ -24,12 +22,14 @@ class Format:
 
     store: Callable[[torch.Tensor], Parts]
     config: Mapping[str, object]
+    quantised: re.Pattern[str] = QUANTISED
+    """Names of the weights that are stored so."""
 
 
 def quantise(tensors: Mapping[str, torch.Tensor], form: Format) -> dict[str, torch.Tensor]:
     result = {}
     for name, tensor in tensors.items():
-        if QUANTISED.search(name):
+        if form.quantised.search(name):
             prefix = name.removesuffix("weight")
             result.update({f"{prefix}{part}": stored for part, stored in form.store(tensor.float()).items()})
         else:
@@ -112,6 +112,28 @@ def _eight_bits(kind: str) -> tuple[dict[str, object], dict[str, object]]:
     return {**common, "strategy": "channel"}, {**common, "strategy": "token"}
 
 
+def _four_bits(dynamic: bool | str) -> dict[str, object]:
+    common = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": small_floats.NV_BLOCK}
+    return {**common, "dynamic": dynamic}
+
+
+def _nvfp4(unquantised: list[str]) -> dict[str, object]:
+    return {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": unquantised, "group_size": 16}
+
+
+def _mxfp8(unquantised: list[str]) -> dict[str, object]:
+    return {
+        "quant_method": "mxfp8",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [1, small_floats.MX_BLOCK],
+        "ignored_layers": unquantised,
+    }
+
+
+ATTENTION = [f"model.layers.{index}.self_attn.{part}_proj" for index in range(8) for part in "qkvo"]
+UNQUANTISED = ["lm_head", *(f"model.layers.{index}.mlp.gate" for index in range(8))]
+"""With routers, whose names some engines take for the beginning of `gate_up_proj` in dense models."""
+
 FORMATS: Mapping[str, Format] = {
     "fp8-block": Format(
         _fp8_block,
@@ -120,7 +142,7 @@ FORMATS: Mapping[str, Format] = {
             "fmt": "e4m3",
             "activation_scheme": "dynamic",
             "weight_block_size": [BLOCK, BLOCK],
-            "modules_to_not_convert": ["lm_head", *(f"model.layers.{index}.mlp.gate" for index in range(8))],
+            "modules_to_not_convert": UNQUANTISED,
         },
     ),
     "fp8-tensor": Format(_fp8_tensor, {"quant_method": "fp8", "activation_scheme": "static"}),
@@ -130,4 +152,24 @@ FORMATS: Mapping[str, Format] = {
         _int4_packed,
         _compressed("pack-quantized", {"num_bits": 4, "type": "int", "strategy": "group", "group_size": BLOCK}, None),
     ),
+    "nvfp4": Format(small_floats.nvfp4, _nvfp4(["lm_head"])),
+    "nvfp4-moe": Format(small_floats.nvfp4, _nvfp4(UNQUANTISED)),
+    "nvfp4-compressed": Format(
+        small_floats.nvfp4_compressed,
+        _compressed("nvfp4-pack-quantized", *(_four_bits(dynamic) for dynamic in (False, "local"))),
+    ),
+    "mxfp8": Format(small_floats.mxfp8, _mxfp8(["lm_head"])),
+    "mxfp8-moe": Format(small_floats.mxfp8, _mxfp8(UNQUANTISED)),
+    "mxfp4-experts-beside-fp8": Format(
+        small_floats.mxfp4_experts_beside_fp8,
+        {
+            "quant_method": "fp8",
+            "activation_scheme": "dynamic",
+            "weight_block_size": [BLOCK, BLOCK],
+            "routed_experts_quant_method": "mxfp4",
+            "modules_to_not_convert": [*UNQUANTISED, *ATTENTION],
+        },
+        EXPERTS,
+    ),
+    "mxfp4-experts": Format(small_floats.mxfp4_experts, {"quant_method": "mxfp4"}, EXPERTS),
 }

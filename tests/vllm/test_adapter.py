@@ -1,4 +1,4 @@
-"""`VllmAdapter` in a real vLLM engine: what it holds after an update is what a cold start of that checkpoint holds."""
+"""`VllmSink` in a real vLLM engine: what it holds after an update is what a cold start of that checkpoint holds."""
 
 from __future__ import annotations
 
@@ -85,6 +85,22 @@ def test_what_is_missing_is_found_at_the_end_where_no_check_beforehand_is_possib
     assert (done["intact"], done["dirty"]) == (False, True)
     assert serving_a("update", checkpoint=checkpoints / "qwen3-b", without=["plan"])["error"] is None
     assert holds(serving_a, cold("qwen3-b"))
+
+
+@pytest.mark.parametrize("without", [(), ("plan",)], ids=["planned", "unplanned"])
+def test_who_accepts_what_is_missing_gets_no_torn_layer(
+    serving_a: Engine, cold: Cold, checkpoints: Path, without: tuple[str, ...]
+) -> None:
+    """Of a fused layer the rest would be memory that nobody has written."""
+    how = {"checkpoint": checkpoints / "qwen3-b", "without": without, "lenient": True}
+    done = serving_a("update", drop=[Q], **how)
+    assert done["error"] == "WeightsRejectedError"
+    assert "a layer is updated whole or not at all" in done["message"]
+    assert serving_a("update", drop=["model.norm.weight"], **how)["error"] is None
+    state = serving_a("state")["served"]
+    # Unplanned, the first attempt has brought b's before it was refused.
+    kept = cold("qwen3-b" if without else "qwen3")["served"]["model.norm"]
+    assert state == cold("qwen3-b")["served"] | {"model.norm": kept}
 
 
 def test_a_fault_before_any_layer_is_complete_leaves_the_old_weights(

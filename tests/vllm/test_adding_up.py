@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from checkpoint_engine_vllm import compat
-from checkpoint_engine_vllm.reload import Reload
+from checkpoint_engine_vllm.reload import LayerwiseReload
 from checkpoint_engine_vllm.repairs import Repairs
 
 
@@ -44,7 +44,7 @@ def test_a_reload_loads_like_that(monkeypatch: pytest.MonkeyPatch) -> None:
             seen.append(module.has_device_tensors("tensors on a GPU"))
             return {"weight"}
 
-    Reload(Model(), SimpleNamespace(), Repairs()).load([("weight", torch.ones(1))])
+    LayerwiseReload(Model(), SimpleNamespace(), Repairs()).load([("weight", torch.ones(1))])
     assert seen == [False]
 
 

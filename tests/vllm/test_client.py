@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import sys
@@ -14,10 +15,11 @@ from typing import Any
 
 import pytest
 
+from checkpoint_engine.client.auto import load_client
 from checkpoint_engine.deadline import Deadline
-from checkpoint_engine.engine.auto import load_client
 from checkpoint_engine.errors import CheckpointEngineError, EngineRequestError, MissingDependencyError
-from checkpoint_engine_vllm import VllmClient, compat, plugin
+from checkpoint_engine_vllm import VllmClient, WorkerExtension, beside, compat, plugin
+from checkpoint_engine_vllm.extension import give_methods
 
 OK = {"ok": True, "dirty": False, "version": "v2", "error": "", "phase": "", "seconds": 0.1}
 STATUS = {"dirty": False, "version": "v1", "updating": False}
@@ -31,6 +33,7 @@ class StandIn:
         self.routes: dict[str, Callable[[Any], Answer]] = {"/health": lambda _: (200, "")}
         self.methods: dict[str, Answer] = {}
         self.asked: list[str] = []
+        self.called: list[str] = []
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -61,7 +64,12 @@ class StandIn:
     def with_rpc(self, **methods: Answer) -> StandIn:
         missing = (500, {"error": {"message": "Worker failed with error: no such attribute"}})
         self.methods = {"check_health": (200, {"results": [None]}), **methods}
-        self.routes["/collective_rpc"] = lambda body: self.methods.get(body["method"], missing)
+
+        def call(body: Any) -> Answer:
+            self.called.append(body["method"])
+            return self.methods.get(body["method"], missing)
+
+        self.routes["/collective_rpc"] = call
         return self
 
     def with_routes(self, *paths: str) -> StandIn:
@@ -102,6 +110,41 @@ def test_an_engine_without_our_methods_is_told_how_to_get_them(vllm: StandIn) ->
         vllm.client.wait_ready(Deadline(5))
 
 
+def test_workers_without_our_methods_are_reached_by_vllms_weight_transfer(vllm: StandIn) -> None:
+    calls = ("/init_weight_transfer_engine", "/start_weight_update", "/update_weights", "/finish_weight_update")
+    vllm.with_rpc().with_routes("/pause", "/resume", *RESETS, "/update_weight_version", *calls)
+    vllm.client.wait_ready(Deadline(5))
+    vllm.update()
+    assert [path for path in vllm.asked if path in calls] == list(calls)
+    vllm.routes["/update_weights"] = lambda _: (500, {"error": "no such weights"})
+    vllm.asked.clear()
+    with pytest.raises(EngineRequestError, match=r"no such weights.* is unknown .* it was left paused"):
+        vllm.update()
+    assert "/resume" not in vllm.asked
+
+
+def test_our_own_routes_are_the_best_way_in(vllm: StandIn) -> None:
+    own = "/v1/checkpoint_engine"
+    vllm.with_routes(own, *(f"{own}/{name}" for name in ("pause", "resume", "reset_caches", "weight_version")))
+    for name in ("update", "verify"):
+        vllm.routes[f"{own}/{name}"] = lambda body: results({**OK, "version": body["version"]})
+    vllm.routes[f"{own}/status"] = lambda _: (200, {"workers": [STATUS], "world_size": 1})
+    vllm.client.wait_ready(Deadline(5))
+    assert vllm.client.world_size() == 1
+    vllm.asked.clear()
+    vllm.update("wait")
+    names = ("pause", "reset_caches", "resume", "status", "update", "weight_version")
+    assert sorted(vllm.asked) == ["/is_paused", *(f"{own}/{name}" for name in names)]
+    vllm.client.verify_weights({"cpu:0": "h"}, version="v2", timeout=10)
+    assert vllm.asked[-1] == f"{own}/verify"
+
+
+def test_our_own_routes_say_why_they_refuse(vllm: StandIn) -> None:
+    vllm.routes["/v1/checkpoint_engine"] = lambda _: (403, {"error": "no key is set"})
+    with pytest.raises(EngineRequestError, match="no key is set"):
+        vllm.client.wait_ready(Deadline(5))
+
+
 def test_an_engine_that_is_broken_gets_no_advice_on_its_set_up(vllm: StandIn) -> None:
     vllm.with_rpc(check_health=(500, "the engine is dead"))
     with pytest.raises(EngineRequestError) as raised:
@@ -113,12 +156,15 @@ RESETS = ("/reset_prefix_cache", "/reset_mm_cache", "/reset_encoder_cache")
 
 
 def test_the_order_of_an_update(vllm: StandIn) -> None:
-    vllm.with_rpc(checkpoint_engine_update=results(OK)).with_routes(
+    vllm.with_rpc(checkpoint_engine_status=results(STATUS), checkpoint_engine_update=results(OK)).with_routes(
         "/pause", "/resume", *RESETS, "/update_weight_version"
     )
     vllm.update("wait")
     resets = [f"{RESETS[0]}?reset_running_requests=true", *RESETS[1:]]
-    described, paused, *under_way, published, resumed = vllm.asked[1:]
+    assert vllm.called == ["checkpoint_engine_status", "checkpoint_engine_update"]
+    vllm.asked.remove("/collective_rpc")  # whether the workers hear is asked beside all that follows
+    assert vllm.asked[:3] == ["/v1/checkpoint_engine", "/is_paused", "/version"]
+    described, paused, *under_way, published, resumed = vllm.asked[3:]
     assert (described, paused) == ("/openapi.json", "/pause?mode=wait&clear_cache=true")
     assert sorted(under_way) == sorted(["/collective_rpc", *resets])
     assert (published, resumed) == ("/update_weight_version", "/resume")
@@ -141,7 +187,7 @@ def test_caches_of_a_paused_engine_are_reset_while_it_is_updated(vllm: StandIn) 
 def test_caches_of_an_engine_that_serves_on_are_reset_after_the_update(vllm: StandIn) -> None:
     vllm.with_rpc(checkpoint_engine_update=results(OK)).with_routes(*RESETS)
     vllm.update("none")
-    assert vllm.asked[0] == "/collective_rpc"
+    assert vllm.asked[:2] == ["/v1/checkpoint_engine", "/collective_rpc"]
 
 
 def test_a_reset_that_fails_beside_the_update_is_told(vllm: StandIn) -> None:
@@ -188,7 +234,7 @@ def test_a_cache_that_this_vllm_does_not_have_is_passed_over_but_said(
 
 
 def test_a_prefix_cache_that_stays_in_use_is_an_error(vllm: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("checkpoint_engine_vllm.client._CACHE_SECONDS", 0.2)
+    monkeypatch.setattr("checkpoint_engine.limits.KNOCK", 0.2)
     vllm.with_rpc(checkpoint_engine_update=results(OK)).with_routes("/pause", "/resume")
     vllm.routes["/reset_prefix_cache"] = lambda _: (200, {"success": False})
     with pytest.raises(EngineRequestError, match="prefix cache"):
@@ -209,7 +255,7 @@ def test_a_vllm_whose_pause_knows_no_modes_waits_or_aborts(vllm: StandIn) -> Non
 def test_a_vllm_whose_pause_knows_no_modes_cannot_keep(vllm: StandIn) -> None:
     with pytest.raises(EngineRequestError, match="cannot keep running requests"):
         old_pause(vllm).update("keep")
-    assert "/collective_rpc" not in vllm.asked
+    assert "checkpoint_engine_update" not in vllm.called
 
 
 @pytest.mark.parametrize(("dirty", "resumed"), [(False, True), (True, False)])
@@ -223,6 +269,16 @@ def test_after_a_failure_it_serves_again_only_with_whole_weights(vllm: StandIn, 
     assert ("/resume" in vllm.asked) == resumed
 
 
+def test_an_engine_that_tells_of_one_replica_alone_stays_paused_after_a_failure(vllm: StandIn) -> None:
+    """As vLLM's development routes do with several data-parallel replicas."""
+    vllm.with_rpc(checkpoint_engine_update=(500, "a worker is gone"), checkpoint_engine_status=results(STATUS))
+    vllm.with_routes("/pause", "/resume")
+    vllm.routes["/get_world_size"] = lambda _: (200, {"world_size": 2})
+    with pytest.raises(EngineRequestError, match="what 1 of its 2 workers hold"):
+        vllm.update()
+    assert "/resume" not in vllm.asked
+
+
 def test_a_comparison_does_not_pass_for_an_update(vllm: StandIn) -> None:
     """As when the parameter server was asked for `reload="verify"` and its client for an update."""
     compared = results({**OK, "version": "v1", "verified": True})
@@ -231,7 +287,7 @@ def test_a_comparison_does_not_pass_for_an_update(vllm: StandIn) -> None:
     with pytest.raises(EngineRequestError, match=r"only had it compare.* still holds its old weights"):
         vllm.update()
     assert "/update_weight_version" not in vllm.asked
-    assert vllm.asked[-1] == "/resume"
+    assert "/resume" in vllm.asked  # maybe not last: caches are reset beside it
     vllm.client.verify_weights({"cpu:0": "h"}, version="v2", timeout=10)
 
 
@@ -252,11 +308,12 @@ def stand_in_for_vllm(monkeypatch: pytest.MonkeyPatch, worker: str, extension: s
     ("worker", "extension", "used"),
     [
         ("vllm.v1.worker.gpu_worker.Worker", "", plugin.WORKER_EXTENSION),
-        ("vllm.v1.worker.gpu_worker.Worker", "mine.Extension", "mine.Extension"),
+        ("vllm.v1.worker.gpu_worker.Worker", "my.own.Extension", "checkpoint_engine_vllm.beside.my:own:Extension"),
+        ("vllm.v1.worker.gpu_worker.Worker", plugin.WORKER_EXTENSION, plugin.WORKER_EXTENSION),
         ("somewhere.else.Worker", "", ""),
     ],
 )
-def test_the_plugin_sets_the_default_and_nothing_else(
+def test_workers_get_our_methods_beside_others(
     monkeypatch: pytest.MonkeyPatch, worker: str, extension: str, used: str
 ) -> None:
     arguments = stand_in_for_vllm(monkeypatch, worker, extension)
@@ -265,6 +322,38 @@ def test_the_plugin_sets_the_default_and_nothing_else(
     plugin.register()
     assert arguments.create_engine_config is once
     assert arguments().create_engine_config().parallel_config.worker_extension_cls == used
+
+
+class Other:
+    """An extension of somebody else."""
+
+    def theirs(self) -> str:
+        return "theirs"
+
+    def update_weights_from_ipc(self) -> str:
+        return "theirs"
+
+
+def test_a_class_beside_another_one_has_the_methods_of_both(caplog: pytest.LogCaptureFixture) -> None:
+    named = beside.name_beside(f"{__name__}.Other")
+    module, _, kind = named.rpartition(".")
+    with caplog.at_level(logging.WARNING, logger="vllm"):
+        both = getattr(importlib.import_module(module), kind)
+    assert both is getattr(beside, kind)
+    assert both().theirs() == both().update_weights_from_ipc() == "theirs"
+    assert both.checkpoint_engine_status is WorkerExtension.checkpoint_engine_status
+    assert "update_weights_from_ipc" in caplog.text
+    assert getattr(both, beside.BESIDE) == f"{__name__}.Other"
+    with pytest.raises(AttributeError):
+        _ = beside.nothing
+
+
+def test_a_worker_of_somebody_elses_class_gets_what_it_lacks() -> None:
+    worker: Any = Other()
+    give_methods(worker)
+    assert worker.update_weights_from_ipc() == "theirs"
+    assert worker.checkpoint_engine_status.__func__ is WorkerExtension.checkpoint_engine_status
+    assert not hasattr(Other(), "checkpoint_engine_status")
 
 
 def test_the_plugin_does_not_stop_an_unknown_vllm(caplog: pytest.LogCaptureFixture) -> None:

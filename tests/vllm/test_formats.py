@@ -38,6 +38,15 @@ def test_a_method_that_is_a_module_is_looked_at_as_well() -> None:
     assert len(unreloadable(model(method), graphs=True)) == 1
 
 
+def test_weights_that_a_method_keeps_in_wrappers_of_its_own_are_named() -> None:
+    """As OpenAI's kernels for gpt-oss have them: no tensors, and not the layer's."""
+    held = SimpleNamespace(b_mx_scale=SimpleNamespace(storage=SimpleNamespace(data=torch.zeros(4))))
+    (said,) = unreloadable(model(SimpleNamespace(w13_precision_config=held)), graphs=True)
+    assert "the weights of OpenAI's Triton experts (MXFP4)" in said
+    assert "--moe-backend marlin" in said
+    assert unreloadable(model(SimpleNamespace(w13_precision_config=None)), graphs=True) == []
+
+
 def test_without_graphs_nothing_is_in_the_way() -> None:
     assert unreloadable(model(SimpleNamespace(workspace=torch.zeros(4))), graphs=False) == []
 

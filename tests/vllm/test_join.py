@@ -19,11 +19,12 @@ from typing import Any
 
 import httpx
 import pytest
-from hosts import Network, why_not
-from seeding import ENVIRONMENT as HOSTS_ENVIRONMENT
-from seeding import seeds
 
-from conftest import free_port, vllm_environment
+from tests.p2p.hosts import Network, why_not
+from tests.p2p.seeding import ENVIRONMENT as HOSTS_ENVIRONMENT
+from tests.p2p.seeding import seeds
+from tests.ports import free_port
+from tests.vllm.conftest import vllm_environment
 
 COMMAND = str(Path(sys.executable).parent / "checkpoint-engine")
 TOKEN = "a-token-of-sixteen-or-more"

@@ -52,6 +52,19 @@ def test_three_updates_by_plan(engine: Engine, cold: Cold, checkpoints: Path, ki
     assert engine("state")["addresses"] == addresses
 
 
+def test_tensors_in_shards_come_as_whole_ones_do(engine: Engine, cold: Cold, checkpoints: Path) -> None:
+    expected = {name: cold(name) for name in ("moe", "moe-b")}
+    engine("start", model=checkpoints / "moe", load_format="dummy")
+    ways = []
+    for name, shards in (("moe-b", 2), ("moe", 3), ("moe-b", 2)):
+        done = engine("update", checkpoint=checkpoints / name, shards=shards)
+        assert done["error"] is None, done
+        ways.append(done["details"]["reload"])
+        assert holds(engine, expected[name])
+    assert ways == ["proof", "plan", "plan"]
+    assert done["details"]["loader_bytes"] == 0
+
+
 def test_layers_keep_the_memory_that_they_were_given(engine: Engine, cold: Cold, checkpoints: Path) -> None:
     """Before 0.24, vLLM gave a layer that it processes new memory, whatever it had."""
     expected = {name: cold(name) for name in ("qwen3", "qwen3-b")}

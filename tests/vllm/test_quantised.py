@@ -32,6 +32,13 @@ FORMATS = [
     pytest.param("wide", {"quantization": "fp8"}, 0, id="fp8-while-loading"),
     pytest.param("fp8moe", {}, 0, id="fp8-experts"),
     pytest.param("moe", {"quantization": "fp8"}, 0, id="fp8-experts-while-loading"),
+    pytest.param("nvfp4", {}, 0, id="nvfp4"),
+    pytest.param("nvfp4ct", {}, 0, id="nvfp4-compressed", marks=pytest.mark.endurance),
+    pytest.param("nvfp4moe", {}, 0, id="nvfp4-experts"),
+    pytest.param("mxfp8", {}, 0, id="mxfp8"),
+    pytest.param("mxfp8moe", {}, 0, id="mxfp8-experts", marks=pytest.mark.endurance),
+    pytest.param("mxfp4moe", {}, 0, id="mxfp4-experts", marks=pytest.mark.endurance),
+    pytest.param("gptoss", {}, 0, id="mxfp4-gpt-oss"),
     pytest.param("fp8kv", {"kv_cache_dtype": "fp8"}, CACHE_SCALES, id="fp8-cache-scales"),
     pytest.param("mla", LATENT_MTP, 0, id="latent-attention-mtp"),
     pytest.param("fp8mla", LATENT, 0, id="fp8-latent-attention"),
@@ -102,6 +109,16 @@ def test_from_dummy_weights(engine: Engine, cold: Cold, quantised: Path, kind: s
     done = engine("update", checkpoint=b)
     assert done["error"] is None, done
     assert holds(engine, expected)
+
+
+def test_a_scale_that_vllm_would_not_find_again_is_missed(engine: Engine, quantised: Path) -> None:
+    """A start has a value for it; loading anew, vLLM has none."""
+    engine("mock_kernels")
+    engine("start", model=quantised / "fp8tensor")
+    scale = "model.layers.0.self_attn.k_proj.input_scale"
+    done = engine("update", checkpoint=quantised / "fp8tensor-b", drop=[scale])
+    assert (done["error"], done["intact"]) == ("WeightsRejectedError", True)
+    assert "model.layers.0.self_attn.qkv_proj.input_scale (2 of 3 elements" in done["message"]
 
 
 def test_what_kernels_keep_is_found_in_vllms_own_experts(engine: Engine, quantised: Path) -> None:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
-from streams import lines_of
+
+from checkpoint_engine_vllm import VllmClient
+from tests.core.streams import TokenStream
+from tests.core.test_shards import tensors_of
+from tests.sharded import ShardingTrainer
+from tests.vllm.conftest import completion
 
 Cold = Callable[..., dict[str, Any]]
 Serve = Callable[..., Any]
@@ -24,19 +26,45 @@ TINY_BUCKETS = {"PS_MAX_BUCKET_SIZE_GB": "0.00001"}
 """10 KB: smaller than any layer."""
 
 
-@pytest.mark.parametrize(("kind", "unix_socket"), [("tied", True), ("moe", False)])
 def test_from_dummy_weights_to_a_to_b_and_back(
-    serve: Serve, update: Update, cold: Cold, checkpoints: Path, tmp_path: Path, kind: str, unix_socket: bool
+    serve: Serve, update: Update, cold: Cold, checkpoints: Path, tmp_path: Path
 ) -> None:
+    kind = "tied"
     expected = {name: cold(name)["tokens"] for name in (kind, f"{kind}-b")}
     # No --worker-extension-cls: installing the package is all the set-up.
-    server = serve(kind, "--load-format", "dummy", socket_path=tmp_path / "vllm.sock" if unix_socket else None)
+    server = serve(kind, "--load-format", "dummy", socket_path=tmp_path / "vllm.sock")
     assert server.tokens() not in expected.values()
     for name in (kind, f"{kind}-b", kind):
         done = update(checkpoints / name, server, **TINY_BUCKETS)
         assert done.returncode == 0, done.stderr
         assert server.tokens() == expected[name]
         assert server.get("/weight_info") == {"weight_version": name}
+    server.close()
+
+
+def test_without_development_mode_and_beside_another_extension(
+    serve: Serve, update: Update, verify: Update, cold: Cold, checkpoints: Path
+) -> None:
+    expected = {name: cold(name)["tokens"] for name in ("moe", "moe-b")}
+    server = serve(
+        "moe",
+        *("--load-format", "dummy", "--worker-extension-cls", "other_extension.Other"),
+        PYTHONPATH=str(HERE),
+        VLLM_PLUGINS="checkpoint_engine",
+        VLLM_SERVER_DEV_MODE="0",
+        VLLM_API_KEY="secret",
+    )
+    closed = update(checkpoints / "moe", server)
+    assert (closed.returncode, "CHECKPOINT_ENGINE_API_KEY" in closed.stderr) == (1, True), closed.stderr
+    key = {"CHECKPOINT_ENGINE_API_KEY": "secret"}
+    for name in ("moe", "moe-b", "moe"):
+        done = update(checkpoints / name, server, **TINY_BUCKETS, **key)
+        assert done.returncode == 0, done.stderr
+        assert server.tokens() == expected[name]
+        status = server.get("/v1/checkpoint_engine/status")
+        assert (status["weight_version"], status["paused"], status["workers"][0]["version"]) == (name, False, name)
+    assert verify(checkpoints / "moe", server, **key).returncode == 0
+    assert server.http.post("/pause").status_code == 404
     server.close()
 
 
@@ -65,6 +93,19 @@ def test_dense_from_dummy_weights_to_a_to_b_and_back(dense: Any, update: Update,
         done = update(checkpoints / name, dense, **environment)
         assert done.returncode == 0, done.stderr
         assert dense.tokens() == expected[name]
+
+
+def test_shards_of_a_trainer_are_served_as_after_a_cold_start(
+    serving_a: Any, verify: Update, cold: Cold, checkpoints: Path
+) -> None:
+    trainer = ShardingTrainer(1, VllmClient(serving_a.endpoint))
+    for dealing in ("rows", "columns", "grid"):
+        for method, name in (("broadcast", "qwen3-b"), ("direct", "qwen3")):
+            trainer.step(tensors_of(checkpoints / name), dealing, method, name)
+            assert serving_a.tokens() == cold(name)["tokens"]
+            assert serving_a.rpc("checkpoint_engine_status")[0]["last_update"]["reload"] in {"proof", "plan"}
+    trainer.close()
+    assert verify(checkpoints / "qwen3", serving_a).returncode == 0
 
 
 def test_the_weights_are_compared_with_a_checkpoint(
@@ -204,44 +245,15 @@ def test_a_loader_that_fails_in_the_middle_leaves_the_engine_paused_until_a_full
     assert serving_a.tokens() == cold("qwen3-b")["tokens"]
 
 
-class Stream:
-    """A completion that arrives piece by piece in a thread."""
+class Stream(TokenStream):
+    """A completion of a running vLLM."""
 
     def __init__(self, url: str, length: int) -> None:
-        self.tokens: list[int] = []
-        self.error: Exception | None = None
-        self._body = {
-            "model": "tiny",
-            "prompt": "Hello, my name is",
-            "max_tokens": length,
-            "temperature": 0,
-            "ignore_eos": True,
-            "return_token_ids": True,
-            "stream": True,
-        }
-        self._url = f"{url}/v1/completions"
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
+        super().__init__(f"{url}/v1/completions", completion("Hello, my name is", length) | {"stream": True})
 
-    def _run(self) -> None:
-        try:
-            with httpx.stream("POST", self._url, json=self._body, timeout=180) as reply:
-                for line in lines_of(reply):
-                    if line.startswith(b"data: {"):
-                        for choice in json.loads(line[6:])["choices"]:
-                            self.tokens.extend(choice.get("token_ids") or [])
-        except httpx.HTTPError as error:
-            self.error = error
-
-    def wait_for(self, tokens: int) -> None:
-        end = time.monotonic() + 60
-        while len(self.tokens) < tokens:
-            assert time.monotonic() < end, f"{len(self.tokens)} tokens came; {self.error}"
-            time.sleep(0.02)
-
-    def join(self) -> None:
-        self._thread.join(timeout=180)
-        assert not self._thread.is_alive()
+    def take(self, answer: dict[str, Any]) -> None:
+        for choice in answer["choices"]:
+            self.tokens.extend(choice.get("token_ids") or [])
 
 
 def renamed(source: Path, target: Path, names: dict[str, str | None]) -> Path:

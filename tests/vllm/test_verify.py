@@ -49,3 +49,15 @@ def test_updates_after_it_reach_every_layer(fresh_engine: Engine, cold: Cold, ch
     for _ in range(3):
         assert fresh_engine("update", checkpoint=checkpoints / "qwen3")["error"] is None
         assert fresh_engine("state")["served"] == expected["served"]
+
+
+def test_an_engine_that_moves_its_experts_is_neither_updated_nor_compared(engine: Engine, checkpoints: Path) -> None:
+    """Loaders know where experts were at the start, inference where they are now: both would be wrong, and agree."""
+    engine("start", model=checkpoints / "moe")
+    engine("move_experts", moves=True)
+    for reload in ("auto", "loader", "plan", "verify"):
+        refused = engine("update", checkpoint=checkpoints / "moe-b", reload=reload)
+        assert (refused["error"], refused["intact"], refused["dirty"]) == ("WeightsRejectedError", True, False)
+        assert "--enable-eplb" in refused["message"]
+    engine("move_experts", moves=False)
+    assert engine("update", checkpoint=checkpoints / "moe-b")["error"] is None

@@ -11,15 +11,38 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import msgspec
 import torch
+from typing_extensions import Self
 
 from checkpoint_engine.catalog import Catalog, Holding, SegmentEntry, TensorEntry
 from checkpoint_engine.dtypes import dtype_name, torch_dtype
-from checkpoint_engine.errors import CheckpointFormatError, UnsupportedTensorError
+from checkpoint_engine.errors import (
+    CheckpointFormatError,
+    CheckpointStateError,
+    DuplicateTensorError,
+    UnsupportedTensorError,
+)
+from checkpoint_engine.planning.copies import choose_holders, copied_boxes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+__all__ = [
+    "BucketRange",
+    "DataToGather",
+    "H2DBucket",
+    "MemoryBuffer",
+    "MemoryBufferMetaList",
+    "MemoryBufferMetas",
+    "ParameterMeta",
+    "catalog_to_metas",
+    "metas_from_json",
+    "metas_to_catalog",
+    "metas_to_json",
+]
+
 _DTYPE_PREFIX = "torch."
+_NOT_JSON = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What msgspec makes of bytes that are damaged."""
 
 
 def _dtype(value: object) -> torch.dtype:
@@ -70,14 +93,54 @@ class _ShapeAsList:
         return {"type": "array", "items": {"type": "integer", "minimum": 0}, "examples": [[4096, 1024]]}
 
 
+class _Model:
+    """What callers of pydantic's models use of them. Dtypes are text there, and shapes lists."""
+
+    def model_dump(self) -> dict[str, Any]:
+        """Plain data."""
+        return msgspec.to_builtins(self, enc_hook=_to_plain)
+
+    def model_dump_json(self) -> str:
+        """The same as JSON."""
+        return msgspec.json.encode(self, enc_hook=_to_plain).decode()
+
+    @classmethod
+    def model_validate(cls, obj: object) -> Self:
+        """Reads what `model_dump` gave.
+
+        Raises:
+            CheckpointFormatError: it is something else.
+        """
+        try:
+            return obj if isinstance(obj, cls) else msgspec.convert(obj, cls, dec_hook=_from_plain)
+        except msgspec.MsgspecError as error:
+            raise CheckpointFormatError(f"no {cls.__name__}: {error}") from error
+
+    @classmethod
+    def model_validate_json(cls, data: str | bytes) -> Self:
+        """Reads what `model_dump_json` gave.
+
+        Raises:
+            CheckpointFormatError: it is something else.
+        """
+        try:
+            return msgspec.json.decode(data, type=cls, dec_hook=_from_plain)
+        except _NOT_JSON as error:
+            raise CheckpointFormatError(f"no {cls.__name__}: {error}") from error
+
+
 @dataclass
-class ParameterMeta:
+class ParameterMeta(_Model):
     """One tensor. `aligned_size` bytes after its beginning the next one of the buffer begins."""
 
     name: str
     dtype: Annotated[torch.dtype, _DtypeAsText()]
     shape: Annotated[torch.Size, _ShapeAsList()]
     aligned_size: int
+
+    def __post_init__(self) -> None:
+        """Takes dtypes as text and shapes as lists, too."""
+        self.dtype, self.shape = _dtype(self.dtype), _shape(self.shape)
 
 
 class BucketRange(NamedTuple):
@@ -89,7 +152,7 @@ class BucketRange(NamedTuple):
 
 
 @dataclass
-class H2DBucket:
+class H2DBucket(_Model):
     """Ranges of memory buffers that travel together, and the tensors in them."""
 
     size: int
@@ -98,7 +161,7 @@ class H2DBucket:
 
 
 @dataclass
-class MemoryBufferMetas:
+class MemoryBufferMetas(_Model):
     """A block of host memory: tensors one after another from address `ptr` on, `size` bytes in all."""
 
     metas: list[ParameterMeta]
@@ -117,7 +180,7 @@ class MemoryBuffer:
 
 
 @dataclass
-class MemoryBufferMetaList:
+class MemoryBufferMetaList(_Model):
     """All that one rank holds of a checkpoint, and where a P2P transport finds it."""
 
     p2p_store_addr: str | None
@@ -136,10 +199,22 @@ class DataToGather(MemoryBufferMetaList):
     control_address: int = 0
     generation: int = 0
     content: str = ""
+    settling: float = 0.0
 
 
 def catalog_to_metas(catalog: Catalog) -> dict[int, DataToGather]:
-    """What each rank holds, by rank; ranks that hold nothing are left out."""
+    """What each rank holds, by rank; ranks that hold nothing are left out, as are copies of what another holds.
+
+    Raises:
+        CheckpointStateError: a tensor is held in shards, of which this form knows nothing.
+    """
+    cut = next((tensor for tensor in catalog.tensors() if tensor.shard is not None), None)
+    if cut is not None:
+        raise CheckpointStateError(
+            f"tensor {cut.name!r} of {catalog.name!r} is held in shards, which upstream's metas cannot say; pass on "
+            "the catalog (ParameterServer.catalog, load_catalogs), or register whole tensors"
+        )
+    each_once = choose_holders(catalog)
     return {
         holding.rank: DataToGather(
             p2p_store_addr=holding.p2p_address,
@@ -151,9 +226,10 @@ def catalog_to_metas(catalog: Catalog) -> dict[int, DataToGather]:
             transport=holding.transport,
             control_address=holding.control_address,
             generation=holding.generation,
-            content=holding.content,
+            content=holding.content if each_once is catalog else "",
+            settling=holding.settling,
         )
-        for holding in catalog.holdings
+        for holding in each_once.holdings
         if any(segment.tensors for segment in holding.segments)
     }
 
@@ -178,11 +254,15 @@ def metas_to_catalog(metas: Mapping[int, MemoryBufferMetaList], name: str = "") 
             control_address=getattr(metas[rank], "control_address", 0),
             generation=getattr(metas[rank], "generation", 0),
             content=getattr(metas[rank], "content", ""),
+            settling=getattr(metas[rank], "settling", 0.0),
         )
         for rank in sorted(metas)
     )
     known = {getattr(metas[rank], "checkpoint", "") for rank in metas}
-    return Catalog(name=name or (known.pop() if len(known) == 1 else ""), holdings=holdings).validate()
+    catalog = Catalog(name=name or (known.pop() if len(known) == 1 else ""), holdings=holdings).validate()
+    for (tensor, _), ranks in copied_boxes(catalog).items():  # nobody has compared them
+        raise DuplicateTensorError(f"tensor {tensor!r} is registered on rank {ranks[0]} and again on rank {ranks[1]}")
+    return catalog
 
 
 def metas_to_json(metas: Mapping[int, MemoryBufferMetaList]) -> bytes:
@@ -198,11 +278,11 @@ def metas_from_json(data: bytes, source: str = "metas") -> dict[int, MemoryBuffe
     """
     try:
         return dict(msgspec.json.decode(data, type=dict[int, DataToGather], dec_hook=_from_plain))
-    except msgspec.MsgspecError:
+    except _NOT_JSON:
         pass  # the plain form, without host and device
     try:
         return msgspec.json.decode(data, type=dict[int, MemoryBufferMetaList], dec_hook=_from_plain)
-    except msgspec.MsgspecError as error:
+    except _NOT_JSON as error:
         raise CheckpointFormatError(f"{source} holds no metas: {error}") from error
 
 

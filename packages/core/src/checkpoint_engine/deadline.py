@@ -7,13 +7,21 @@ import threading
 import time
 from collections.abc import Callable
 
-from checkpoint_engine.errors import CheckpointEngineError, DeadlineError
+from checkpoint_engine.errors import CheckpointEngineError, DeadlineError, SettingError
+
+__all__ = ["Cancel", "Deadline"]
+
+
+_LONGEST = 1e9
+"""Seconds: thirty years. Operating systems take no more."""
 
 
 class Deadline:
     """Counts down from a number of seconds on the monotonic clock."""
 
     def __init__(self, seconds: float) -> None:
+        if not seconds < _LONGEST:
+            raise SettingError(f"{seconds:g} s is no time to wait; give a number of seconds below {_LONGEST:g}")
         self.seconds = seconds
         self._end = time.monotonic() + seconds
 
@@ -27,6 +35,11 @@ class Deadline:
         """Whether the time is over."""
         return self.remaining == 0.0
 
+    @property
+    def said(self) -> str:
+        """How long it was, for people: what is left of another deadline when this one begins is no round number."""
+        return f"{round(self.seconds, 1) if self.seconds >= 1 else self.seconds:.6g} s"
+
     def milliseconds(self, at_most: float = math.inf) -> int:
         """What is left, in whole milliseconds, for `poll`-like calls."""
         return math.ceil(min(self.remaining * 1000, at_most))
@@ -38,7 +51,7 @@ class Deadline:
             DeadlineError: the time is over.
         """
         if self.expired:
-            raise DeadlineError(f"{waiting_for} did not happen within {self.seconds:g} s")
+            raise DeadlineError(f"{waiting_for} did not happen within {self.said}")
 
 
 class Cancel:

@@ -11,7 +11,10 @@ from types import ModuleType
 
 import torch
 
+from checkpoint_engine.device import default_type
 from checkpoint_engine.errors import SettingError
+
+__all__ = ["DeviceManager", "get_ip", "npu_generate_uuid"]
 
 _GET_INTERFACE_ADDRESS = 0x8915  # SIOCGIFADDR
 _ROUTE_IS_UP = 0x1
@@ -19,22 +22,23 @@ _GLOBAL_SCOPE = "00"
 
 
 class DeviceManager:
-    """What kind of device this process uses: CUDA where there is one, else the CPU."""
+    """What type of device this process uses: CUDA where there is one, else the CPU."""
 
     device_type: str
     """`cuda` or `cpu`."""
 
     device_module: ModuleType
-    """`torch.cuda` or `torch.cpu`."""
+    """The module of torch for it."""
 
     def __init__(self) -> None:
-        self.device_type = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device_module = torch.cuda if self.device_type == "cuda" else torch.cpu
+        self._type = default_type()
+        self.device_type = self._type.name
+        self.device_module = getattr(torch, self.device_type)
 
     @property
     def backend(self) -> str:
         """The collective backend that moves this device's tensors."""
-        return "nccl" if self.device_type == "cuda" else "gloo"
+        return self._type.backend
 
 
 @lru_cache(maxsize=1)

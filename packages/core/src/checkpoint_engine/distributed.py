@@ -5,7 +5,7 @@
     ps.init_process_group()
     dist.barrier()
 
-The group is our own: torch's default process group is not needed, and not touched but by `lend_default_group`.
+The group is our own: torch's default process group is not needed, and not touched but by `export_default_group`.
 """
 
 from __future__ import annotations
@@ -21,27 +21,33 @@ import msgspec
 import torch
 import torch.distributed as torch_dist
 
-from checkpoint_engine.collective import Board, Communicator, open_communicator, open_store
+from checkpoint_engine.collective import Communicator, ControlPlane, connect_ranks, open_communicator
 from checkpoint_engine.collective.base import registered_backends
 from checkpoint_engine.deadline import Cancel, Deadline
+from checkpoint_engine.device import accelerators, type_of
 from checkpoint_engine.errors import CheckpointStateError, SettingError
 
 __all__ = [
     "DistributedProcessGroup",
+    "adopt",
     "all_gather_object",
     "all_reduce",
     "barrier",
     "broadcast",
     "destroy_process_group",
+    "export_default_group",
     "init_process_group",
     "is_initialized",
     "new_group",
+    "take_back_default_group",
     "use_backend",
 ]
 
 logger = logging.getLogger(__name__)
 
 _TEN_MINUTES = timedelta(minutes=10)
+_KNOWN_AS = {"vllm_nccl": "nccl"}
+"""What upstream calls a communicator in a group of its own, which leaves the caller's alone: here each is one."""
 _PLAIN = (type(None), bool, int, float, str, bytes)
 
 
@@ -54,14 +60,23 @@ class DistributedProcessGroup:
     """
 
     def __init__(
-        self, store: torch_dist.Store, ranks: Sequence[int], rank: int, timeout: timedelta, backend: str | None = None
+        self,
+        plane: ControlPlane,
+        name: str,
+        ranks: Sequence[int],
+        timeout: timedelta,
+        backend: str | None = None,
+        *,
+        closes: bool = False,
     ) -> None:
         self.ranks = tuple(ranks)
-        self.rank = rank
-        self._store = store
+        self.rank = self.ranks.index(plane.rank)
+        self._plane = plane
+        self._name = name
+        self._closes = closes
         self._timeout = timeout
         self._backend = backend
-        self._board = Board(store, rank, len(self.ranks))
+        self._board = plane.board(self.ranks)
         self._numbers = count(1)
         self._communicators: dict[str, Communicator] = {}
 
@@ -71,16 +86,16 @@ class DistributedProcessGroup:
         Raises:
             DeadlineError: a rank did not come in time; the message says which.
         """
-        key = f"exchange-{next(self._numbers)}"
+        key = f"{self._name}/exchange-{next(self._numbers)}"
         return self._board.gather(key, mine, Deadline(self._timeout.total_seconds()), Cancel(), waiting_for)
 
     def communicator(self, device: torch.device) -> Communicator | None:
         """The communicator for tensors on that device; None for a single rank, which needs none."""
         if len(self.ranks) == 1:
             return None
-        backend = self._backend or ("nccl" if device.type == "cuda" else "gloo")
+        backend = self._backend or type_of(device).backend
         if backend not in self._communicators:
-            store = torch_dist.PrefixStore(f"communicator-{backend}", self._store)
+            store = torch_dist.PrefixStore(f"{self._name}/communicator-{backend}", self._plane.store)
             self._communicators[backend] = open_communicator(
                 backend, store, self.rank, len(self.ranks), self._timeout, device
             )
@@ -88,7 +103,7 @@ class DistributedProcessGroup:
 
     def subgroup(self, ranks: Sequence[int], timeout: timedelta | None) -> DistributedProcessGroup | None:
         """A group of some of these ranks, which all of them make together; None for those left out."""
-        key = f"group-{next(self._numbers)}"
+        name = f"{self._name}/group-{next(self._numbers)}"
         members = sorted(set(ranks))
         strangers = set(members).difference(self.ranks)
         if strangers or not members:
@@ -96,8 +111,7 @@ class DistributedProcessGroup:
         me = self.ranks[self.rank]
         if me not in members:
             return None
-        store = torch_dist.PrefixStore(key, self._store)
-        return DistributedProcessGroup(store, members, members.index(me), timeout or self._timeout, self._backend)
+        return DistributedProcessGroup(self._plane, name, members, timeout or self._timeout, self._backend)
 
     def place_of(self, rank: int) -> int:
         """Where a rank of the whole group stands in this one.
@@ -110,16 +124,16 @@ class DistributedProcessGroup:
         return self.ranks.index(rank)
 
     def close(self) -> None:
-        """Closes the communicators."""
+        """Closes the communicators, and what connects the ranks if it is of this group alone."""
         for communicator in self._communicators.values():
             communicator.close()
         self._communicators.clear()
-        self._board.leave()
+        if self._closes:
+            self._plane.close()
 
 
 _default: DistributedProcessGroup | None = None
 _chosen_backend: str | None = None
-_made = count(1)
 
 
 def use_backend(backend: str | None) -> None:
@@ -129,6 +143,7 @@ def use_backend(backend: str | None) -> None:
         SettingError: no communicator of that name is registered.
     """
     global _chosen_backend  # noqa: PLW0603 - the known names are functions of a module
+    backend = _KNOWN_AS.get(backend, backend) if backend is not None else None
     if backend is not None and backend not in registered_backends():
         raise SettingError(
             f"no communicator {backend!r} is registered; there are {', '.join(registered_backends())}. Others are made "
@@ -167,36 +182,37 @@ def init_process_group(
         raise CheckpointStateError("the ranks are connected already; call destroy_process_group first")
     if not 0 <= rank < world_size:
         raise SettingError(f"rank {rank} is not one of {world_size} ranks")
-    adopt(store or open_store(rank, world_size, master_addr, master_port, timeout), rank, world_size, timeout, backend)
+    plane = connect_ranks(rank, world_size, master_addr, master_port, store)
+    adopt(plane, timeout, backend, closes=True)
     barrier()
 
 
 def adopt(
-    store: torch_dist.Store, rank: int, world_size: int, timeout: timedelta, backend: str | None = None
+    plane: ControlPlane, timeout: timedelta, backend: str | None = None, *, closes: bool = False
 ) -> DistributedProcessGroup:
-    """Lets the functions of this module work over a store that connects the ranks already; costs nothing yet."""
+    """Lets the functions of this module work over what connects the ranks already; with `closes` it ends with them."""
     global _default  # noqa: PLW0603 - the known names are functions of a module
-    own_store = torch_dist.PrefixStore(f"distributed-{next(_made)}", store)
-    _default = DistributedProcessGroup(own_store, range(world_size), rank, timeout, backend or _chosen_backend)
+    ranks = range(plane.world_size)
+    _default = DistributedProcessGroup(plane, "distributed", ranks, timeout, backend or _chosen_backend, closes=closes)
     return _default
 
 
-def lend_default_group(store: torch_dist.Store, rank: int, world_size: int, timeout: timedelta) -> bool:
+def export_default_group(plane: ControlPlane, timeout: timedelta) -> bool:
     """Gives torch its default process group, if torchrun started this process as this rank and there is none.
 
     It is for barriers and the like, over Gloo. Returns whether there is one now that was not there before.
     """
     if torch_dist.is_initialized() or (os.environ.get("RANK"), os.environ.get("WORLD_SIZE")) != (
-        str(rank),
-        str(world_size),
+        str(plane.rank),
+        str(plane.world_size),
     ):
         return False
     try:
         torch_dist.init_process_group(
             "gloo",
-            store=torch_dist.PrefixStore("default-group", store),
-            rank=rank,
-            world_size=world_size,
+            store=torch_dist.PrefixStore("default-group", plane.store),
+            rank=plane.rank,
+            world_size=plane.world_size,
             timeout=timeout,
         )
     except RuntimeError as error:
@@ -242,8 +258,8 @@ def barrier(group: DistributedProcessGroup | None = None) -> None:
     Raises:
         DeadlineError: a rank did not come in time; the message says which.
     """
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.synchronize()
+    for device_type in accelerators():
+        device_type.synchronize_all()
     _group(group).exchange(b"", "all ranks being at the barrier")
 
 

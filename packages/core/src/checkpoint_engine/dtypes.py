@@ -10,6 +10,8 @@ from checkpoint_engine.errors import UnsupportedTensorError
 if TYPE_CHECKING:
     import torch
 
+__all__ = ["dtype_name", "dtype_of_code", "item_size", "torch_dtype"]
+
 _SAFETENSORS_CODES = {
     "BOOL": "bool",
     "U8": "uint8",
@@ -27,10 +29,17 @@ _SAFETENSORS_CODES = {
     "C64": "complex64",
     "F8_E4M3": "float8_e4m3fn",
     "F8_E5M2": "float8_e5m2",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
     "F8_E8M0": "float8_e8m0fnu",
+    "F4": "float4_e2m1fn_x2",
 }
+_BYTES = (
+    *("bool", "uint8", "int8", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"),
+    *("float8_e8m0fnu", "float4_e2m1fn_x2"),
+)
 _ITEM_SIZES = {
-    **dict.fromkeys(("bool", "uint8", "int8", "float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu"), 1),
+    **dict.fromkeys(_BYTES, 1),
     **dict.fromkeys(("uint16", "int16", "float16", "bfloat16"), 2),
     **dict.fromkeys(("uint32", "int32", "float32"), 4),
     **dict.fromkeys(("uint64", "int64", "float64", "complex64"), 8),

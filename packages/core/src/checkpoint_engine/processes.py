@@ -14,12 +14,49 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import IO, cast
 
+from checkpoint_engine import limits
 from checkpoint_engine.deadline import Deadline
 
-_GRACE_SECONDS = 3.0
-"""How long a process gets to end by itself."""
+__all__ = ["Child", "ParentPipe", "StoppedWatch", "end_all", "is_stopped", "python_module"]
+
+_RUN_MODULE = "import runpy, sys; del sys.path[0], sys.argv[0]; runpy.run_module(sys.argv[0], None, '__main__', True)"
+
+
+class StoppedWatch:
+    """Tells which processes of this host have been stopped, as by SIGSTOP, for longer than they may be."""
+
+    def __init__(self, patience: float = limits.SILENCE) -> None:
+        self._patience = patience
+        self._since: dict[int, Deadline] = {}
+
+    def overdue(self, pid: int) -> bool:
+        """Whether it is; to be asked again and again. False of a process that cannot be seen from here."""
+        if not is_stopped(pid):
+            self._since.pop(pid, None)
+            return False
+        return self._since.setdefault(pid, Deadline(self._patience)).expired
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a process is stopped now, so that it does nothing until somebody continues it."""
+    try:
+        after_name = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2]
+    except OSError:
+        return False
+    return after_name.split()[0] in "Tt"
+
+
+def python_module(module: str) -> list[str]:
+    """The command that runs a module as `python -m` does, but imports nothing from the directory where it is called.
+
+    What lies there may be anybody's: /tmp, or a checkout of something that has the same names.
+    """
+    if sys.version_info >= (3, 11):
+        return [sys.executable, "-P", "-m", module]
+    return [sys.executable, "-c", _RUN_MODULE, module]
 
 
 class Child:
@@ -42,7 +79,7 @@ class Child:
         self.name = name
         self._on_line, self._on_end = on_line, on_end
         self._process = subprocess.Popen(
-            [sys.executable, "-m", *arguments],
+            [*python_module(arguments[0]), *arguments[1:]],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
@@ -113,7 +150,7 @@ class Child:
         self._on_end(self)
 
 
-def end_all(children: Iterable[Child], grace: float = _GRACE_SECONDS) -> None:
+def end_all(children: Iterable[Child], grace: float = limits.PROCESS_GRACE) -> None:
     """Asks children to end, kills those that have not after `grace` seconds, and frees them all."""
     children = list(children)
     for child in children:
@@ -129,7 +166,7 @@ def end_all(children: Iterable[Child], grace: float = _GRACE_SECONDS) -> None:
 class ParentPipe:
     """The child's end. Takes over standard input and output; what anybody prints goes to standard error instead."""
 
-    def __init__(self, grace: float = _GRACE_SECONDS - 1) -> None:
+    def __init__(self, grace: float = limits.BOARD_LEAVE) -> None:
         """Starts to listen; once the parent is gone, this process has `grace` seconds left."""
         self._grace = grace
         self._output = os.fdopen(os.dup(1), "wb", buffering=0)

@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from checkpoint_engine.errors import SettingError
 
+__all__ = [
+    "GIB",
+    "MIB",
+    "SECRET_FILE_VARIABLE",
+    "SECRET_VARIABLE",
+    "P2PSettings",
+    "Settings",
+    "proofs_directory",
+    "rank_from_environment",
+]
+
 MIB = 1 << 20
 GIB = 1 << 30
-DEFAULT_BUCKET_SIZE = 256 * MIB
-DEFAULT_MEM_FRACTION = 0.9
-DEFAULT_PATIENCE_SECONDS = 30.0
+SECRET_VARIABLE = "CHECKPOINT_ENGINE_RANKS_SECRET"  # noqa: S105 - its name, not its value
+"""What the ranks of a run know each other by."""
+SECRET_FILE_VARIABLE = "CHECKPOINT_ENGINE_RANKS_SECRET_FILE"  # noqa: S105
+"""A file that holds it."""
+_DEFAULT_BUCKET_SIZE = 256 * MIB
+_DEFAULT_MEM_FRACTION = 0.9
+_DEFAULT_PATIENCE_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -23,12 +40,17 @@ class Settings:
         mem_fraction: Share of the free device memory that staging may take (`PS_MEM_FRACTION`).
         device: `cpu`, `cuda` or `auto` (`CHECKPOINT_ENGINE_DEVICE`).
         keep_staging: Whether staging outlives an update (`PS_STAGING` is `persistent`), or is freed (`release`).
+        collective: What broadcasts between ranks (`CHECKPOINT_ENGINE_COLLECTIVE`), such as `nccl` or `gloo`; `auto` for
+            what suits the device.
+        checksum: Whether updates compare checksums of what lies in host memory (`CHECKPOINT_ENGINE_CHECKSUM`).
     """
 
     bucket_size: int
     mem_fraction: float
     device: str
     keep_staging: bool = False
+    collective: str = "auto"
+    checksum: bool = False
 
     @classmethod
     def from_environment(
@@ -39,8 +61,8 @@ class Settings:
         Raises:
             SettingError: a value is not a number, out of range, or none of the words allowed.
         """
-        gigabytes = _number("PS_MAX_BUCKET_SIZE_GB", DEFAULT_BUCKET_SIZE / GIB)
-        fraction = mem_fraction if mem_fraction is not None else _number("PS_MEM_FRACTION", DEFAULT_MEM_FRACTION)
+        gigabytes = _number("PS_MAX_BUCKET_SIZE_GB", _DEFAULT_BUCKET_SIZE / GIB)
+        fraction = mem_fraction if mem_fraction is not None else _number("PS_MEM_FRACTION", _DEFAULT_MEM_FRACTION)
         if gigabytes <= 0:
             raise SettingError(f"PS_MAX_BUCKET_SIZE_GB is {gigabytes:g}; it must be above 0")
         if not 0 < fraction <= 1:
@@ -49,7 +71,11 @@ class Settings:
         lifetime = staging or os.environ.get("PS_STAGING") or "release"
         if lifetime not in ("release", "persistent"):
             raise SettingError(f"PS_STAGING is {lifetime!r}; it must be release or persistent")
-        return cls(int(gigabytes * GIB), fraction, chosen, lifetime == "persistent")
+        collective = os.environ.get("CHECKPOINT_ENGINE_COLLECTIVE") or "auto"
+        checksum = os.environ.get("CHECKPOINT_ENGINE_CHECKSUM", "0")
+        if checksum not in ("", "0", "1"):
+            raise SettingError(f"CHECKPOINT_ENGINE_CHECKSUM is {checksum!r}; it is 1 or 0")
+        return cls(int(gigabytes * GIB), fraction, chosen, lifetime == "persistent", collective, checksum == "1")
 
 
 @dataclass(frozen=True)
@@ -77,7 +103,7 @@ class P2PSettings:
         """
         share = os.environ.get("CHECKPOINT_ENGINE_P2P", "0")
         transport = os.environ.get("CHECKPOINT_ENGINE_P2P_TRANSPORT", "auto")
-        patience = _number("CHECKPOINT_ENGINE_P2P_PATIENCE", DEFAULT_PATIENCE_SECONDS)
+        patience = _number("CHECKPOINT_ENGINE_P2P_PATIENCE", _DEFAULT_PATIENCE_SECONDS)
         if share not in ("", "0", "1"):
             raise SettingError(f"CHECKPOINT_ENGINE_P2P is {share!r}; it is 1 or 0")
         if transport not in ("auto", "rdma", "efa", "tcp"):
@@ -86,6 +112,23 @@ class P2PSettings:
             raise SettingError(f"CHECKPOINT_ENGINE_P2P_PATIENCE is {patience:g}; it must be at least 1 second")
         host = os.environ.get("CHECKPOINT_ENGINE_P2P_HOST") or None
         return cls(share == "1", host, transport, patience)
+
+
+def proofs_directory() -> Path | None:
+    """Where proofs of reload plans are kept; None if `CHECKPOINT_ENGINE_PROOFS` is `off`, or there is no home.
+
+    That variable names another directory. Otherwise it is `checkpoint-engine/proofs` in the user's cache.
+    """
+    named = os.environ.get("CHECKPOINT_ENGINE_PROOFS", "")
+    if named == "off":
+        return None
+    if named:
+        return Path(named)
+    cache = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        return (Path(cache) if cache else Path.home() / ".cache") / "checkpoint-engine" / "proofs"
+    except RuntimeError:  # nobody knows where this user is at home
+        return None
 
 
 def rank_from_environment(given: int | None, variable: str) -> int:
@@ -110,6 +153,9 @@ def _number(variable: str, default: float) -> float:
     if not text:
         return default
     try:
-        return float(text)
+        number = float(text)
     except ValueError:
-        raise SettingError(f"{variable} is {text!r}, which is not a number") from None
+        number = math.nan
+    if not math.isfinite(number):
+        raise SettingError(f"{variable} is {text!r}, which is not a number")
+    return number

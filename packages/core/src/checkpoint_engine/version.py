@@ -2,4 +2,7 @@
 
 from importlib.metadata import version
 
-__version__ = version("checkpoint-engine-core")
+__all__ = ["DISTRIBUTION", "__version__"]
+
+DISTRIBUTION = "checkpoint-engine-core"
+__version__ = version(DISTRIBUTION)

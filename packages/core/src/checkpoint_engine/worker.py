@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, TypedDict
+from collections.abc import Callable, Sequence
+from typing import Any, TypedDict
 
 import torch
 
+from checkpoint_engine.contract.figures import UpdateFigures
+from checkpoint_engine.contract.sink import Update
 from checkpoint_engine.device import Device, open_device
-from checkpoint_engine.engine.adapter import Update
-from checkpoint_engine.engine.receiver import receive_update
-from checkpoint_engine.errors import MissingDependencyError
+from checkpoint_engine.names import PLUGIN_OF, load_plugin_name
+from checkpoint_engine.receiver.reception import receive_update
 
-if TYPE_CHECKING:
-    from checkpoint_engine_vllm import WorkerExtension as VllmColocateWorkerExtension
-
-__all__ = ["FlattenedTensorMetadata", "VllmColocateWorkerExtension", "update_weights_from_ipc"]
+__all__ = ["FlattenedTensorMetadata", "update_weights_from_ipc"]
 
 
 class FlattenedTensorMetadata(TypedDict):
@@ -56,7 +54,7 @@ def update_weights_from_ipc(
 
 
 class _Callbacks:
-    """An adapter made of two functions. It cannot take back what `run` has done."""
+    """A sink made of two functions. It cannot take back what `run` has done."""
 
     def __init__(
         self,
@@ -74,36 +72,28 @@ class _Callbacks:
         self._touched = True
         self._run(list(tensors))
 
-    def finish(self) -> Mapping[str, str | int | float]:
+    def finish(self) -> UpdateFigures:
         if self._post_hook is not None:
             self._touched = True
             self._post_hook()
-        return {}
+        return UpdateFigures()
 
     def abort(self) -> bool:
         return not self._touched
 
 
 def _open(device_id: int | str) -> Device:
-    if device_id == "cpu" or not torch.cuda.is_available():
-        return open_device("cpu", rank=int(device_id) if device_id != "cpu" else 0)
-    return open_device("cuda", index=int(device_id))
+    if device_id == "cpu":
+        return open_device("cpu")
+    return open_device(index=int(device_id), rank=int(device_id))
 
 
-def __getattr__(name: str) -> object:
-    """Finds what the vLLM plugin serves under the old name; the plugin is imported only then.
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - whatever the plugin has under that name
+    """Finds what a plugin brings under an old name; the plugin is imported only then.
 
     Raises:
         MissingDependencyError: the plugin is not installed.
     """
-    if name != "VllmColocateWorkerExtension":
+    if name not in PLUGIN_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        from checkpoint_engine_vllm import WorkerExtension  # noqa: PLC0415
-    except ModuleNotFoundError as error:
-        if error.name != "checkpoint_engine_vllm":
-            raise
-        raise MissingDependencyError(
-            f"{name} comes with the vLLM plugin; install it where vLLM is: pip install checkpoint-engine-vllm"
-        ) from None
-    return WorkerExtension
+    return load_plugin_name(name)

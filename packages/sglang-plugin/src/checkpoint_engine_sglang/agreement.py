@@ -7,13 +7,15 @@ in host memory) carries a few bytes of each worker to all others, so that a fail
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Any, Generic, Protocol, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 import msgspec
 import torch
 import torch.distributed as dist
 
-from checkpoint_engine.errors import WorkerError
+from checkpoint_engine.sdk import WorkerError
+
+__all__ = ["Pending", "WorkerGroup"]
 
 _Message = TypeVar("_Message", bound=msgspec.Struct)
 
@@ -46,46 +48,28 @@ class Pending(Generic[_Message]):
         return [_unpack(part, self._kind) for part in self._everybody]
 
 
-class Workers(Protocol):
-    """All workers of a replica."""
-
-    def exchange(self, mine: _Message, seconds: float) -> list[_Message]:
-        """What every worker brought, in order of rank. All of them must call it, in the same order."""
-        ...
-
-    def start(self, mine: _Message) -> Pending[_Message]:
-        """Begins to exchange few bytes, and waits for nobody. All must call it, in the same order as `exchange`."""
-        ...
-
-
-class GroupOfWorkers:
-    """Workers that are connected by one of torch's process groups."""
+class WorkerGroup:
+    """All workers of a replica, connected by one of torch's process groups."""
 
     def __init__(self, group: Any) -> None:  # noqa: ANN401 - torch does not export its type
         self._group = group
         self._size = int(dist.get_world_size(group))
 
     def exchange(self, mine: _Message, seconds: float) -> list[_Message]:
-        """See `Workers`.
+        """What every worker brought, in order of rank. All of them must call it, in the same order.
 
         Raises:
             WorkerError: a worker did not take part in time. What the others hold is unknown then.
         """
         if self._size == 1:
             return [mine]
-        content = torch.frombuffer(bytearray(msgspec.msgpack.encode(mine)), dtype=torch.uint8)
-        sizes = self._gather(torch.tensor([content.numel()], dtype=torch.int64), seconds)
-        longest = max(int(size) for size in sizes)
-        padded = torch.zeros(longest, dtype=torch.uint8)
-        padded[: content.numel()] = content
-        everybody = self._gather(padded, seconds)
-        return [
-            msgspec.msgpack.decode(bytes(cast("Any", part[: int(size)]).tolist()), type=type(mine))
-            for part, size in zip(everybody, sizes, strict=True)
-        ]
+        content = msgspec.msgpack.encode(mine)
+        sizes = self._gather(torch.tensor([len(content)], dtype=torch.int64), seconds)
+        everybody = self._gather(_packed(content, _LENGTH + max(int(size) for size in sizes)), seconds)
+        return [_unpack(part, type(mine)) for part in everybody]
 
     def start(self, mine: _Message) -> Pending[_Message]:
-        """See `Workers`.
+        """Begins to exchange few bytes, and waits for nobody. All must call it, in the same order as `exchange`.
 
         Raises:
             WorkerError: it is too much.
@@ -93,8 +77,7 @@ class GroupOfWorkers:
         content = msgspec.msgpack.encode(mine)
         if len(content) > _ROOM - _LENGTH:
             raise WorkerError(f"{len(content)} bytes are too many for a word between workers")
-        words = len(content).to_bytes(_LENGTH, "little") + content
-        packed = torch.frombuffer(bytearray(words.ljust(_ROOM, b"\0")), dtype=torch.uint8)
+        packed = _packed(content, _ROOM)
         everybody = [torch.empty_like(packed) for _ in range(self._size)]
         work = cast("Any", dist).all_gather(everybody, packed, group=self._group, async_op=True)
         return Pending(type(mine), work, everybody)
@@ -107,6 +90,11 @@ class GroupOfWorkers:
         except RuntimeError as error:
             raise WorkerError(f"not all workers of this engine answered within {seconds:g} s: {error}") from error
         return everybody
+
+
+def _packed(content: bytes, room: int) -> torch.Tensor:
+    words = len(content).to_bytes(_LENGTH, "little") + content
+    return torch.frombuffer(bytearray(words.ljust(room, b"\0")), dtype=torch.uint8)
 
 
 def _unpack(part: torch.Tensor, kind: type[_Message]) -> _Message:

@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import Any, TypeVar, cast
 
 import msgspec
 
-from checkpoint_engine.deadline import Deadline
-from checkpoint_engine.engine.client import CollectiveRpcClient, PauseMode
-from checkpoint_engine.engine.endpoint import Endpoint, Reply, shorten
-from checkpoint_engine.errors import DeadlineError, EngineRequestError
+from checkpoint_engine.sdk import Deadline, DeadlineError, EngineRequestError, limits
+from checkpoint_engine.sdk.client import (
+    Endpoint,
+    PauseMode,
+    Reply,
+    WorkerReport,
+    WorkersClient,
+    WorkersOrder,
+    WorkerStatus,
+    shorten,
+)
 from checkpoint_engine_sglang import routes
+
+__all__ = ["SGLangClient"]
+
+_Words = TypeVar("_Words", list[WorkerReport], list[WorkerStatus])
 
 logger = logging.getLogger(__name__)
 
 _NOT_FOUND = 404
 _POLL_SECONDS = 0.25
-_KNOCK_SECONDS = 5.0
-_ANSWER_SECONDS = 5.0
 _NO_PLUGIN = (
     "it has no plugin of ours: install checkpoint-engine-sglang (and SGLang 0.5.11 or newer) in SGLang's environment; "
     "SGLANG_PLUGINS, if set there, must list checkpoint_engine. Its own path, `python -m "
@@ -28,8 +37,8 @@ _NO_PLUGIN = (
 )
 
 
-class SGLangClient(CollectiveRpcClient):
-    """The client of a running SGLang; see `checkpoint_engine.engine.client.EngineClient`."""
+class SGLangClient(WorkersClient):
+    """The client of a running SGLang; see `checkpoint_engine.client.engine_client.EngineClient`."""
 
     setup_hint = "is checkpoint-engine-sglang of the same version installed in SGLang's environment?"
 
@@ -38,9 +47,6 @@ class SGLangClient(CollectiveRpcClient):
         super().__init__(endpoint, timeout=timeout)
         if api_key is not None:
             self.endpoint = Endpoint(endpoint, api_key=api_key)
-        self._pause_mode: PauseMode = "none"
-        self._flush = True
-        self._verify = False
 
     def wait_ready(self, deadline: Deadline) -> None:
         """Waits until SGLang can be asked to update; it need not serve yet, as before its first weights it does not.
@@ -52,7 +58,7 @@ class SGLangClient(CollectiveRpcClient):
         seen = "nothing was tried"
         while not deadline.expired:
             try:
-                reply = self.endpoint.send("GET", routes.STATUS, Deadline(min(_KNOCK_SECONDS, deadline.remaining)))
+                reply = self.endpoint.send("GET", routes.STATUS, Deadline(min(limits.KNOCK, deadline.remaining)))
             except (EngineRequestError, DeadlineError) as error:
                 seen = str(error)
             else:
@@ -64,47 +70,39 @@ class SGLangClient(CollectiveRpcClient):
                 if reply.status in range(400, 500):
                     raise EngineRequestError(f"{self.endpoint.address} is not an SGLang that can be updated: {seen}")
             time.sleep(min(_POLL_SECONDS, deadline.remaining))
-        raise DeadlineError(f"{self.endpoint.address} was not ready within {deadline.seconds:g} s: {seen}")
+        raise DeadlineError(f"{self.endpoint.address} was not ready within {deadline.said}: {seen}")
 
     def world_size(self) -> int | None:
         """Number of workers, over tensor-parallel ranks, stages and replicas; None if it cannot tell now."""
-        return len(self._workers(Deadline(self.timeout))) or None
+        return len(self.status(Deadline(self.timeout))) or None
 
-    def collective_rpc(self, method: str, deadline: Deadline, args: Sequence[object] = ()) -> list[Any]:
-        """Asks the plugin for what `checkpoint_engine_update` and `checkpoint_engine_status` return on every worker.
+    def ask_workers(self, order: WorkersOrder, deadline: Deadline) -> list[WorkerReport]:
+        """Asks the plugin's own route; see `WorkersClient`.
 
-        Raises:
-            EngineRequestError: there is no plugin, or it answers with an error.
-            DeadlineError: it does not answer in time.
+        The workers wait for running requests and flush the cache within the update, before any request runs.
         """
-        if method == "checkpoint_engine_status":
-            return self._workers(deadline)
-        if method != "checkpoint_engine_update":
-            raise EngineRequestError(f"SGLang has no way to run {method!r} on its workers")
-        handles, version, timeout = cast("tuple[Mapping[str, str], str, float]", tuple(args))
         body = {
-            "handles": [list(pair) for pair in handles.items()],
-            "version": version,
-            "timeout": timeout,
-            "wait_for_requests": self._pause_mode == "wait",
-            "flush_cache": self._flush and not self._verify,
-            "verify": self._verify,
+            "handles": [list(pair) for pair in order.handles.items()],
+            "version": order.version,
+            "timeout": deadline.remaining,
+            "wait_for_requests": order.pause == "wait",
+            "flush_cache": order.reset_caches,
         }
-        reply = self.endpoint.send("POST", routes.UPDATE, Deadline(deadline.remaining + _ANSWER_SECONDS), body=body)
-        results = self._list_in(reply, "POST", routes.UPDATE, "results")
-        if not results and not reply.ok:
-            raise EngineRequestError(
-                f"{self.endpoint.address} answered POST {routes.UPDATE} with {reply.status}: {shorten(reply.text)}"
-            )
-        return results
+        route = routes.VERIFY if order.compare else routes.UPDATE
+        reply = self.endpoint.send("POST", route, Deadline(deadline.remaining + limits.ANSWER), body=body)
+        return self._list_in(reply, "results", list[WorkerReport], f"POST {route}")
 
-    def verify_weights(self, handles: Mapping[str, str], *, version: str, timeout: float) -> None:
-        """Has every worker compare its weights with the checkpoint that `handles` offer; see `CollectiveRpcClient`."""
-        self._verify = True
-        try:
-            super().verify_weights(handles, version=version, timeout=timeout)
-        finally:
-            self._verify = False
+    def abort(self, deadline: Deadline) -> bool:
+        """Has the workers give up what is under way, if anything is; returns whether something was."""
+        content: object = self.endpoint.call("POST", routes.ABORT, deadline)
+        return isinstance(content, dict) and cast("dict[str, Any]", content).get("aborted") is True
+
+    def status(self, deadline: Deadline) -> list[WorkerStatus]:
+        """What every worker holds now; see `WorkersClient`."""
+        reply = self.endpoint.send("GET", routes.STATUS, deadline)
+        if reply.status == _NOT_FOUND:
+            raise EngineRequestError(f"{self.endpoint.address} cannot be updated safely: {_NO_PLUGIN}")
+        return self._list_in(reply, "workers", list[WorkerStatus], f"GET {routes.STATUS}")
 
     def update_weights(
         self,
@@ -130,15 +128,11 @@ class SGLangClient(CollectiveRpcClient):
                 self.endpoint.address,
             )
             pause = "wait"
-        self._pause_mode, self._flush = pause, reset_caches
-        super().update_weights(
-            # The update itself waits for running requests, without a pause before it.
-            handles,
-            version=version,
-            pause="none" if pause == "wait" else pause,
-            reset_caches=False,  # the workers flush within the update, before any request runs
-            timeout=timeout,
-        )
+        super().update_weights(handles, version=version, pause=pause, reset_caches=reset_caches, timeout=timeout)
+
+    def needs_pause(self, mode: PauseMode) -> bool:
+        """See `WorkersClient`: the update itself waits for running requests, without a pause before it."""
+        return mode in ("keep", "abort")
 
     def pause(self, mode: PauseMode, *, reset_caches: bool, deadline: Deadline) -> None:
         """`POST /pause_generation`.
@@ -147,8 +141,7 @@ class SGLangClient(CollectiveRpcClient):
             EngineRequestError: SGLang refuses.
             DeadlineError: it did not pause in time.
         """
-        del reset_caches
-        kept = "retract" if self._flush else "in_place"
+        kept = "retract" if reset_caches else "in_place"
         words = {"keep": kept, "abort": "abort"}
         self.endpoint.call("POST", "/pause_generation", deadline, body={"mode": words[mode]})
 
@@ -156,27 +149,30 @@ class SGLangClient(CollectiveRpcClient):
         """`POST /continue_generation`."""
         self.endpoint.call("POST", "/continue_generation", deadline, body={"torch_empty_cache": False})
 
-    # -- inside
+    def is_paused(self, deadline: Deadline) -> bool:
+        """As the plugin's status has it; False where its plugin is older than that."""
+        content: object = self.endpoint.call("GET", routes.STATUS, deadline)
+        return isinstance(content, dict) and cast("dict[str, Any]", content).get("paused") is True
 
-    def _workers(self, deadline: Deadline) -> list[Any]:
-        reply = self.endpoint.send("GET", routes.STATUS, deadline)
-        if reply.status == _NOT_FOUND:
-            raise EngineRequestError(f"{self.endpoint.address} cannot be updated safely: {_NO_PLUGIN}")
-        return self._list_in(reply, "GET", routes.STATUS, "workers")
+    def reset_caches(self, deadline: Deadline) -> None:
+        """Nothing is left to do: the workers did so within the update."""
+
+    # -- inside
 
     def _stages(self, timeout: float) -> int:
         content: object = self.endpoint.call("GET", routes.STATUS, Deadline(timeout))
         return int(cast("dict[str, Any]", content).get("pipeline_stages", 1)) if isinstance(content, dict) else 1
 
-    def _list_in(self, reply: Reply, method: str, path: str, key: str) -> list[Any]:
-        """A list in the JSON of a reply; a failed update has one as well, with the failure of each worker."""
+    def _list_in(self, reply: Reply, key: str, kind: type[_Words], request: str) -> _Words:
+        """What the workers say in a reply; a failed update has a list as well, with the failure of each worker."""
         try:
-            content: object = msgspec.json.decode(reply.text)
+            content = msgspec.json.decode(reply.text, type=dict[str, object])
         except msgspec.MsgspecError:
-            content = None
-        found = cast("dict[str, object]", content).get(key) if isinstance(content, dict) else None
-        if not isinstance(found, list):
+            content = {}
+        found = content.get(key)
+        if not isinstance(found, list) or (not found and not reply.ok):
+            hint = "" if "error" in content else f" ({self.setup_hint})"  # the plugin says itself what is wrong
             raise EngineRequestError(
-                f"{self.endpoint.address} answered {method} {path} with {reply.status}: {shorten(reply.text)}"
+                f"{self.endpoint.address} answered {request} with {reply.status}: {shorten(reply.text)}{hint}"
             )
-        return cast("list[Any]", found)
+        return self._converted(cast("list[object]", found), kind)

@@ -6,15 +6,55 @@ import contextlib
 import importlib
 import inspect
 import os
-from collections.abc import Generator, Iterator
+import re
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 
-from checkpoint_engine.device import Device, open_device
-from checkpoint_engine.errors import MissingDependencyError
-from checkpoint_engine_sglang.places import version
+from checkpoint_engine.sdk import Device, MissingDependencyError, open_device
+from checkpoint_engine_sglang.installation import version
+
+__all__ = [
+    "Position",
+    "Runner",
+    "answer_type",
+    "cannot_flush",
+    "cannot_update",
+    "derive",
+    "deriving_modules",
+    "describe_runner",
+    "device_of",
+    "expert_placement",
+    "finds_scales",
+    "forget_parameters",
+    "grpc_option",
+    "is_paused",
+    "is_reloading_by_itself",
+    "is_starting",
+    "is_unquantised",
+    "kept_tensors",
+    "loader_of",
+    "loading_context",
+    "named_modules",
+    "observe_weight_load",
+    "own_tensor",
+    "position_of",
+    "processed_modules",
+    "processes_weights",
+    "processing_of",
+    "request_type",
+    "retracted_set_aside",
+    "scheduler_of",
+    "select_runners",
+    "send_answer",
+    "server_args",
+    "set_paused",
+    "tensors_of",
+    "weight_version",
+    "world_group",
+]
 
 _MANAGERS = "sglang.srt.managers"
 
@@ -67,6 +107,25 @@ def scheduler_of(manager: Any) -> Any:  # noqa: ANN401 - SGLang's own objects
     if hasattr(manager, "running_batch"):
         return manager
     return getattr(manager, "scheduler", None) or getattr(manager.flush_cache, "__self__", None)
+
+
+def is_starting(manager: Any) -> bool:  # noqa: ANN401 - SGLang's tokenizer manager
+    """Whether SGLang has not run its first request, of its own, yet."""
+    return getattr(getattr(manager, "server_status", None), "name", "") == "Starting"
+
+
+def observe_weight_load(manager: Any, seconds: float) -> None:  # noqa: ANN401
+    """Sets SGLang's own `weight_load_duration_seconds`, where it has one and metrics are on."""
+    observe = getattr(getattr(manager, "metrics_collector", None), "observe_weight_load", None)
+    if observe is not None:
+        observe(seconds, "ipc")
+
+
+def weight_version(manager: Any) -> str | None:  # noqa: ANN401 - SGLang's tokenizer manager
+    """What SGLang itself calls its weights, in `/model_info` and in answers; None where it keeps no name."""
+    value = getattr(manager, "config_value", None)
+    found: object = value("weight_version") if callable(value) else manager.server_args.weight_version
+    return None if found is None else str(found)
 
 
 def server_args(manager: Any) -> Any:  # noqa: ANN401
@@ -158,6 +217,12 @@ def cannot_update(manager: Any, model: torch.nn.Module) -> str:  # noqa: ANN401
     mode = getattr(server_args(manager), "weight_cache_mode", "off")
     if mode != "off":
         return f"--weight-cache-mode {mode} shares the weights with other engines; start with `off`"
+    backend = getattr(server_args(manager), "elastic_ep_backend", None)
+    if backend:
+        return (
+            f"--elastic-ep-backend {backend} brings back lost experts from the weights of the start, which would be "
+            "old after an update; start without it"
+        )
     released = getattr(manager, "offload_tags", None) or getattr(scheduler_of(manager), "offload_tags", None) or ()
     if "weights" in released:
         return 'the memory of the weights is released; POST /resume_memory_occupation {"tags": ["weights"]} first'
@@ -257,6 +322,14 @@ def tensors_of(module: torch.nn.Module) -> tuple[dict[str, torch.Tensor | None],
     return held["_parameters"], held["_buffers"]
 
 
+def kept_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A module's own parameters, and those of its buffers that checkpoints may have, too."""
+    parameters, buffers = tensors_of(module)
+    left_out = cast("set[str]", vars(module)["_non_persistent_buffers_set"])
+    held = {**parameters, **{name: tensor for name, tensor in buffers.items() if name not in left_out}}
+    return {name: tensor for name, tensor in held.items() if tensor is not None}
+
+
 def own_tensor(module: torch.nn.Module, name: str) -> torch.Tensor | None:
     """A module's own parameter or buffer."""
     parameters, buffers = tensors_of(module)
@@ -268,9 +341,20 @@ def own_tensor(module: torch.nn.Module, name: str) -> torch.Tensor | None:
 def processed_modules(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, Any]]:
     """The layers whose weights SGLang processes after loading, and what does so."""
     for name, module in named_modules(model):
-        method = cast("Any", getattr(module, "quant_method", None))
-        if hasattr(method, "process_weights_after_loading") and not is_lora_wrapper(module):
+        method = processing_of(module)
+        if method is not None:
             yield name, module, method
+
+
+def processing_of(module: torch.nn.Module) -> Any:  # noqa: ANN401
+    """What processes a layer's weights after loading; None if nothing does."""
+    method = getattr(module, "quant_method", None)
+    return method if processes_weights(method) and not _is_lora_wrapper(module) else None
+
+
+def processes_weights(held: object) -> bool:
+    """Whether this processes weights after loading."""
+    return hasattr(held, "process_weights_after_loading") and not isinstance(held, type)
 
 
 def is_unquantised(method: object) -> bool:
@@ -303,12 +387,36 @@ def derive(module: torch.nn.Module, config: Any) -> None:  # noqa: ANN401
         shared(module, config)  # before 0.5.14, where only this knows which models are drafts
 
 
+def expert_placement() -> list[list[int]] | None:
+    """Which expert lies in which slot of each layer, by which loaders go; None where experts are not moved about.
+
+    SGLang changes the table in place when it rebalances experts (`--enable-eplb`).
+    """
+    get = getattr(_module("sglang.srt.eplb.expert_location"), "get_global_expert_location_metadata", None)
+    table = None if get is None else get()
+    if table is None:
+        return None
+    held = getattr(table, "physical_to_logical_map_cpu", None)
+    held = table.physical_to_logical_map if held is None else held
+    return cast("list[list[int]]", held.tolist())
+
+
+def loader_of(model: torch.nn.Module) -> Callable[[Iterable[tuple[str, torch.Tensor]]], object]:
+    """The model's loader, given what SGLang gives it at a start."""
+    load = cast("Any", model).load_weights
+    config = getattr(model, "quant_config", None)
+    if config is None or config.get_name() != "mxfp8":
+        return load
+    # Its layers call scales as those in blocks are called, whatever checkpoints do.
+    return lambda tensors: load((re.sub(r"\.weight_scale$", ".weight_scale_inv", name), each) for name, each in tensors)
+
+
 def forget_parameters(model: torch.nn.Module) -> None:
     """A few models keep a list of their parameters from their first load on."""
     vars(model).pop("_cached_params_dict", None)
 
 
-def is_lora_wrapper(module: torch.nn.Module) -> bool:
+def _is_lora_wrapper(module: torch.nn.Module) -> bool:
     """Whether a module only stands before the one that owns the weights."""
     layers = _module("sglang.srt.lora.layers")
     wrapper = getattr(layers, "BaseLayerWithLoRA", None)

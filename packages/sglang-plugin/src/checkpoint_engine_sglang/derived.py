@@ -11,10 +11,12 @@ from typing import Any, cast
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from checkpoint_engine.errors import WorkerError
+from checkpoint_engine.sdk import WorkerError
 from checkpoint_engine_sglang import compat
 from checkpoint_engine_sglang.compat import Runner
 from checkpoint_engine_sglang.rebuilding import tensors_in
+
+__all__ = ["Derived", "OverwritesWeightsError", "derive", "derive_apart"]
 
 _PARAMETERS, _BUFFERS, _MODULES = "_parameters", "_buffers", "_modules"
 """Where a module keeps what it has registered."""

@@ -1,39 +1,41 @@
-"""The hooks in SGLang's serving process: routes of ours, the gate, and updates that reach every worker."""
+"""The hooks in SGLang's serving process: the gate, and updates that reach every worker."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import importlib
 import logging
 import sys
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable
 from typing import Any, cast
 
 import msgspec
 
-from checkpoint_engine.errors import EngineRequestError
-from checkpoint_engine_sglang import __version__, compat, places, routes
-from checkpoint_engine_sglang.gate import Gate, GateMiddleware
+from checkpoint_engine.sdk import DeadlineError, EngineRequestError, limits
+from checkpoint_engine.sdk.metrics import engine_metrics
+from checkpoint_engine_sglang import __version__, compat, installation
+from checkpoint_engine_sglang.endpoints import install
+from checkpoint_engine_sglang.gate import ServingGate
+from checkpoint_engine_sglang.giving_up import GiveUpFile
 from checkpoint_engine_sglang.messages import (
     BUSY,
-    DEFAULT_SECONDS,
-    Answer,
     Order,
+    ReplicaReports,
     Report,
-    decode_answer,
-    describe_failures,
+    decode_reports,
+    failures_in,
     pack,
     unpack,
 )
+
+__all__ = ["ServerFront", "lost_hooks", "make_front", "update_weights_from_ipc"]
 
 logger = logging.getLogger(__name__)
 
 _FRONT = "_checkpoint_engine_front"
 _HTTP_SERVER = "sglang.srt.entrypoints.http_server"
 _STATUS_SECONDS = 10.0
-_UPDATE_FAILED = 500
+_OWN_REQUEST = "SGLang's /update_weights_from_ipc"
 _IDLE_SECONDS = 3.0
 """For workers to notice that their last request has ended."""
 
@@ -41,83 +43,100 @@ lost_hooks: dict[str, str] = {}
 """Of this process."""
 
 
-class Body(msgspec.Struct):
-    """What a client sends to be updated."""
-
-    handles: list[tuple[str, str]]
-    """Device identity and handle of every worker, in order of rank."""
-    version: str = ""
-    timeout: float = DEFAULT_SECONDS
-    wait_for_requests: bool = True
-    flush_cache: bool = True
-    torch_empty_cache: bool = False
-    verify: bool = False
-    """Whether weights are only compared with the checkpoint."""
-
-
-class Front:
+class ServerFront:
     """Stands beside SGLang's tokenizer manager."""
 
     def __init__(self, manager: Any) -> None:  # noqa: ANN401 - SGLang's own object
         self._manager = manager
         waiting = manager.initial_weights_loaded is False
-        self.gate = Gate(waiting=waiting, keep_open=() if places.ping_waits_for_weights() else ("/ping",))
+        self.gate = ServingGate(
+            waiting=waiting,
+            keep_open=() if installation.ping_waits_for_weights() else ("/ping",),
+            is_starting=lambda: compat.is_starting(manager),
+        )
         self._updating = False
+        self._run_under_way: asyncio.Future[tuple[list[Report], str]] | None = None
+        self._give_up: GiveUpFile | None = None
         self._last: list[Report] = []
         self._stages = 1
         self._holds_requests = False
         self._status: asyncio.Task[list[Report]] | None = None
 
+    @property
+    def server_args(self) -> Any:  # noqa: ANN401 - SGLang's own
+        """What SGLang was started with."""
+        return self._manager.server_args
+
+    @property
+    def lost_hooks(self) -> dict[str, str]:
+        """Of this process."""
+        return lost_hooks
+
     # -- what it is asked for
 
     async def update(self, request: Any, *, wait_for_requests: bool) -> tuple[list[Report], str]:  # noqa: ANN401
-        """Has all workers take an update; returns what they say, and what went wrong in all, empty if nothing.
+        """Has all workers take an update, or compare their weights, as the request orders.
 
         With `wait_for_requests` an engine that is not paused finishes its running requests first.
-        """
-        if self._updating:
-            return [], "another update is under way; wait for it to end"
-        if _unsafe():
-            return [], _unsafe()
-        self._updating = True
-        # Whoever asked may go away; what the workers then say must be heard all the same.
-        return await asyncio.shield(asyncio.ensure_future(self._update(request, wait_for_requests=wait_for_requests)))
 
-    async def _update(self, request: Any, *, wait_for_requests: bool) -> tuple[list[Report], str]:  # noqa: ANN401
+        Returns:
+            What the workers say, and what went wrong in all; empty if nothing did.
+        """
+        problem = "another update is under way; wait for it to end" if self._updating else _unsafe()
+        if problem:
+            return [], problem
         handles, order = unpack(request.zmq_handles)
-        request.zmq_handles = pack(handles, order or Order(version=request.weight_version or ""))
+        order = order or Order(version=request.weight_version or "", door=_OWN_REQUEST)
+        self._give_up = GiveUpFile()
+        order = msgspec.structs.replace(order, give_up=str(self._give_up.path))
+        request.zmq_handles = pack(handles, order)
+        if order.do == "verify":
+            # Pipeline stages can only wait for each other while none of them has a batch.
+            wait_for_requests = int(getattr(self._manager.server_args, "pp_size", 1)) > 1
+        self._updating = True
+        run = self._run(request, order, wait_for_requests=wait_for_requests)
+        # Whoever asked may go away; what the workers then say must be heard all the same.
+        self._run_under_way = asyncio.ensure_future(run)
+        return await asyncio.shield(self._run_under_way)
+
+    async def abort(self) -> tuple[list[Report], str]:
+        """Has the workers give up the update, or comparison, under way.
+
+        Returns:
+            What they say of it, and how it ended; nothing if none is under way.
+
+        Raises:
+            DeadlineError: they have not given up yet, as while requests are waited for; they will.
+        """
+        if self._give_up is None or self._run_under_way is None:
+            return [], ""
+        self._give_up.appear()
+        try:
+            return await asyncio.wait_for(asyncio.shield(self._run_under_way), limits.SETTLE)
+        except asyncio.TimeoutError:
+            raise DeadlineError(
+                f"the update has not ended within {limits.SETTLE:g} s; its workers give up once they get to it"
+            ) from None
+
+    async def _run(self, request: Any, order: Order, *, wait_for_requests: bool) -> tuple[list[Report], str]:  # noqa: ANN401
+        late = ""
         try:
             answers = await self._ask_workers(request, wait_for_requests=wait_for_requests)
-            reports = _reports(answers)
-            problem = describe_failures(reports) or "; ".join(filter(None, (answer.problem for answer in answers)))
+            reports, late = _reports(answers), "; ".join(filter(None, (answer.problem for answer in answers)))
+            problem = failures_in(reports) or late
         except EngineRequestError as error:
             reports, problem = [], str(error)
         finally:
             self._updating = False
-        await self._settle(reports, problem)
-        if not problem:
-            self._after_success(request)
+            if self._give_up is not None:
+                self._give_up.close()
+                self._give_up = None
+        if order.do == "update":
+            self._observe(reports, problem)
+            await self._settle(reports, problem)
+            if _all_complete(reports) and not late:
+                self._after_success(request)
         return reports, problem
-
-    async def verify(self, request: Any) -> tuple[list[Report], str]:  # noqa: ANN401
-        """Has all workers compare their weights; returns what they say, and what went wrong in all."""
-        if self._updating:
-            return [], "an update is under way; wait for it to end"
-        if _unsafe():
-            return [], _unsafe()
-        self._updating = True
-        return await asyncio.shield(asyncio.ensure_future(self._verify(request)))
-
-    async def _verify(self, request: Any) -> tuple[list[Report], str]:  # noqa: ANN401
-        try:
-            # Pipeline stages can only wait for each other while none of them has a batch.
-            stages = int(getattr(self._manager.server_args, "pp_size", 1))
-            reports = _reports(await self._ask_workers(request, wait_for_requests=stages > 1))
-        except EngineRequestError as error:
-            return [], str(error)
-        finally:
-            self._updating = False
-        return reports, describe_failures(reports)
 
     async def status(self) -> dict[str, Any]:
         """What every worker holds, as JSON."""
@@ -126,17 +145,29 @@ class Front:
             "workers": [msgspec.to_builtins(worker) for worker in workers],
             "closed": self.gate.closed,
             "waiting": self.gate.waiting,
+            "paused": bool(self._manager.is_pause),
             "dirty": bool(self.gate.mixture) or any(worker.dirty for worker in workers),
             "updating": self._updating,
+            "weight_version": compat.weight_version(self._manager),
             "pipeline_stages": self._stages,
             "lost_hooks": lost_hooks,
-            "sglang": places.version(),
+            "sglang": installation.version(),
             "plugin": __version__,
         }
 
     # -- inside
 
-    async def _ask_workers(self, request: Any, *, wait_for_requests: bool) -> list[Answer]:  # noqa: ANN401
+    def _observe(self, reports: list[Report], problem: str) -> None:
+        """In SGLang's `/metrics`, where those are on."""
+        metrics = engine_metrics() if getattr(self.server_args, "enable_metrics", False) else None
+        if metrics is None:
+            return
+        if problem and all(report.ok for report in reports):
+            metrics.failed("", "update")
+        else:
+            metrics.observe([{**report.details, **msgspec.structs.asdict(report)} for report in reports])
+
+    async def _ask_workers(self, request: Any, *, wait_for_requests: bool) -> list[ReplicaReports]:  # noqa: ANN401
         manager = self._manager
         manager.auto_create_handle_loop()
         async with manager.is_pause_cond:
@@ -148,7 +179,7 @@ class Front:
         async with manager.model_update_lock.writer_lock:
             return await self._ask_until_idle(request)
 
-    async def _ask_until_idle(self, request: Any) -> list[Answer]:  # noqa: ANN401
+    async def _ask_until_idle(self, request: Any) -> list[ReplicaReports]:  # noqa: ANN401
         """Asks again while workers only say that a request has not quite ended."""
         end = time.monotonic() + _IDLE_SECONDS
         while True:
@@ -160,13 +191,13 @@ class Front:
 
     async def _settle(self, reports: list[Report], problem: str) -> None:
         """Opens or closes the gate, after an update."""
-        done = [report.ok for report in reports]
-        mixed = any(report.dirty for report in reports) or (any(done) and not all(done))
+        complete = _all_complete(reports)
+        mixed = any(report.dirty or (report.complete and not complete) for report in reports)
         if reports:
             self._last = reports
         if mixed:
             self.gate.note_mixture(problem)
-        elif done and all(done):
+        elif complete:
             self.gate.note_success()
             self._manager.initial_weights_loaded = True
         manager = self._manager
@@ -217,10 +248,10 @@ class Front:
 def make_front(original: Callable[..., Any], manager: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
     """Around the place where SGLang makes ready for updates of the weights, in the process that serves people."""
     done = original(manager, *args, **kwargs)
-    front = Front(manager)
+    front = ServerFront(manager)
     setattr(manager, _FRONT, front)
     if _HTTP_SERVER in sys.modules:
-        install_routes(sys.modules[_HTTP_SERVER], front)
+        install(sys.modules[_HTTP_SERVER], front)
     return done
 
 
@@ -231,7 +262,7 @@ async def update_weights_from_ipc(
     request: Any = None,  # noqa: ANN401
 ) -> tuple[bool, str]:
     """Around SGLang's own request for an update: its users get the same promises."""
-    front = cast("Front | None", getattr(manager, _FRONT, None))
+    front = cast("ServerFront | None", getattr(manager, _FRONT, None))
     if front is None:
         return await original(manager, obj, request)
     reports, problem = await front.update(obj, wait_for_requests=True)
@@ -241,91 +272,22 @@ async def update_weights_from_ipc(
     return True, f"All {len(reports)} workers hold the new weights."
 
 
-def install_routes(server: Any, front: Front) -> None:  # noqa: ANN401 - SGLang's module
-    """Adds our routes and the gate to SGLang's application, before it starts."""
-    app = server.app
-    responses = importlib.import_module("starlette.responses")
-    admin = _admin_level()
-
-    async def get_status(request: Any) -> Any:  # noqa: ANN401
-        del request
-        try:
-            return responses.JSONResponse(await front.status())
-        except EngineRequestError as error:
-            return responses.JSONResponse({"error": str(error), "lost_hooks": lost_hooks}, _UPDATE_FAILED)
-
-    async def post_update(request: Any) -> Any:  # noqa: ANN401
-        try:
-            body = msgspec.json.decode(await request.body(), type=Body)
-        except msgspec.MsgspecError as error:
-            return responses.JSONResponse({"error": f"not as expected: {error}"}, 422)
-        order = Order("verify" if body.verify else "update", body.version, body.timeout)
-        asked = compat.request_type()(
-            zmq_handles=pack(dict(body.handles), order),
-            flush_cache=body.flush_cache,
-            weight_version=body.version or None,
-            torch_empty_cache=body.torch_empty_cache,
-        )
-        if body.verify:
-            reports, problem = await front.verify(asked)
-        else:
-            reports, problem = await front.update(asked, wait_for_requests=body.wait_for_requests)
-        content = {
-            "ok": not problem,
-            "error": problem,
-            "results": [msgspec.to_builtins(report) for report in reports],
-            "closed": front.gate.closed,
-        }
-        return responses.JSONResponse(content, _UPDATE_FAILED if problem else 200)
-
-    app.add_route(routes.STATUS, admin(get_status), methods=["GET"])
-    app.add_route(routes.UPDATE, admin(post_update), methods=["POST"])
-    app.add_middleware(GateMiddleware, gate=front.gate)
-    _end_with(app, front.gate)
-    seconds = float(getattr(server, "WAIT_WEIGHTS_READY_TIMEOUT", 120))
-
-    def wait_weights_ready() -> None:
-        if not front.gate.wait_until_opened(seconds):
-            raise SystemExit  # ends this thread alone: the server is shutting down
-
-    server._wait_weights_ready = wait_weights_ready  # noqa: SLF001 - SGLang's own opens after the time-out
-
-
-def _end_with(app: Any, gate: Gate) -> None:  # noqa: ANN401
-    """SGLang joins the thread that waits for weights when it shuts down; so that must end first."""
-    inner = app.router.lifespan_context
-
-    @contextlib.asynccontextmanager
-    async def lifespan(application: Any) -> AsyncGenerator[Any]:  # noqa: ANN401
-        async with inner(application) as state:
-            try:
-                yield state
-            finally:
-                gate.end()
-
-    app.router.lifespan_context = lifespan
-
-
-def _admin_level() -> Callable[[Any], Any]:
-    """SGLang's mark for routes that ask for the administrator's key, where one is set."""
-    try:
-        auth = importlib.import_module("sglang.srt.utils.auth")
-        return auth.auth_level(auth.AuthLevel.ADMIN_OPTIONAL)
-    except (ImportError, AttributeError):
-        return lambda function: function
-
-
 def _unsafe() -> str:
     """Why workers cannot be asked: without these hooks they would do as SGLang's own do. Empty if they can."""
     lost = [reason for name, reason in lost_hooks.items() if name in ("workers", "runner")]
-    return f"this SGLang ({places.version()}) cannot be updated safely: {'; '.join(lost)}" if lost else ""
+    return f"this SGLang ({installation.version()}) cannot be updated safely: {'; '.join(lost)}" if lost else ""
 
 
-def _reports(answers: list[Answer]) -> list[Report]:
+def _all_complete(reports: list[Report]) -> bool:
+    """Whether all workers hold the weights that they were asked to take, also where one could not say so in time."""
+    return bool(reports) and all(report.complete for report in reports)
+
+
+def _reports(answers: list[ReplicaReports]) -> list[Report]:
     """Of every worker, once: with data-parallel attention each group of workers answers for all of them."""
     reports = {report.rank: report for answer in answers for report in answer.reports}
     return [reports[rank] for rank in sorted(reports)]
 
 
-def _decode(answers: list[Any]) -> list[Answer]:
-    return [decode_answer(answer.message) for answer in answers]
+def _decode(answers: list[Any]) -> list[ReplicaReports]:
+    return [decode_reports(answer.message) for answer in answers]

@@ -11,6 +11,8 @@ from typing import Any
 
 from checkpoint_engine_sglang import routes
 
+__all__ = ["App", "GateMiddleware", "Receive", "Scope", "Send", "ServingGate"]
+
 logger = logging.getLogger(__name__)
 
 Scope = MutableMapping[str, Any]
@@ -23,6 +25,8 @@ _ALWAYS_OPEN = frozenset(
         # what brings the weights
         routes.STATUS,
         routes.UPDATE,
+        routes.VERIFY,
+        routes.ABORT,
         "/update_weights_from_ipc",
         "/update_weights_from_disk",
         "/update_weights_from_tensor",
@@ -57,12 +61,19 @@ _WHILE_WAITING = frozenset({"/continue_generation"})
 """Not when the weights are a mixture: then nothing may run."""
 
 
-class Gate:
+_HEALTH = frozenset({"/health", "/health_generate"})
+"""What SGLang answers with an empty 503 until it has warmed up."""
+
+
+class ServingGate:
     """Open or closed, for everything that answers people or says that it could."""
 
-    def __init__(self, *, waiting: bool, keep_open: Iterable[str] = ()) -> None:
-        """Closed from the start if `waiting` for the first weights."""
+    def __init__(
+        self, *, waiting: bool, keep_open: Iterable[str] = (), is_starting: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Closed from the start if `waiting` for the first weights; `is_starting` says that SGLang warms up."""
         self.waiting = waiting
+        self._is_starting = is_starting
         self.mixture = ""
         """Why the weights are not whole; empty if they are."""
         self._timed_out = 0.0
@@ -91,6 +102,8 @@ class Gate:
         path = path.rstrip("/") or "/"
         if path in _ALWAYS_OPEN or path in self._kept_open or (path in _WHILE_WAITING and not self.mixture):
             return ""
+        if not self.closed and path in _HEALTH and self._is_starting():
+            return "the weights are there; SGLang warms up, which takes seconds"
         return self.closed
 
     def note_success(self) -> None:
@@ -122,7 +135,7 @@ class Gate:
 class GateMiddleware:
     """Answers 503 with the reason, before SGLang sees the request."""
 
-    def __init__(self, app: App, gate: Gate) -> None:
+    def __init__(self, app: App, gate: ServingGate) -> None:
         self._app = app
         self._gate = gate
 

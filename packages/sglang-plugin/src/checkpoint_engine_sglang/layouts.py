@@ -17,13 +17,26 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from checkpoint_engine_sglang import compat
 
-_SMALL, _SCALES = 1 << 16, 1 << 22
-"""Elements: what is no larger than the first is kept whole; than the second, if all its elements are the same."""
+__all__ = [
+    "LayerLayout",
+    "TensorLayout",
+    "deriving_nothing",
+    "first_values_of",
+    "layout_of",
+    "layouts_of",
+    "owners",
+    "remember",
+    "without_data",
+]
+
+_SMALL, _AT_ONCE = 1 << 16, 1 << 22
+"""Elements: what is no larger than the first is kept whole, and else only if all its elements are the same; so many of
+them are looked at at once."""
 _PLAIN = (bool, int, float, str, torch.dtype, type(None))
 
 
 @dataclass(frozen=True)
-class Slot:
+class TensorLayout:
     """A parameter or buffer as it was made."""
 
     kind: type
@@ -49,7 +62,7 @@ class Slot:
         return made
 
     @classmethod
-    def of(cls, tensor: torch.Tensor, *, keep_values: bool = True) -> Slot:
+    def of(cls, tensor: torch.Tensor, *, keep_values: bool = True) -> TensorLayout:
         """Describes a tensor."""
         attributes = dict(vars(tensor)) if isinstance(tensor, torch.nn.Parameter) else {}
         initial = _initial(tensor.data) if keep_values else None
@@ -57,16 +70,16 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class Layout:
+class LayerLayout:
     """A layer as it was made."""
 
-    parameters: dict[str, Slot | None]
-    buffers: dict[str, Slot | None]
+    parameters: dict[str, TensorLayout | None]
+    buffers: dict[str, TensorLayout | None]
     plain: tuple[dict[str, object], ...]
     """Numbers, words and switches of each of its `owners`."""
 
     @property
-    def slots(self) -> Iterator[tuple[str, Slot]]:
+    def slots(self) -> Iterator[tuple[str, TensorLayout]]:
         """All that hold something."""
         yield from (
             (name, slot) for kind in (self.parameters, self.buffers) for name, slot in kind.items() if slot is not None
@@ -86,25 +99,44 @@ def owners(module: torch.nn.Module) -> Iterator[object]:
     """Whoever remembers something of the way in which a layer was processed."""
     yield module
     for name in ("quant_method", "scheme"):
-        owner = vars(module).get(name)
+        owner: object = vars(module).get(name)
         if owner is not None:
             yield owner
+            # One that does part of the work for it, as FP8's does for experts of four bits.
+            remembered: dict[str, object] = vars(owner)
+            yield from (held for held in remembered.values() if compat.processes_weights(held))
 
 
-_known: WeakKeyDictionary[torch.nn.Module, dict[str, Layout]] = WeakKeyDictionary()
+_cache: WeakKeyDictionary[torch.nn.Module, dict[str, LayerLayout]] = WeakKeyDictionary()
 """Model -> name of a layer -> its layout."""
+
+
+_first_values: WeakKeyDictionary[torch.nn.Module, dict[str, torch.Tensor]] = WeakKeyDictionary()
+"""Model -> name of a parameter or buffer -> its first value."""
 
 
 def remember(model: torch.nn.Module) -> None:
     """Writes down what a model is like that SGLang has just made."""
-    _known[model] = {
-        name: _layout(module) for name, module, _ in compat.processed_modules(model) if not _is_unfinished(module)
+    _cache[model] = {
+        name: layout_of(module) for name, module, _ in compat.processed_modules(model) if not _is_unfinished(module)
+    }
+    _first_values[model] = {
+        f"{name}.{own}".lstrip("."): value
+        for name, module in compat.named_modules(model)
+        if name not in _cache[model]
+        for own, tensor in compat.kept_tensors(module).items()
+        if (value := _initial(tensor)) is not None
     }
 
 
-def layouts_of(model: torch.nn.Module) -> dict[str, Layout]:
+def first_values_of(model: torch.nn.Module) -> Mapping[str, torch.Tensor]:
+    """What its parameters and buffers held at first, where that is known, outside of layers that SGLang processes."""
+    return _first_values.get(model, {})
+
+
+def layouts_of(model: torch.nn.Module) -> dict[str, LayerLayout]:
     """Of the layers that SGLang processes; empty if the plugin was not there when it made this model."""
-    return _known.get(model, {})
+    return _cache.get(model, {})
 
 
 @contextlib.contextmanager
@@ -118,8 +150,10 @@ def without_data(model: torch.nn.Module) -> Generator[dict[str, torch.Tensor]]:
     before = [(module, dict(vars(module))) for _, module in compat.named_modules(model)]
     bare = _Bare()
     try:
+        compat.forget_parameters(model)
         for name, module in compat.named_modules(model):
             held, layout = vars(module), layouts.get(name)
+            held["_modules"] = dict(held["_modules"])  # some loaders remove what they need no more
             if layout is not None and not layout.is_kept(module):
                 for slot_name, _ in layout.slots:
                     held.pop(slot_name, None)
@@ -156,18 +190,18 @@ class _Bare:
         self.named: dict[str, torch.Tensor] = {}
         self._made: dict[int, torch.Tensor] = {}
 
-    def made(self, prefix: str, slots: dict[str, Slot | None]) -> dict[str, torch.Tensor | None]:
+    def made(self, prefix: str, slots: dict[str, TensorLayout | None]) -> dict[str, torch.Tensor | None]:
         return {name: None if slot is None else self._note(prefix, name, slot) for name, slot in slots.items()}
 
     def of(self, prefix: str, tensors: Mapping[str, torch.Tensor | None]) -> dict[str, torch.Tensor | None]:
         found: dict[str, torch.Tensor | None] = {}
         for name, tensor in tensors.items():
             if tensor is not None and id(tensor) not in self._made:
-                self._made[id(tensor)] = self._note(prefix, name, Slot.of(tensor, keep_values=False))
+                self._made[id(tensor)] = self._note(prefix, name, TensorLayout.of(tensor, keep_values=False))
             found[name] = None if tensor is None else self._made[id(tensor)]
         return found
 
-    def _note(self, prefix: str, name: str, slot: Slot) -> torch.Tensor:
+    def _note(self, prefix: str, name: str, slot: TensorLayout) -> torch.Tensor:
         tensor = slot.make("meta")
         self.named[f"{prefix}.{name}".lstrip(".")] = tensor
         return tensor
@@ -176,12 +210,14 @@ class _Bare:
 def _derive_nothing(*_: object, **__: object) -> None: ...
 
 
-def _layout(module: torch.nn.Module) -> Layout:
-    def describe(tensors: Mapping[str, torch.Tensor | None]) -> dict[str, Slot | None]:
-        return {name: None if tensor is None else Slot.of(tensor) for name, tensor in tensors.items()}
+def layout_of(module: torch.nn.Module) -> LayerLayout:
+    """What a layer is like now."""
+
+    def describe(tensors: Mapping[str, torch.Tensor | None]) -> dict[str, TensorLayout | None]:
+        return {name: None if tensor is None else TensorLayout.of(tensor) for name, tensor in tensors.items()}
 
     parameters, buffers = compat.tensors_of(module)
-    return Layout(describe(parameters), describe(buffers), tuple(_plain(owner) for owner in owners(module)))
+    return LayerLayout(describe(parameters), describe(buffers), tuple(_plain(owner) for owner in owners(module)))
 
 
 def _plain(owner: object) -> dict[str, object]:
@@ -190,13 +226,20 @@ def _plain(owner: object) -> dict[str, object]:
 
 
 def _initial(tensor: torch.Tensor) -> torch.Tensor | None:
-    if tensor.is_meta or not 0 < tensor.numel() <= _SCALES:
+    if tensor.is_meta or not tensor.numel():
         return None
-    first = tensor.flatten()[:1]
-    same = torch.equal(_bits(tensor), _bits(first).expand(tensor.numel(), -1))
-    if same:
+    first = tensor.as_strided((1,), (1,), tensor.storage_offset())
+    if _is_all(tensor, first):
         return first.to("cpu", copy=True).reshape(())
     return tensor.to("cpu", copy=True) if tensor.numel() <= _SMALL else None
+
+
+def _is_all(tensor: torch.Tensor, first: torch.Tensor) -> bool:
+    """Whether all its elements are the same."""
+    if tensor.numel() <= _AT_ONCE:
+        return torch.equal(_bits(tensor), _bits(first).expand(tensor.numel(), -1))
+    rows = max(1, _AT_ONCE * tensor.shape[0] // tensor.numel())
+    return all(_is_all(part, first) for part in (torch.split(tensor, rows) if tensor.shape[0] > 1 else tensor.unbind()))
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -204,7 +247,7 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.flatten().clone(memory_format=torch.contiguous_format).view(torch.uint8).reshape(tensor.numel(), -1)
 
 
-def _looks_like(tensor: torch.Tensor | None, slot: Slot | None) -> bool:
+def _looks_like(tensor: torch.Tensor | None, slot: TensorLayout | None) -> bool:
     if tensor is None or slot is None:
         return tensor is slot
     return (

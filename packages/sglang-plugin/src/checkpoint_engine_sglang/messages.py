@@ -10,14 +10,24 @@ from typing import Literal
 
 import msgspec
 
-from checkpoint_engine.errors import EngineRequestError
+from checkpoint_engine.sdk import EngineRequestError, limits
+from checkpoint_engine.sdk.client import Failure, Phase, describe_failures
 
-ORDER = "checkpoint_engine:order"
+__all__ = [
+    "BUSY",
+    "Order",
+    "ReplicaReports",
+    "Report",
+    "decode_reports",
+    "failures_in",
+    "pack",
+    "unpack",
+]
+
+_ORDER = "checkpoint_engine:order"
 """Key of the order among the handles."""
 
-DEFAULT_SECONDS = 600.0
-
-BUSY = "wait for requests"
+BUSY = Phase.WAIT.value
 """Phase of a report that refuses because requests still hold the cache: nothing has begun, ask again."""
 
 
@@ -26,7 +36,11 @@ class Order(msgspec.Struct, frozen=True):
 
     do: Literal["update", "verify", "status"] = "update"
     version: str = ""
-    timeout: float = DEFAULT_SECONDS
+    timeout: float = limits.UPDATE
+    door: str = ""
+    """The way in that it came by, for people."""
+    give_up: str = ""
+    """Path of a file: once it is there, workers of the front's host give up."""
 
 
 class Report(msgspec.Struct, frozen=True):
@@ -36,19 +50,27 @@ class Report(msgspec.Struct, frozen=True):
     """Among the workers of all replicas."""
     ok: bool = True
     dirty: bool = False
+    complete: bool = False
+    """Whether it holds the weights of the update that it was asked for, also where nobody could be told."""
     version: str = ""
+    update: str = ""
+    """The one that brought its weights, as the client names it."""
     updating: bool = False
     error: str = ""
     phase: str = ""
     seconds: float = 0.0
     details: dict[str, str | int | float] = {}
+    door: str = ""
+    """By which way the last update that succeeded came in."""
+    last_update: dict[str, str | int | float] = {}
+    """Its figures."""
     role: str = ""
     """Its tensor-parallel rank, pipeline stage and replica, for people."""
     lost_hooks: dict[str, str] = {}
     """Hooks that did not find their place in this process, and why."""
 
 
-class Answer(msgspec.Struct, frozen=True):
+class ReplicaReports(msgspec.Struct, frozen=True):
     """What all workers of one replica say."""
 
     reports: list[Report]
@@ -60,32 +82,30 @@ class Answer(msgspec.Struct, frozen=True):
 
 def pack(handles: Mapping[str, str], order: Order) -> dict[str, str]:
     """The dictionary that travels."""
-    return {**handles, ORDER: msgspec.json.encode(order).decode()}
+    return {**handles, _ORDER: msgspec.json.encode(order).decode()}
 
 
 def unpack(handles: Mapping[str, str]) -> tuple[dict[str, str], Order | None]:
     """The handles, and the order; None if the request does not come from our front."""
     found = dict(handles)
-    text = found.pop(ORDER, None)
+    text = found.pop(_ORDER, None)
     return found, None if text is None else msgspec.json.decode(text, type=Order)
 
 
-def decode_answer(text: str) -> Answer:
+def decode_reports(text: str) -> ReplicaReports:
     """What a worker's message says.
 
     Raises:
         EngineRequestError: it is not from one of our workers; then it is SGLang's own words.
     """
     try:
-        return msgspec.json.decode(text, type=Answer)
+        return msgspec.json.decode(text, type=ReplicaReports)
     except msgspec.MsgspecError:
         raise EngineRequestError(f"the workers answered as SGLang's own do, not as the plugin's: {text}") from None
 
 
-def describe_failures(reports: list[Report]) -> str:
+def failures_in(reports: list[Report]) -> str:
     """The failures of several workers in one sentence; empty if there is none."""
-    failures: dict[str, list[str]] = {}
-    for report in reports:
-        if not report.ok:
-            failures.setdefault(f"failed in {report.phase}: {report.error}", []).append(str(report.rank))
-    return "; ".join(f"worker {', '.join(ranks)} {text}" for text, ranks in failures.items())
+    return describe_failures(
+        Failure.of_worker(report.rank, report.phase, report.error) for report in reports if not report.ok
+    )

@@ -7,12 +7,14 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from checkpoint_engine.errors import SettingError
-from checkpoint_engine_sglang import compat, front, layouts, places, scheduler
+from checkpoint_engine.sdk import SettingError
+from checkpoint_engine_sglang import compat, front, installation, layouts, scheduler
+
+__all__ = ["add_alias", "check_settings", "register", "remember_layouts"]
 
 logger = logging.getLogger(__name__)
 
-WAIT_FLAG = "--wait-for-initial-weights"
+_WAIT_FLAG = "--wait-for-initial-weights"
 _OWN_WAIT_FLAG = "--checkpoint-engine-wait-weights-before-ready"
 
 
@@ -23,12 +25,12 @@ def register() -> None:
     """
     registry = importlib.import_module("sglang.srt.plugins.hook_registry")
     lost: dict[str, str] = {}
-    for found in places.find_places():
+    for found in installation.find_hooks():
         if found.problem:
-            lost[found.place.name] = f"{found.place.without_it} ({found.problem})"
-            logger.error("hook %r does not find its place: %s", found.place.name, lost[found.place.name])
+            lost[found.hook.name] = f"{found.hook.without_it} ({found.problem})"
+            logger.error("hook %r does not find its place: %s", found.hook.name, lost[found.hook.name])
             continue
-        registry.HookRegistry.register(found.target, _HOOKS[found.place.name], registry.HookType.AROUND)
+        registry.HookRegistry.register(found.target, _HOOKS[found.hook.name], registry.HookType.AROUND)
     front.lost_hooks.update(lost)
     scheduler.lost_hooks.update(lost)
 
@@ -38,9 +40,9 @@ def add_alias(original: Callable[..., Any], parser: Any, *args: Any, **kwargs: A
     done = original(parser, *args, **kwargs)
     actions: dict[str, Any] = parser._option_string_actions  # noqa: SLF001 - argparse has no other way to add a name
     action = actions.get(_OWN_WAIT_FLAG)
-    if action is not None and WAIT_FLAG not in actions:
-        action.option_strings.append(WAIT_FLAG)
-        actions[WAIT_FLAG] = action
+    if action is not None and _WAIT_FLAG not in actions:
+        action.option_strings.append(_WAIT_FLAG)
+        actions[_WAIT_FLAG] = action
     return done
 
 
@@ -54,19 +56,20 @@ def check_settings(original: Callable[..., Any], arguments: Any, *args: Any, **k
     waits = bool(getattr(arguments, "checkpoint_engine_wait_weights_before_ready", False))
     if waits and int(getattr(arguments, "tokenizer_worker_num", 1) or 1) > 1:
         raise SettingError(
-            f"{WAIT_FLAG} with --tokenizer-worker-num {arguments.tokenizer_worker_num}: SGLang loads no plugins in its "
-            "several tokenizer workers, so nothing would keep them from answering before the weights are there. Start "
-            f"with --tokenizer-worker-num 1, or without {WAIT_FLAG}"
+            f"{_WAIT_FLAG} with --tokenizer-worker-num {arguments.tokenizer_worker_num}: SGLang loads no plugins in "
+            "its several tokenizer workers, so nothing would keep them from answering before the weights are there. "
+            f"Start with --tokenizer-worker-num 1, or without {_WAIT_FLAG}"
         )
     option = compat.grpc_option(arguments)
     if waits and option:
         raise SettingError(
-            f"{WAIT_FLAG} with {option}: the plugin stands before SGLang's HTTP server only, so nothing would keep its "
-            f"gRPC server from answering before the weights are there. Start without {option}, or without {WAIT_FLAG}"
+            f"{_WAIT_FLAG} with {option}: the plugin stands before SGLang's HTTP server only, so nothing would keep "
+            f"its gRPC server from answering before the weights are there. Start without {option}, or "
+            f"without {_WAIT_FLAG}"
         )
     if waits and front.lost_hooks.keys() & {"front", "workers", "runner"}:
         raise SettingError(
-            f"{WAIT_FLAG}: this SGLang ({places.version()}) has not what the plugin needs to keep it closed: "
+            f"{_WAIT_FLAG}: this SGLang ({installation.version()}) has not what the plugin needs to keep it closed: "
             f"{'; '.join(front.lost_hooks.values())}"
         )
     return done
@@ -87,6 +90,7 @@ _HOOKS: dict[str, Callable[..., Any]] = {
     "request": front.update_weights_from_ipc,
     "workers": scheduler.update_workers,
     "runner": scheduler.update_runner,
+    **dict.fromkeys(installation.OTHER_UPDATES, scheduler.update_otherwise),
     "stages": scheduler.send_to_next_stage,
     "resume": scheduler.resume,
 }

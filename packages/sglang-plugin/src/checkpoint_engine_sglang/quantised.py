@@ -4,16 +4,33 @@ from __future__ import annotations
 
 import os
 
+import torch
+
 from checkpoint_engine_sglang import compat
 from checkpoint_engine_sglang.compat import Runner
-from checkpoint_engine_sglang.layouts import layouts_of
+from checkpoint_engine_sglang.layouts import LayerLayout, layouts_of, owners
+
+__all__ = ["QUANTISED", "find_unsafe"]
 
 QUANTISED = "CHECKPOINT_ENGINE_SGLANG_QUANTISED"
 """Environment variable: `1` updates quantised layers that are not known to survive it."""
 
 _MOST_NAMED = 4
-_RENAMED = ("mxfp8",)
-"""Methods for which SGLang's loaders change the names of tensors before the model sees them."""
+_COMPARED = frozenset(
+    {
+        "CompressedTensorsW4A4Fp4",
+        "CompressedTensorsW8A8Fp8",
+        "CompressedTensorsW8A8Int8",
+        "Fp8LinearMethod",
+        "Fp8MoEMethod",
+        "ModelOptFp4LinearMethod",
+        "ModelOptNvFp4FusedMoEMethod",
+        "Mxfp4FlashinferTrtllmMoEMethod",
+        "Mxfp4MoEMethod",
+        "W8A8Int8LinearMethod",
+    }
+)
+"""What processes layers that were compared with a start after updates; for docs/sglang.md."""
 
 
 def find_unsafe(runner: Runner) -> str:
@@ -22,8 +39,8 @@ def find_unsafe(runner: Runner) -> str:
         return ""
     found: dict[str, list[str]] = {}
     layouts = layouts_of(runner.model)
-    for name, _, method in compat.processed_modules(runner.model):
-        reason = _why_unsafe(runner, method, known=name in layouts)
+    for name, module, method in compat.processed_modules(runner.model):
+        reason = _why_unsafe(module, method, layouts.get(name))
         if reason:
             found.setdefault(reason, []).append(name)
     return "; ".join(
@@ -33,17 +50,21 @@ def find_unsafe(runner: Runner) -> str:
     )
 
 
-def is_quantised(runner: Runner) -> bool:
-    """Whether any layer holds something else than what the checkpoint of its kind has in 16 bits."""
-    return any(not compat.is_unquantised(method) for _, _, method in compat.processed_modules(runner.model))
-
-
-def _why_unsafe(runner: Runner, method: object, *, known: bool) -> str:
-    kind = type(method).__name__
+def _why_unsafe(module: torch.nn.Module, method: object, layout: LayerLayout | None) -> str:
     if compat.is_unquantised(method):
         return ""
-    if not known:
+    kind = _kind(module, method)
+    if layout is None:
         return f"the plugin has not seen what the weights of {kind} were like when SGLang made the model"
-    if getattr(runner.config, "quantization", None) in _RENAMED:
-        return f"SGLang renames tensors of {runner.config.quantization} outside of the model's own loader"
+    if len(layout.plain) != len([*owners(module)]):
+        return f"SGLang has exchanged what processes the weights of {kind}"
+    if kind not in _COMPARED and not kind.endswith("KVCacheMethod"):
+        return f"updates of {kind} were never compared with a start"
     return ""
+
+
+def _kind(module: torch.nn.Module, method: object) -> str:
+    scheme = vars(module).get("scheme")
+    kind = type(method if scheme is None else scheme).__name__
+    is_mxfp8 = kind.endswith("MoEMethod") and getattr(method, "use_mxfp8", False)
+    return f"{kind} for MXFP8" if is_mxfp8 else kind

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from itertools import zip_longest
 from typing import Any, cast
 
 import torch
 
-from checkpoint_engine.errors import WorkerError
+from checkpoint_engine.sdk import WorkerError
 from checkpoint_engine_sglang import compat
 from checkpoint_engine_sglang.compat import Runner
-from checkpoint_engine_sglang.layouts import Layout, owners
+from checkpoint_engine_sglang.layouts import LayerLayout, owners
+
+__all__ = ["OpenLayer", "attributes", "process", "process_in_place", "put_back", "tensors_in"]
 
 _DEEPEST = 4
 """Levels of lists, dictionaries and records in which tensors are looked for."""
@@ -25,7 +28,7 @@ _TORCHS_OWN = ("_parameters", "_buffers", "_modules")
 class OpenLayer:
     """A layer in its first layout, from `__init__` until `close` or `undo`."""
 
-    def __init__(self, name: str, module: torch.nn.Module, layout: Layout, runner: Runner) -> None:
+    def __init__(self, name: str, module: torch.nn.Module, layout: LayerLayout, runner: Runner) -> None:
         self.name = name
         self.module = module
         self._layout = layout
@@ -60,19 +63,23 @@ class OpenLayer:
                 # What processing leaves as it was at first, and was something else: somebody else has changed it.
                 if key in before and not _is_other(now.get(key), value) and _is_other(before[key], value):
                     now[key] = before[key]
-            refuse_new_numbers(self.name, before, now, self._runner)
+            _refuse_new_numbers(self.name, before, now, self._runner)
 
-    def processed(self) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    def processed(self) -> Iterator[tuple[str, torch.Tensor | None, torch.Tensor | None]]:
         """Has SGLang process the new weights; gives name, old and new value of each tensor. `undo` must follow.
+
+        What processes the layer may hold some of them itself.
 
         Raises:
             WorkerError: SGLang fails.
         """
         process(self.name, self.module, self._runner)
-        for own, old in {**self._parameters, **self._buffers}.items():
-            new = self.tensor(own)
-            if old is not None and new is not None and old.numel():
-                yield own, old, new
+        for owner, before in self._before:
+            registered = {**self._parameters, **self._buffers} if owner is self.module else {}
+            for own, old in {**_attributes_of(before), **registered}.items():
+                new = getattr(owner, own, None)
+                pairs = zip_longest(tensors_in(old), tensors_in(new)) if new is not old else ()
+                yield from ((own, one, other) for one, other in pairs if one is None or one.numel())
 
     def undo(self) -> None:
         """Puts the old weights back: nothing of them has changed."""
@@ -82,12 +89,14 @@ class OpenLayer:
 
 
 def process(name: str, module: torch.nn.Module, runner: Runner) -> None:
-    """Has SGLang pack, transpose or quantise a layer's weights.
+    """Has SGLang pack, transpose or quantise a layer's weights, if it does so to layers of this kind.
 
     Raises:
         WorkerError: it fails.
     """
-    method = cast("Any", module.quant_method)
+    method = compat.processing_of(module)
+    if method is None:
+        return
     try:
         with compat.loading_context(module, runner.device):
             method.process_weights_after_loading(module)
@@ -143,7 +152,7 @@ def _copy(layer: str, own: str, new: object, old: object) -> None:
         vars(old).update(vars(new))
 
 
-def refuse_new_numbers(name: str, before: Mapping[str, object], now: Mapping[str, object], runner: Runner) -> None:
+def _refuse_new_numbers(name: str, before: Mapping[str, object], now: Mapping[str, object], runner: Runner) -> None:
     """CUDA graphs have plain numbers within them, where no update reaches them.
 
     Raises:

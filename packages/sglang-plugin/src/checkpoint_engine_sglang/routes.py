@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+__all__ = ["ABORT", "STATUS", "UPDATE", "VERIFY"]
+
 STATUS = "/checkpoint_engine/status"
 """`GET`: what every worker holds, the gate, and which hooks found their place."""
 
 UPDATE = "/checkpoint_engine/update"
 """`POST`: take an update."""
+
+VERIFY = "/checkpoint_engine/verify"
+"""`POST`: compare the weights with what a parameter server offers."""
+
+ABORT = "/checkpoint_engine/abort"
+"""`POST`: give up the update, or comparison, under way."""

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import logging
-from collections.abc import Callable, Generator
+import time
+from collections.abc import Callable
 from typing import Any, cast
 
 import msgspec
 
-from checkpoint_engine.errors import WorkerError
-from checkpoint_engine_sglang import compat, places
-from checkpoint_engine_sglang.agreement import GroupOfWorkers, Pending
+from checkpoint_engine.sdk import WorkerError
+from checkpoint_engine_sglang import compat, installation
+from checkpoint_engine_sglang.agreement import Pending, WorkerGroup
 from checkpoint_engine_sglang.compat import Runner
-from checkpoint_engine_sglang.messages import Answer, Order, Report, describe_failures, unpack
-from checkpoint_engine_sglang.worker import Worker
+from checkpoint_engine_sglang.messages import Order, ReplicaReports, Report, failures_in, unpack
+from checkpoint_engine_sglang.worker import WorkerSide
+
+__all__ = [
+    "Original",
+    "SchedulerSide",
+    "lost_hooks",
+    "resume",
+    "send_to_next_stage",
+    "update_otherwise",
+    "update_runner",
+    "update_workers",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -33,12 +44,14 @@ class SchedulerSide:
     def __init__(self, manager: Any) -> None:  # noqa: ANN401 - SGLang's own object
         self.scheduler = compat.scheduler_of(manager)
         self._manager = manager
-        self._worker: Worker | None = None
+        self._worker: WorkerSide | None = None
         self._waiting: list[tuple[Original, Any]] = []
         self._asked: list[tuple[Pending[Report], Any]] = []
         """Requests for the status that other stages have not answered yet."""
         self._collected: list[Any] | None = None
         self._is_updated = False
+        self._others: tuple[str, str] | None = None
+        """Version and door of weights that SGLang's own routes brought before anybody asked this worker."""
 
     def handle(self, original: Original, request: Any) -> Any:  # noqa: ANN401
         """Answers a request, or returns None where that must wait until the next stage has it, too."""
@@ -70,6 +83,12 @@ class SchedulerSide:
         if self._worker is not None:
             self._worker.stay_paused_if_dirty()
 
+    def after_others(self, version: str, door: str) -> None:
+        """Notes that SGLang's own routes have changed the weights."""
+        self._others = version, door
+        if self._worker is not None:
+            self._worker.others_brought(version, door)
+
     def update_runner(self, original: Original, updater: Any, request: Any) -> Any:  # noqa: ANN401
         """In place of SGLang's update of one model: all models of this worker were updated at once before."""
         if self._collected is not None:
@@ -99,7 +118,7 @@ class SchedulerSide:
                 continue
             stages = compat.position_of(self._manager).stages
             try:
-                answer = _answer(success=True, message=_encode(Answer(pending.result(), stages)))
+                answer = _answer(success=True, message=_encode(ReplicaReports(pending.result(), stages)))
             except WorkerError as error:
                 answer = _answer(success=False, message=str(error))
             compat.send_answer(self.scheduler, answer, request)
@@ -114,38 +133,39 @@ class SchedulerSide:
         except Exception as error:
             # What keeps one worker from being made keeps every other one from it: they run the same code.
             logger.exception("this SGLang is not as the plugin knows it")
-            return _answer(success=False, message=f"this SGLang ({places.version()}) cannot be updated: {error!r}")
+            return _answer(
+                success=False, message=f"this SGLang ({installation.version()}) cannot be updated: {error!r}"
+            )
         stages = worker.position.stages
         if order.do == "status":
-            return _answer(success=True, message=_encode(Answer(worker.status(), stages)))
-        if order.do == "verify":
-            reports = worker.verify(handles, order)
-            return _answer(success=not describe_failures(reports), message=_encode(Answer(reports, stages)))
-        reports = worker.update(handles, order, flush=bool(request.flush_cache))
-        failures = describe_failures(reports)
-        if failures:
-            words = _encode(Answer(reports, stages)) if from_front else f"{failures}; {_state(worker)}"
-            return _answer(success=False, message=words)
-        with self._updated(), compat.retracted_set_aside(self._manager):
-            done = original(self._manager, request)
+            return _answer(success=True, message=_encode(ReplicaReports(worker.status(), stages)))
+        start = time.perf_counter()
+        reports = worker.run(handles, order, flush=bool(request.flush_cache))
+        failures = failures_in(reports)
+        done = self._complete(original, request) if all(report.complete for report in reports) else None
+        if order.do == "update":
+            compat.observe_weight_load(self._manager, time.perf_counter() - start)
         if not from_front:
-            return done
-        problem = "" if done.success else str(done.message)
-        return _answer(success=bool(done.success), message=_encode(Answer(reports, stages, problem)))
+            return _answer(success=False, message=f"{failures}; {worker.describe()}") if failures else done
+        problem = "" if done is None or done.success else str(done.message)
+        answer = _encode(ReplicaReports(reports, stages, problem))
+        return _answer(success=not failures and not problem, message=answer)
 
-    @contextlib.contextmanager
-    def _updated(self) -> Generator[None]:
+    def _complete(self, original: Original, request: Any) -> Any:  # noqa: ANN401
         """SGLang's own method does what comes after the weights: version, cache, metrics."""
         self._is_updated = True
         try:
-            yield
+            with compat.retracted_set_aside(self._manager):
+                return original(self._manager, request)
         finally:
             self._is_updated = False
 
-    def _make_worker(self, original: Original, request: Any) -> Worker:  # noqa: ANN401
-        workers = GroupOfWorkers(compat.world_group(self._manager))
-        worker = Worker(self._manager, self._find_runners(original, request), workers)
+    def _make_worker(self, original: Original, request: Any) -> WorkerSide:  # noqa: ANN401
+        workers = WorkerGroup(compat.world_group(self._manager))
+        worker = WorkerSide(self._manager, self._find_runners(original, request), workers)
         worker.lost_hooks = lost_hooks
+        if self._others is not None:
+            worker.others_brought(*self._others)
         return worker
 
     def _find_runners(self, original: Original, request: Any) -> list[Runner]:  # noqa: ANN401
@@ -174,13 +194,18 @@ _only: list[SchedulerSide] = []
 
 def update_workers(original: Original, manager: Any, request: Any) -> Any:  # noqa: ANN401
     """Around the scheduler's handler of a request for an update."""
-    scheduler = compat.scheduler_of(manager)
-    side = getattr(scheduler, _SIDE, None)
-    if side is None:
-        side = SchedulerSide(manager)
-        setattr(scheduler, _SIDE, side)
-        _only[:] = [side]
-    return side.handle(original, request)
+    return _side_of(manager).handle(original, request)
+
+
+def update_otherwise(original: Original, manager: Any, request: Any) -> Any:  # noqa: ANN401
+    """Around the scheduler's handlers of SGLang's own updates: from disk, from tensors, and distributed ones."""
+    done: Any = None
+    try:
+        done = original(manager, request)
+        return done
+    finally:
+        version = str(getattr(request, "weight_version", "") or "") if _succeeded(done) else ""
+        _side_of(manager).after_others(version, _door_of(request))
 
 
 def update_runner(original: Original, updater: Any, request: Any) -> Any:  # noqa: ANN401
@@ -206,20 +231,37 @@ def resume(original: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: A
     return done
 
 
+def _side_of(manager: Any) -> SchedulerSide:  # noqa: ANN401
+    scheduler = compat.scheduler_of(manager)
+    side = cast("SchedulerSide | None", getattr(scheduler, _SIDE, None))
+    if side is None:
+        side = SchedulerSide(manager)
+        setattr(scheduler, _SIDE, side)
+        _only[:] = [side]
+    return side
+
+
+def _door_of(request: Any) -> str:  # noqa: ANN401
+    """SGLang's own route, by the kind of its request (`UpdateWeightFromDiskReqInput` and the like)."""
+    kind = type(request).__name__
+    ways = {"Disk": "disk", "Distributed": "distributed", "Tensor": "tensor"}
+    found = next((way for word, way in ways.items() if word in kind), "")
+    return f"SGLang's /update_weights_from_{found}" if found else "SGLang's own"
+
+
+def _succeeded(done: Any) -> bool:  # noqa: ANN401 - SGLang's answer, or a pair before it had a type of its own
+    success = cast("Any", done[0]) if isinstance(done, tuple) else getattr(done, "success", False)
+    return bool(success)
+
+
 def _is_question(request: Any) -> bool:  # noqa: ANN401
     _, order = unpack(request.zmq_handles)
     return order is not None and order.do == "status"
-
-
-def _state(worker: Worker) -> str:
-    if worker.dirty:
-        return "its weights may be a mixture now; it answers no requests until an update succeeds"
-    return "it still holds its old weights"
 
 
 def _answer(*, success: bool, message: str) -> Any:  # noqa: ANN401
     return compat.answer_type()(success=success, message=message)
 
 
-def _encode(answer: Answer) -> str:
+def _encode(answer: ReplicaReports) -> str:
     return msgspec.json.encode(answer).decode()

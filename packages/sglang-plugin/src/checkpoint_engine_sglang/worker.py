@@ -9,13 +9,16 @@ from typing import Any
 
 import msgspec
 
-from checkpoint_engine.engine.receiver import pick_handle, receive_update
-from checkpoint_engine.errors import WorkerError
+from checkpoint_engine.sdk import Details, WorkerError, pick_handle, receive_update
 from checkpoint_engine_sglang import compat
-from checkpoint_engine_sglang.adapter import SGLangAdapter, Verdict
-from checkpoint_engine_sglang.agreement import Pending, Workers
+from checkpoint_engine_sglang.admission import Verdict
+from checkpoint_engine_sglang.agreement import Pending, WorkerGroup
 from checkpoint_engine_sglang.compat import Position, Runner
-from checkpoint_engine_sglang.messages import BUSY, Order, Report, describe_failures
+from checkpoint_engine_sglang.giving_up import giving_up
+from checkpoint_engine_sglang.messages import BUSY, Order, Report, failures_in
+from checkpoint_engine_sglang.sink import SGLangSink
+
+__all__ = ["WorkerSide"]
 
 logger = logging.getLogger(__name__)
 
@@ -25,38 +28,32 @@ _GRACE_SECONDS = 60.0
 """Workers that run into the deadline themselves get this much longer to say so."""
 
 
-class Readiness(msgspec.Struct, frozen=True):
-    """Whether a worker could begin an update, before it connects to anybody."""
-
-    error: str = ""
-    busy: bool = False
-    """Whether it only has to be asked again."""
-
-
-class Worker:
+class WorkerSide:
     """What is kept beside a worker from one update to the next.
 
     Its methods are called on all workers of a replica at once, and exchange words with them a fixed number of times,
     whatever happens: a worker that fell out of step would leave the others waiting for ever.
     """
 
-    def __init__(self, manager: Any, runners: Sequence[Runner], workers: Workers) -> None:  # noqa: ANN401
+    def __init__(self, manager: Any, runners: Sequence[Runner], workers: WorkerGroup) -> None:  # noqa: ANN401
         self._manager = manager
         self._runners = runners
         self._workers = workers
         self.position: Position = compat.position_of(manager)
         self._device = compat.device_of(manager, self.position)
-        self._adapter = SGLangAdapter(runners, self.position.tensor_parallel_size)
+        self._sink = SGLangSink(runners, self.position.tensor_parallel_size, str(self.position))
         self._mixed = False
         """Whether the workers of this engine hold different versions."""
         self._error = ""
+        self._door = ""
+        self._last_update: Details = {}
         self._holds_engine = False
         self.lost_hooks: dict[str, str] = {}
 
     @property
     def dirty(self) -> bool:
         """Whether the engine's weights may be a mixture."""
-        return self._adapter.dirty or self._mixed
+        return self._sink.dirty or self._mixed
 
     def status(self) -> list[Report]:
         """What every worker holds."""
@@ -65,39 +62,42 @@ class Worker:
     def start_status(self) -> Pending[Report]:
         """The same, without waiting for anybody."""
         report = self._report(ok=True, error=self._error[:_LONGEST_WORD])
-        return self._workers.start(msgspec.structs.replace(report, version=report.version[:_LONGEST_WORD]))
+        figures = {name: _shortened(value) for name, value in report.last_update.items()}
+        return self._workers.start(
+            msgspec.structs.replace(report, version=report.version[:_LONGEST_WORD], last_update=figures)
+        )
 
-    def update(self, handles: Mapping[str, str], order: Order, *, flush: bool) -> list[Report]:
-        """Takes an update; returns what every worker says of it.
+    def run(self, handles: Mapping[str, str], order: Order, *, flush: bool) -> list[Report]:
+        """Takes an update, or compares the weights; returns what every worker says of it.
 
         Either all workers report success, or no caller will be told so.
         """
         start = time.perf_counter()
-        refused = self._refused(handles, order, flush=flush)
-        if refused:
-            reports = refused
-        else:
-            report = self._receive(handles, order)
-            reports = self._workers.exchange(report, order.timeout + _GRACE_SECONDS)
-            done = [report.ok for report in reports]
-            if all(done):
-                self._mixed = False
-            elif any(done) or any(report.dirty for report in reports):
-                self._mixed = True
-            reports = [msgspec.structs.replace(report, dirty=self._mixed or report.dirty) for report in reports]
-        failures = describe_failures(reports)
-        self._error = failures
+        reports = self._refused(handles, order, flush=flush and order.do == "update")
+        if not reports:
+            reports = self._workers.exchange(self._receive(handles, order), order.timeout + _GRACE_SECONDS)
+        complete = [report.complete for report in reports]
+        if any(complete) or any(report.dirty for report in reports):
+            self._mixed = not all(complete)
         self._hold_or_release()
-        if failures:
-            logger.error("update of the weights failed: %s; %s", failures, self._describe())
-        else:
-            logger.info("weights updated to version %r in %.2f s", order.version, time.perf_counter() - start)
-        return reports
+        if order.do == "update":
+            self._note(order, reports)
+            if self._error:
+                logger.error("update of the weights failed: %s; %s", self._error, self.describe())
+            else:
+                logger.info("weights updated to version %r in %.2f s", order.version, time.perf_counter() - start)
+        return [msgspec.structs.replace(report, dirty=self._mixed or report.dirty) for report in reports]
 
-    def verify(self, handles: Mapping[str, str], order: Order) -> list[Report]:
-        """Compares the weights with a checkpoint; returns what every worker found, in its `details`."""
-        refused = self._refused(handles, order, flush=False)
-        return refused or self._workers.exchange(self._receive(handles, order), order.timeout + _GRACE_SECONDS)
+    def describe(self) -> str:
+        """What the engine holds, for people."""
+        if self.dirty:
+            return "its weights may be a mixture now; it answers no requests until an update succeeds"
+        return f"this worker {self._sink.life.describe()}"
+
+    def others_brought(self, version: str, door: str) -> None:
+        """SGLang's own routes have changed the weights: they are not what came through here any more."""
+        self._sink.others_brought(version)
+        self._door, self._last_update = door, {}
 
     def stay_paused_if_dirty(self) -> None:
         """Keeps the scheduler from running requests with a mixture, whoever told it to go on."""
@@ -107,32 +107,34 @@ class Worker:
 
     # -- inside
 
+    def _note(self, order: Order, reports: Sequence[Report]) -> None:
+        self._error = failures_in(list(reports))
+        if not self._error:
+            self._door, self._last_update = order.door, reports[self.position.rank].details
+
     def _refused(self, handles: Mapping[str, str], order: Order, *, flush: bool) -> list[Report]:
         """The reports of all workers if one of them cannot begin; nothing has changed then."""
-        readiness = self._readiness(handles, flush=flush)
-        everybody = self._workers.exchange(readiness, order.timeout + _GRACE_SECONDS)
-        if not any(one.error for one in everybody):
-            return []
-        phase = BUSY if readiness.busy else "prepare"
-        mine = self._report(ok=not readiness.error, phase=phase, error=readiness.error)
-        return self._workers.exchange(mine, _GRACE_SECONDS)
+        reason, busy = self._why_not(handles, flush=flush)
+        mine = self._report(ok=not reason, phase=BUSY if busy else "prepare", error=reason)
+        everybody = self._workers.exchange(mine, order.timeout + _GRACE_SECONDS)
+        return [] if all(report.ok for report in everybody) else everybody
 
-    def _readiness(self, handles: Mapping[str, str], *, flush: bool) -> Readiness:
+    def _why_not(self, handles: Mapping[str, str], *, flush: bool) -> tuple[str, bool]:
+        """Why this worker cannot begin, before it connects to anybody; and whether it only has to be asked again."""
         try:
             pick_handle(handles, self._device, self.position.overall, self.position.world_size * self.position.replicas)
         except WorkerError as error:
-            return Readiness(str(error))
+            return str(error), False
         for runner in self._runners:
             reason = compat.cannot_update(self._manager, runner.model)
             if reason:
-                return Readiness(reason)
+                return reason, False
         if flush and compat.cannot_flush(self._manager):
-            return Readiness(
+            return (
                 "requests still hold the cache, so it could not be flushed: pause the engine for the update "
-                '(POST /pause_generation {"mode": "retract"}), wait for them, or keep the cache (flush_cache: false)',
-                busy=True,
-            )
-        return Readiness()
+                '(POST /pause_generation {"mode": "retract"}), wait for them, or keep the cache (flush_cache: false)'
+            ), True
+        return "", False
 
     def _receive(self, handles: Mapping[str, str], order: Order) -> Report:
         agreed: list[bool] = []
@@ -141,32 +143,40 @@ class Worker:
             agreed.append(True)
             return self._workers.exchange(verdict, order.timeout + _GRACE_SECONDS)
 
-        self._adapter.agree = agree
-        start = time.perf_counter()
+        life, self._sink.admission.agree = self._sink.life, agree
+        start, before = time.perf_counter(), life.brought_by
         error: Exception | None = None
-        details: dict[str, str | int | float] = {}
+        details: Details = {}
         try:
-            workers = self.position.world_size * self.position.replicas
-            handle = pick_handle(handles, self._device, self.position.overall, workers)
-            self._device.synchronize()  # a forward pass on another stream may still read the weights
-            received = receive_update(handle, self._adapter, self._device, timeout=order.timeout)
-            details = {**received.details, "nbytes": received.nbytes}
-            if received.verified != (order.do == "verify"):
-                error = WorkerError("the parameter server and this request do not mean the same: update or comparison")
+            details = self._take(handles, order)
         except Exception as caught:  # whatever it is, every worker must hear of it
             error = caught
             logger.exception("this worker could not take the update")
         if not agreed:
             # The others wait for this worker's word in their own `begin`.
             agree(Verdict(error=f"it has no link to the parameter server: {error}"))
-        return self._report(
+        report = self._report(
             ok=error is None,
             phase="" if error is None else "update",
             error="" if error is None else f"{type(error).__name__}: {error}",
+        )
+        return msgspec.structs.replace(
+            report,
+            dirty=life.dirty,  # of its own weights
+            complete=life.brought_by != before and not life.dirty,
             seconds=time.perf_counter() - start,
             details=details,
-            alone=True,
         )
+
+    def _take(self, handles: Mapping[str, str], order: Order) -> Details:
+        workers = self.position.world_size * self.position.replicas
+        handle = pick_handle(handles, self._device, self.position.overall, workers)
+        self._device.synchronize()  # a forward pass on another stream may still read the weights
+        with giving_up(order.give_up) as cancel:
+            received = receive_update(handle, self._sink, self._device, timeout=order.timeout, cancel=cancel)
+        if received.verified != (order.do == "verify"):
+            raise WorkerError("the parameter server and this request do not mean the same: update or comparison")
+        return {**received.details, "nbytes": received.nbytes}
 
     def _hold_or_release(self) -> None:
         scheduler = compat.scheduler_of(self._manager)
@@ -177,33 +187,23 @@ class Worker:
             compat.set_paused(scheduler, False)
             self._holds_engine = False
 
-    def _describe(self) -> str:
-        if self.dirty:
-            return "the engine may hold a mixture of old and new weights, and stays closed until an update succeeds"
-        return f"this worker still holds version {self._adapter.version!r}"
-
-    def _report(
-        self,
-        *,
-        ok: bool,
-        phase: str = "",
-        error: str = "",
-        seconds: float = 0.0,
-        details: dict[str, str | int | float] | None = None,
-        alone: bool = False,
-    ) -> Report:
-        """`alone`: says of `dirty` what holds for this worker's own weights."""
-        place = self.position
+    def _report(self, *, ok: bool, phase: str = "", error: str = "") -> Report:
+        position = self.position
         return Report(
-            rank=place.overall,
+            rank=position.overall,
             ok=ok,
-            dirty=self._adapter.dirty if alone else self.dirty,
-            version=self._adapter.version,
+            dirty=self.dirty,
+            version=self._sink.version,
+            update=self._sink.life.brought_by,
             error=error,
             phase=phase,
-            seconds=seconds,
-            details=details or {},
-            role=f"tensor-parallel rank {place.rank % place.tensor_parallel_size}, stage {place.stage}, "
-            f"replica {place.replica}",
+            door=self._door,
+            last_update=dict(self._last_update),
+            role=f"tensor-parallel rank {position.rank % position.tensor_parallel_size}, stage {position.stage}, "
+            f"replica {position.replica}",
             lost_hooks=self.lost_hooks,
         )
+
+
+def _shortened(value: str | float) -> str | int | float:
+    return value[:_LONGEST_WORD] if isinstance(value, str) else value

@@ -5,13 +5,16 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from checkpoint_engine.cli.common import Json, output, print_error, print_json
-from checkpoint_engine.errors import CheckpointEngineError
+from checkpoint_engine.sdk import CheckpointEngineError, print_error, print_json
 from checkpoint_engine_vllm import __version__, patching
 
+__all__ = ["app", "main", "output", "patch"]
+
+output = Console(highlight=False)
 app = typer.Typer(
     name="checkpoint-engine-vllm",
     no_args_is_help=True,
@@ -29,7 +32,9 @@ def patch(
     *,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and change nothing.")] = False,
     revert: Annotated[bool, typer.Option("--revert", help="Undo the patch.")] = False,
-    json: Json = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else there.")
+    ] = False,
 ) -> None:
     """Patch vLLM 0.10.2 to 0.15.1, so that FP8 weights can be replaced while it serves.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
+import re
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -17,9 +18,51 @@ from typing import Any, cast
 
 import torch
 
-from checkpoint_engine.errors import MissingDependencyError
+from checkpoint_engine.sdk import MissingDependencyError
 from checkpoint_engine_vllm.protocols import LayerState, ModelConfig, VllmConfig, Worker
 
+__all__ = [
+    "Layerwise",
+    "Scope",
+    "bucketed_load",
+    "can_load_mtp_in_buckets",
+    "captures_graphs",
+    "compile_for_plain_tensors",
+    "default_dtype",
+    "device_of",
+    "draft_config",
+    "draft_model",
+    "draft_model_config",
+    "draft_shares_checkpoint",
+    "engine_context",
+    "forget_dummy_scales",
+    "is_attention",
+    "is_open",
+    "keep_scales_of_packed_weights",
+    "keep_state",
+    "layerwise",
+    "load_without_processing",
+    "load_without_shard",
+    "made_up_buffers",
+    "modules_by_name",
+    "moves_experts",
+    "on_cpu",
+    "place_kernel_tensors",
+    "process_attention",
+    "reloads_attention_scales",
+    "target_model",
+    "version",
+    "watch_loaders",
+    "watch_processing",
+    "weights_sleep",
+    "without_adding_up",
+    "workers_sharing",
+]
+
+_BLOCK_CAST = "per_block_cast_to_fp8"
+_FOR_PLAIN = "checkpoint_engine_plain"
+_KEYS_OR_VALUES = re.compile(r"\b[kv]_proj\.")
+_ONE_EXPERT = re.compile(r"\bexperts?\.\d+\.")
 _RELOAD = "vllm.model_executor.model_loader.reload.layerwise"
 
 
@@ -198,6 +241,23 @@ def captures_graphs(worker: Worker) -> bool:
     return not on_cpu(worker) and not worker.model_config.enforce_eager and getattr(mode, "name", "") != "NONE"
 
 
+def weights_sleep(worker: Worker) -> bool:
+    """Whether sleep has taken the memory of weights (found out from 0.26 on)."""
+    if on_cpu(worker):
+        return False
+    try:
+        allocator: Any = importlib.import_module("vllm.device_allocator.cumem").CuMemAllocator.instance
+        held = cast("Iterable[Any]", allocator.pointer_to_data.values())
+        return any(getattr(each, "is_asleep", False) for each in held if each.tag == "weights")
+    except (ImportError, AttributeError):  # it never slept, or keeps its books otherwise
+        return False
+
+
+def moves_experts(worker: Worker) -> bool:
+    """Whether experts are moved between workers as load demands, so that they no longer lie where loaders put them."""
+    return bool(getattr(worker.vllm_config.parallel_config, "enable_eplb", False))
+
+
 # -- models ---------------------------------------------------------------------------------------------------------
 
 
@@ -243,6 +303,26 @@ def modules_by_name(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     return {name: module for name, module in cast("Any", model).named_modules()}  # noqa: C416 - says the types
 
 
+def workers_sharing(layer: torch.nn.Module, tensor: str, tensor_parallel_size: int) -> int:
+    """How many workers each take a part of their own of a tensor that comes into this layer.
+
+    Most layers know by how many they are cut: replicated ones by 1, others by the tensor-parallel size or a part of it.
+    Experts are cut, or dealt out, over data-parallel replicas as well; some workers may hold one expert fewer.
+    """
+    held: Any = layer
+    experts: Any = getattr(held, "moe_parallel_config", None)
+    if experts is None:
+        experts = getattr(getattr(held, "moe_config", None), "moe_parallel_config", None)
+    if experts is None:
+        sharing = int(getattr(held, "tp_size", tensor_parallel_size))
+        # More workers than heads of keys and values: several of them hold the same one.
+        return sharing // int(getattr(held, "num_kv_head_replicas", 1)) if _KEYS_OR_VALUES.search(tensor) else sharing
+    if _ONE_EXPERT.search(tensor):
+        return int(experts.tp_size)
+    everywhere, here = getattr(held, "global_num_experts", 0), getattr(held, "local_num_experts", 0)
+    return int(experts.tp_size) * max(int(experts.ep_size), -(-everywhere // here) if here else 1)
+
+
 def is_attention(layer: torch.nn.Module) -> bool:
     """Whether a layer is completed only at the end of a reload; its scales may be missing from a checkpoint."""
     try:
@@ -283,6 +363,48 @@ def keep_scales_of_packed_weights() -> None:
         return packed
 
     cast("Any", operators).create_onednn_scaled_mm = create_onednn_scaled_mm
+
+
+def compile_for_plain_tensors() -> None:
+    """Has vLLM's compiled cast to FP8 in blocks get plain tensors: given a parameter of its own kind, it breaks off.
+
+    What it computes is the same (0.26; not seen in 0.32).
+    """
+    for name in ("vllm.utils.deep_gemm", "vllm.model_executor.layers.quantization.online.fp8"):
+        try:
+            module: Any = importlib.import_module(name)
+        except ImportError:
+            continue
+        cast_to_fp8: Callable[..., object] | None = getattr(module, _BLOCK_CAST, None)
+        if cast_to_fp8 is not None and not hasattr(cast_to_fp8, _FOR_PLAIN):
+            setattr(module, _BLOCK_CAST, _for_plain_tensors(cast_to_fp8))
+
+
+def _for_plain_tensors(function: Callable[..., object]) -> Callable[..., object]:
+    @wraps(function)
+    def call(tensor: torch.Tensor, *arguments: Any, **options: Any) -> object:  # noqa: ANN401 - vLLM's own
+        with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001  # pyright: ignore[reportPrivateUsage] - torch has no public name
+            plain = tensor.detach().as_subclass(torch.Tensor)
+        return function(plain, *arguments, **options)
+
+    setattr(call, _FOR_PLAIN, True)
+    return call
+
+
+def made_up_buffers(worker: Worker, model: torch.nn.Module) -> list[str]:
+    """Buffers that a start with dummy weights has filled with noise, and that only a checkpoint can mend.
+
+    Scales of attention are not among them; see `forget_dummy_scales`.
+    """
+    if worker.vllm_config.load_config.load_format != "dummy":
+        return []
+    return [
+        f"{name}.{own}".lstrip(".")
+        for name, layer in modules_by_name(model).items()
+        if not is_attention(layer)
+        for own, buffer in layer.named_buffers(recurse=False)
+        if buffer.is_floating_point() and own not in cast("Any", layer)._non_persistent_buffers_set  # noqa: SLF001
+    ]
 
 
 def forget_dummy_scales(worker: Worker, model: torch.nn.Module) -> None:
@@ -333,6 +455,29 @@ def load_without_processing(parameter: torch.Tensor) -> bool:
         cast("Any", parameter).weight_loader = plain
         found = True
     return found
+
+
+def watch_loaders(model: torch.nn.Module) -> set[int]:
+    """Notes for which of a model's tensors their own loader is called, by `id`; the others are written to directly.
+
+    A reload stands around those loaders, and sees nothing of what goes past them.
+    """
+    called: set[int] = set()
+    plain = importlib.import_module("vllm.model_executor.model_loader.weight_utils").default_weight_loader
+
+    def watch(tensor: Any) -> None:  # noqa: ANN401 - vLLM's own classes
+        original: Callable[..., object] = getattr(tensor, "weight_loader", plain)
+
+        @wraps(original)
+        def load(*arguments: Any, **options: Any) -> object:  # noqa: ANN401
+            called.add(id(tensor))
+            return original(*arguments, **options)
+
+        tensor.weight_loader = load
+
+    for tensor in {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}.values():
+        watch(tensor)
+    return called
 
 
 def load_without_shard(parameter: torch.Tensor) -> None:

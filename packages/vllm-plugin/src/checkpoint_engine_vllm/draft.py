@@ -7,17 +7,20 @@ its tensors in one call, or where it is unknown which it needs, they are kept in
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 
 import torch
 
-from checkpoint_engine.engine.adapter import TensorSpec
-from checkpoint_engine.errors import WeightsRejectedError
+from checkpoint_engine.sdk import ReloadMode, Tensors, TensorSpec, WeightsRejectedError
+from checkpoint_engine.sdk.plans import Ladder
 from checkpoint_engine_vllm import compat
-from checkpoint_engine_vllm.loadplan import LoadPlan, Planner, missing_parameters
-from checkpoint_engine_vllm.plans import AnyReload, Plans
+from checkpoint_engine_vllm.layers import Layers
+from checkpoint_engine_vllm.loadplan import Find, LoadPlan, Planner, missing_parameters
+from checkpoint_engine_vllm.plans import AnyReload, open_reload
 from checkpoint_engine_vllm.protocols import ModelConfig, Worker
 from checkpoint_engine_vllm.repairs import Repairs
+
+__all__ = ["NAME", "PREFIX", "DraftReload", "open_draft"]
 
 NAME = "draft"
 """Of the draft model, among a worker's plans."""
@@ -27,7 +30,7 @@ PREFIX = "draft_model."
 
 
 def open_draft(
-    worker: Worker, tensors: Mapping[str, TensorSpec], planner: Planner, plans: Plans, mode: str
+    worker: Worker, tensors: Mapping[str, TensorSpec], planner: Planner, ladder: Ladder[Layers], mode: ReloadMode
 ) -> DraftReload | None:
     """The draft model's part in an update; None if there is no draft model, or the update has nothing for it.
 
@@ -45,7 +48,7 @@ def open_draft(
     if model_config is None or not (own or compat.draft_shares_checkpoint(worker)):
         return None
     plan = planner.plan(NAME, compat.draft_config(worker), model_config, own or tensors, model)
-    return DraftReload(worker, model, model_config, plan, plans, mode, prefixed=bool(own))
+    return DraftReload(worker, model, model_config, plan, ladder, mode, prefixed=bool(own))
 
 
 class DraftReload:
@@ -57,8 +60,8 @@ class DraftReload:
         model: torch.nn.Module,
         model_config: ModelConfig,
         plan: LoadPlan | None,
-        plans: Plans,
-        mode: str,
+        ladder: Ladder[Layers],
+        mode: ReloadMode,
         *,
         prefixed: bool,
     ) -> None:
@@ -66,13 +69,13 @@ class DraftReload:
         self._is_quantised = compat.draft_config(worker).quant_config is not None
         self._prefixed = prefixed
         self._model = model
-        self._lent = frozenset(compat.target_model(worker).modules())
+        self._shared = frozenset(compat.target_model(worker).modules())
         self._plan = plan
         self._needed = None if plan is None else self._needs(plan)
-        self._plans = plans
-        self._mode = mode
+        self._ladder = ladder
+        self._mode: ReloadMode = mode
         self._at_once = self._needed is None or not compat.can_load_mtp_in_buckets()
-        self._kept: list[tuple[str, torch.Tensor]] = []
+        self._held_back: list[tuple[str, torch.Tensor]] = []
         self._reload: AnyReload | None = None
         self._repairs = Repairs()
         self.tensors = 0
@@ -81,14 +84,14 @@ class DraftReload:
     @property
     def cloned_bytes(self) -> int:
         """Bytes that were copied because they are needed for longer than their bucket lives."""
-        kept = sum(tensor.nbytes for _, tensor in self._kept)
+        kept = sum(tensor.nbytes for _, tensor in self._held_back)
         return kept + (0 if self._reload is None else self._reload.cloned_bytes)
 
     def only(self, name: str) -> bool:
         """Whether a tensor is the draft model's alone."""
         return self._prefixed and name.startswith(PREFIX)
 
-    def others(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> Sequence[tuple[str, torch.Tensor]]:
+    def others(self, tensors: Tensors) -> Tensors:
         """Those that are not the draft model's alone."""
         return [pair for pair in tensors if not self.only(pair[0])] if self._prefixed else tensors
 
@@ -98,7 +101,7 @@ class DraftReload:
         if not self._at_once:
             self._open()
 
-    def load(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+    def load(self, tensors: Tensors) -> None:
         """Takes what the draft model needs of these."""
         mine = [
             (name.removeprefix(PREFIX), tensor) for name, tensor in tensors if not self._prefixed or self.only(name)
@@ -108,13 +111,18 @@ class DraftReload:
         if self._reload is not None:
             self._reload.load(mine)
         else:
-            self._kept.extend((name, tensor.to("cpu", copy=True)) for name, tensor in mine)
+            self._held_back.extend((name, tensor.to("cpu", copy=True)) for name, tensor in mine)
 
-    def missing(self) -> list[str]:
+    def sources(self) -> Mapping[str, Collection[str]]:
+        """What comes into each of its parameters and buffers, as far as that is known."""
+        return {} if self._plan is None else self._plan.reload.recording.origins
+
+    def missing(self, find: Find) -> list[str]:
         """Parameters of the draft model's own that the update would leave without weights, as planned."""
         if self._plan is None:
             return []
-        found = missing_parameters(self._plan, self._model, quantised=self._is_quantised, lent=self._lent)
+        quantised, shared = self._is_quantised, self._shared
+        found = missing_parameters(self._plan, self._model, quantised=quantised, shared=shared, find=find)
         return [f"{name} of the draft model" for name in found]
 
     def incomplete(self) -> list[str]:
@@ -132,7 +140,7 @@ class DraftReload:
         reload = self._reload
         if reload is None:
             reload = self._open()
-            reload.load(self._kept)
+            reload.load(self._held_back)
         reload.finish()
 
     def abort(self) -> bool:
@@ -140,8 +148,8 @@ class DraftReload:
         return self._reload is None or self._reload.abort()
 
     def _open(self) -> AnyReload:
-        self._reload = self._plans.open(
-            NAME, self._mode, self._plan, self._model, self._model_config, self._repairs, self._lent
+        self._reload = open_reload(
+            self._ladder, self._mode, self._plan, self._model, self._model_config, self._repairs, self._shared
         )
         self._reload.begin()
         return self._reload
@@ -151,7 +159,7 @@ class DraftReload:
         return frozenset(
             tensor
             for prefix, module in compat.modules_by_name(self._model).items()
-            if module not in self._lent
+            if module not in self._shared
             for name, _ in module.named_parameters(recurse=False)
             for tensor in plan.reload.recording.origins.get(f"{prefix}.{name}".lstrip("."), ())
         )

@@ -5,27 +5,39 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from types import MethodType
 from typing import Any, cast
 
-from checkpoint_engine.device import Device, open_device
-from checkpoint_engine.engine.receiver import Received, pick_handle, receive_update
-from checkpoint_engine.errors import CheckpointStateError
+from checkpoint_engine.sdk import (
+    CheckpointStateError,
+    Device,
+    Figures,
+    Received,
+    limits,
+    open_device,
+    pick_handle,
+    receive_update,
+)
 from checkpoint_engine_vllm import compat, patched
-from checkpoint_engine_vllm.adapter import VllmAdapter
+from checkpoint_engine_vllm.beside import BESIDE
 from checkpoint_engine_vllm.protocols import Worker
+from checkpoint_engine_vllm.sink import VllmSink
+
+__all__ = ["WorkerExtension", "WorkerState", "give_methods", "state_of"]
 
 logger = logging.getLogger(__name__)
 
-_DEFAULT_TIMEOUT = 600.0
 _STATE = "_checkpoint_engine_state"
+_METHODS = "worker methods"
+"""The way in that these are, in a worker's status."""
 
 
 class WorkerExtension:
     """Mixed into vLLM's worker class, whose attributes it must not share; it has no constructor of its own."""
 
     def checkpoint_engine_update(
-        self, handles: Mapping[str, str], version: str = "", timeout: float = _DEFAULT_TIMEOUT
+        self, handles: Mapping[str, str], version: str = "", timeout: float = limits.UPDATE
     ) -> dict[str, Any]:
         """Takes the update that one of `handles` (device identity -> handle) offers to this worker.
 
@@ -35,19 +47,24 @@ class WorkerExtension:
         return state_of(cast("Worker", self)).update(handles, float(timeout))
 
     def checkpoint_engine_status(self) -> dict[str, Any]:
-        """What this worker holds: `version`, `dirty`, `updating`, and library versions.
+        """What this worker holds: `version`, `dirty`, `state` (see `WeightsState`), `updating`, and library versions.
 
-        `error` is that of the last update; `last_update` has the figures of the last one that succeeded.
+        `error` is that of the last update; `last_update` has the figures of the last one that succeeded; `beside` is
+        the extension of somebody else's that these methods stand beside.
         """
         return state_of(cast("Worker", self)).status()
 
-    def update_weights_from_ipc(self, handles: Mapping[str, str]) -> None:
-        """Takes the update that one of `handles` (device identity -> handle) offers to this worker.
+    def checkpoint_engine_abort(self) -> dict[str, Any]:
+        """Gives up an update that was started over vLLM's weight transfer and never finished; returns the status."""
+        return state_of(cast("Worker", self)).abort()
+
+    def update_weights_from_ipc(self, zmq_handles: Mapping[str, str]) -> None:
+        """Takes the update that one of the handles (device identity -> handle) offers to this worker.
 
         Raises:
             CheckpointEngineError: it did not succeed.
         """
-        state_of(cast("Worker", self)).receive(handles, _DEFAULT_TIMEOUT)
+        state_of(cast("Worker", self)).receive(zmq_handles, limits.UPDATE)
 
 
 class WorkerState:
@@ -55,22 +72,30 @@ class WorkerState:
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
-        self.adapter = patched.PatchedAdapter(worker) if patched.is_needed() else VllmAdapter(worker)
+        self.sink = patched.PatchedSink(worker) if patched.is_needed() else VllmSink(worker)
         """Puts tensors into this worker."""
         self._busy = threading.Lock()
+        self._claimed_by = ""
+        """The way in of an update that comes in several calls, and is under way."""
+        self._give_up: Callable[[], None] | None = None
+        self._door = ""
         self._error = ""
         self._details: Mapping[str, str | int | float] = {}
 
     def status(self) -> dict[str, Any]:
         """See `WorkerExtension.checkpoint_engine_status`."""
         return {
-            "version": self.adapter.version,
-            "dirty": self.adapter.dirty,
+            "version": self.sink.version,
+            "dirty": self.sink.dirty,
+            "state": self.sink.state.value,
+            "update": self.sink.life.brought_by,
             "updating": self._busy.locked(),
+            "door": self._door,
             "error": self._error,
             "rank": int(self._worker.rank),
             "vllm": compat.version(),
             "last_update": dict(self._details),
+            "beside": str(getattr(self._worker, BESIDE, "")),
         }
 
     def update(self, handles: Mapping[str, str], timeout: float) -> dict[str, Any]:
@@ -83,32 +108,72 @@ class WorkerState:
         done = {"ok": True, "phase": "", "seconds": received.seconds, "verified": received.verified}
         return {**received.details, **self.status(), **done}
 
-    def receive(self, handles: Mapping[str, str], timeout: float) -> Received:
-        """Takes an update.
+    def receive(self, handles: Mapping[str, str], timeout: float, door: str = _METHODS) -> Received:
+        """Takes an update, which came in through this door.
 
         Raises:
             CheckpointEngineError: it did not succeed.
         """
-        if not self._busy.acquire(blocking=False):
-            raise CheckpointStateError("this worker is taking another update; wait for it to end")
+        self._take_turn()
         try:
             device, rank, world_size = _place_of(self._worker, len(handles))
             handle = pick_handle(handles, device, rank, world_size)
-            received = receive_update(handle, self.adapter, device, timeout=timeout)
+            received = receive_update(handle, self.sink, device, timeout=timeout)
         except Exception as error:
             self._error = f"{type(error).__name__}: {error}"
-            logger.exception("update of the weights failed; the worker %s", self._describe())
+            logger.exception("update of the weights failed; the worker %s", self.sink.life.describe())
             raise
         finally:
             self._busy.release()
         if not received.verified:
-            self._error, self._details = "", received.details
+            self._note_success(door, received.details)
         return received
 
-    def _describe(self) -> str:
-        if self.adapter.dirty:
-            return "may hold a mixture of old and new weights until a complete update succeeds"
-        return f"still holds version {self.adapter.version!r}"
+    # -- updates that come in several calls of vLLM's
+
+    def claim(self, door: str, give_up: Callable[[], None]) -> None:
+        """Keeps other updates out until `succeeded` or `release`; `give_up` ends the update before its time.
+
+        Raises:
+            CheckpointStateError: another one is under way.
+        """
+        self._take_turn()
+        self._claimed_by, self._give_up = door, give_up
+
+    def abort(self) -> dict[str, Any]:
+        """Gives up an update that was begun and is waiting for its next call; returns the status."""
+        if self._give_up is not None:
+            self._give_up()
+        return self.status()
+
+    def release(self, error: Exception | None = None) -> None:
+        """Lets others in again, after an update that failed or was given up."""
+        if error is not None:
+            self._error = f"{type(error).__name__}: {error}"
+            logger.error("update of the weights failed (%s); the worker %s", self._error, self.sink.life.describe())
+        if self._claimed_by:
+            self._claimed_by, self._give_up = "", None
+            self._busy.release()
+
+    def succeeded(self, figures: Figures) -> None:
+        """Lets others in again, after an update that is complete."""
+        self._note_success(self._claimed_by, figures.details())
+        self.release()
+
+    def _note_success(self, door: str, details: Mapping[str, str | int | float]) -> None:
+        self._door, self._error, self._details = door, "", details
+
+    def _take_turn(self) -> None:
+        if not self._busy.acquire(blocking=False):
+            by = f" ({self._claimed_by}: start it anew, or finish it)" if self._claimed_by else ""
+            raise CheckpointStateError(f"this worker is taking another update{by}; wait for it to end")
+
+
+def give_methods(worker: Any) -> None:  # noqa: ANN401 - vLLM's own class
+    """Gives a worker our methods, as far as its class lacks them: one that is not vLLM's gets no extension."""
+    for name, method in vars(WorkerExtension).items():
+        if not name.startswith("_") and not hasattr(worker, name):
+            setattr(worker, name, MethodType(method, worker))
 
 
 def state_of(worker: Worker) -> WorkerState:

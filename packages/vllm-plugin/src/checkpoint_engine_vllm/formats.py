@@ -16,9 +16,11 @@ from typing import Any, cast
 
 import torch
 
+__all__ = ["HELD", "KernelTensor", "unreloadable"]
+
 
 @dataclass(frozen=True)
-class Held:
+class KernelTensor:
     """A tensor that a kernel makes anew for each reload."""
 
     what: str
@@ -32,16 +34,19 @@ class Held:
 _EAGER = "--enforce-eager"
 _OTHER_EXPERTS = "--moe-backend triton or --enforce-eager"
 
-HELD: Mapping[str, Held] = {
-    "workspace": Held("the work space of Marlin kernels", "0.32", _EAGER, "vllm#48438"),
-    "g_idx_sort_indices": Held("the order of a Marlin kernel's groups", "0.32", _EAGER, "vllm#48438"),
-    "c_strides1": Held("the strides of CUTLASS experts", "", _OTHER_EXPERTS, "vllm#41670"),
-    "token_expert_indices": Held("the scratch memory of experts", "0.32", _OTHER_EXPERTS, "vllm#48312"),
-    "gemm1_alpha": Held("the constants of FlashInfer's experts", "", _OTHER_EXPERTS, "vllm#50521"),
-    "gemm1_clamp_limit": Held("the limits of FlashInfer's experts", "", _OTHER_EXPERTS, "vllm#50521"),
-    "fake_input_scale": Held("the input scales of FlashInfer's experts", "", _OTHER_EXPERTS, "vllm#50521"),
-    "w1_sf_mma": Held("the scales of FlashInfer's B12x experts", "", _OTHER_EXPERTS, "vllm#50538"),
-    "W_UV": Held("the projections of latent attention (MLA)", "0.26", _EAGER, "vllm#48251"),
+HELD: Mapping[str, KernelTensor] = {
+    "workspace": KernelTensor("the work space of Marlin kernels", "0.32", _EAGER, "vllm#48438"),
+    "g_idx_sort_indices": KernelTensor("the order of a Marlin kernel's groups", "0.32", _EAGER, "vllm#48438"),
+    "c_strides1": KernelTensor("the strides of CUTLASS experts", "", _OTHER_EXPERTS, "vllm#41670"),
+    "token_expert_indices": KernelTensor("the scratch memory of experts", "0.32", _OTHER_EXPERTS, "vllm#48312"),
+    "gemm1_alpha": KernelTensor("the constants of FlashInfer's experts", "", _OTHER_EXPERTS, "vllm#50521"),
+    "gemm1_clamp_limit": KernelTensor("the limits of FlashInfer's experts", "", _OTHER_EXPERTS, "vllm#50521"),
+    "fake_input_scale": KernelTensor("the input scales of FlashInfer's experts", "", _OTHER_EXPERTS, "vllm#50521"),
+    "w1_sf_mma": KernelTensor("the scales of FlashInfer's B12x experts", "", _OTHER_EXPERTS, "vllm#50538"),
+    "w13_precision_config": KernelTensor(
+        "the weights of OpenAI's Triton experts (MXFP4)", "", "--moe-backend marlin or --enforce-eager", "vllm#49695"
+    ),
+    "W_UV": KernelTensor("the projections of latent attention (MLA)", "0.26", _EAGER, "vllm#48251"),
 }
 """By the name of the attribute."""
 
@@ -73,8 +78,8 @@ def unreloadable(model: torch.nn.Module, *, graphs: bool) -> list[str]:
     kept = {_address(tensor) for tensor in tensors} - {0}
     search = _Search(model)
     for name, layer in _named_modules(model):
-        for attribute, tensor in search.of_layer(layer):
-            if attribute in HELD and attribute not in found and _address(tensor) not in kept:
+        for attribute, held in search.of_layer(layer):
+            if attribute in HELD and attribute not in found and _address(held) not in kept:
                 found[attribute] = _sentence(name, HELD[attribute])
     return list(found.values())
 
@@ -83,13 +88,13 @@ def _named_modules(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Modul
     return cast("Any", model).named_modules()
 
 
-def _sentence(layer: str, held: Held) -> str:
+def _sentence(layer: str, held: KernelTensor) -> str:
     remedy = f"vLLM {held.mended_in} or newer, or {held.instead}" if held.mended_in else held.instead
     return f"layer {layer!r}: {held.what} ({held.source}; use {remedy})"
 
 
 class _Search:
-    """For plain tensors that layers hold, and what processes them."""
+    """For plain tensors that layers hold, and what processes them; and for what is in `HELD`, whatever it is."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._layers = {id(module) for module in model.modules()}
@@ -97,7 +102,7 @@ class _Search:
         self._followed: dict[int, int] = {}
         """Object -> how deep it was followed; layers share much."""
 
-    def of_layer(self, layer: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    def of_layer(self, layer: torch.nn.Module) -> Iterator[tuple[str, object]]:
         """Those of a layer that is processed after loading."""
         processors = [found for name in _PROCESSORS if (found := getattr(layer, name, None)) is not None]
         if processors or "W_UV" in vars(layer):
@@ -105,9 +110,9 @@ class _Search:
         for processor in processors:
             yield from self._of_parts(processor, _DEPTH)
 
-    def _of_parts(self, owner: object, depth: int) -> Iterator[tuple[str, torch.Tensor]]:
+    def _of_parts(self, owner: object, depth: int) -> Iterator[tuple[str, object]]:
         for name, value in getattr(owner, "__dict__", dict[str, object]()).items():
-            if isinstance(value, torch.Tensor):
+            if isinstance(value, torch.Tensor) or (name in HELD and value is not None):
                 yield name, value
             elif depth > self._followed.get(id(value), 0) and not self._is_apart(value):
                 self._followed[id(value)] = depth
@@ -117,5 +122,8 @@ class _Search:
         return id(value) in self._layers or isinstance(value, type)
 
 
-def _address(tensor: torch.Tensor) -> int:
-    return 0 if tensor.is_meta or not tensor.numel() else tensor.data_ptr()
+def _address(held: object) -> int:
+    """Of a tensor; of anything else, one that no tensor has."""
+    if not isinstance(held, torch.Tensor):
+        return -1
+    return 0 if held.is_meta or not held.numel() else held.data_ptr()

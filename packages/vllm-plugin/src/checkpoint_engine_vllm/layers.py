@@ -1,6 +1,6 @@
-"""How each layer of a model takes its weights.
+"""How each layer of a model takes its weights, and what an update by plan looks up.
 
-- `DIRECT`: copies go straight into its parameters, because vLLM leaves them as the checkpoint has them.
+- `IN_PLACE`: copies go straight into its parameters, because vLLM leaves them as the checkpoint has them.
 - `REBUILT`: copies go into fresh memory laid out as in the checkpoint, which vLLM then processes (packs, quantises,
   transposes) and puts where the parameters are.
 - `LOADER`: vLLM's own loader does everything.
@@ -9,20 +9,26 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Collection, Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
-from checkpoint_engine.errors import WorkerError
+from checkpoint_engine.sdk import WorkerError
+from checkpoint_engine.sdk.plans import Reached, ReloadPlan, Replay
 from checkpoint_engine_vllm import compat
 from checkpoint_engine_vllm.loadplan import LoadPlan
+from checkpoint_engine_vllm.reaching import reach_weights
+
+__all__ = ["Layer", "LayerRoutes", "Layers", "Way"]
 
 
 class Way(enum.Enum):
     """See the top of this file."""
 
-    DIRECT = "direct"
+    IN_PLACE = "in place"
     REBUILT = "rebuilt"
     LOADER = "loader"
 
@@ -35,7 +41,7 @@ class Layer:
     module: torch.nn.Module
     targets: dict[str, str] = field(default_factory=dict[str, str])
     """Names of parameters and buffers: in the plan -> in the module."""
-    way: Way = Way.DIRECT
+    way: Way = Way.IN_PLACE
     reason: str = ""
     """Why it is left to vLLM's loader."""
 
@@ -65,26 +71,31 @@ class Layer:
 
 
 class Layers:
-    """All layers that an update fills, and the tensors that each way of filling them needs."""
+    """All layers that an update fills, and the tensors that each way of filling them needs; see `PlannedLayers`."""
 
-    def __init__(self, plan: LoadPlan, model: torch.nn.Module, lent: Collection[torch.nn.Module] = ()) -> None:
+    def __init__(self, plan: LoadPlan, model: torch.nn.Module, shared: Collection[torch.nn.Module] = ()) -> None:
         """Decides on a way for each layer, as far as that can be told without any weights.
 
-        Layers in `lent` are filled with another model.
+        Layers in `shared` are filled with another model.
         """
-        self.plan = plan
+        self.load_plan = plan
+        self._model = model
+        self._shared = shared
         self.device = next(model.parameters()).device
         """Where the model lies."""
         self.layers: dict[str, Layer] = {}
         self.obstacle = ""
         """Why none of this can be used: the served model is not built like the one without data."""
-        modules = compat.modules_by_name(model)
+        if plan.beside:
+            self.obstacle = f"its loader fills {min(plan.beside)}, which is neither a parameter nor a buffer"
+            return
+        self._modules = modules = compat.modules_by_name(model)
         for target in plan.reload.targets:
             name, _, own = target.rpartition(".")
             if name not in modules:
                 self.obstacle = f"the served model has no {name}"
                 return
-            if modules[name] in lent:
+            if modules[name] in shared:
                 continue
             layer = self.layers.setdefault(name, Layer(name, modules[name]))
             layer.targets[target] = own
@@ -102,15 +113,71 @@ class Layers:
         """Layers of one way."""
         return [layer for layer in self if layer.way is way]
 
+    @property
+    def plan(self) -> ReloadPlan:
+        """The copies that vLLM's loader comes down to."""
+        return self.load_plan.reload
+
+    @property
+    def targets(self) -> set[str]:
+        """What copies fill."""
+        return {target for layer in self if layer.way is not Way.LOADER for target in layer.targets}
+
+    def left_to_loader(self) -> Mapping[str, str]:
+        """Layers that only vLLM's loader can fill, and why."""
+        return {layer.name: layer.reason for layer in self.of(Way.LOADER)}
+
+    def leave(self, differing: Mapping[str, str]) -> None:
+        """Leaves the layers of these targets to the loader, which put something else there than the tensors named."""
+        for layer in self:
+            found = [target for target in layer.targets if target in differing]
+            if found:
+                layer.leave_to_loader(f"vLLM's loader put something else than {differing[found[0]]!r} into it")
+
+    def leave_what_no_copy_reaches(self, changed: Iterable[Reached]) -> list[str]:
+        """Leaves to vLLM's loader what it changed and copies would not; what is no layer's, with the whole model.
+
+        Args:
+            changed: What is not as it was before an update by the loader; the ways of all layers are decided.
+
+        Returns:
+            What they are called.
+        """
+        memory = {_address(each.tensor) for each in reach_weights(self._model) if self._is_reached(each)} - {0}
+        missed = [each for each in changed if not self._is_reached(each) and _address(each.tensor) not in memory]
+        for each in missed:
+            why = f"vLLM's loader changes {each.path} too, which no copy reaches"
+            if each.module in self.layers:
+                self.layers[each.module].leave_to_loader(why)
+            else:
+                self.obstacle = why
+        return [each.path for each in missed]
+
+    def _is_reached(self, each: Reached) -> bool:
+        """Whether an update by plan copies it, or has vLLM make it anew."""
+        layer, module = self.layers.get(each.module), self._modules[each.module]
+        if each.path in self.load_plan.aliases or module in self._shared or compat.is_attention(module):
+            return True
+        return layer is not None and (layer.way is not Way.IN_PLACE or each.path in layer.targets)
+
+    @cached_property
+    def routes(self) -> LayerRoutes:
+        """What an update by plan looks up; asked for once the ways of all layers are decided."""
+        return LayerRoutes(self, self._model, self._shared)
+
     def settle(self) -> None:
         """Leaves to the loader what shares a tensor with a layer that is left to it: it would fill both."""
         while True:
             loaded = self.tensors_of(Way.LOADER)
             found = [layer for layer in self if layer.way is not Way.LOADER and self._sources(layer) & loaded]
             if not found:
-                return
+                break
             for layer in found:
                 layer.leave_to_loader(f"shares {min(self._sources(layer) & loaded)!r} with such a layer")
+        left = self.left_to_loader()
+        if left and self.load_plan.at_once:
+            name, why = next(iter(left.items()))
+            self.obstacle = f"its loader must get all tensors in one call, and {name} needs it ({why})"
 
     def tensors_of(self, *ways: Way) -> set[str]:
         """Tensors that layers of these ways need."""
@@ -122,24 +189,26 @@ class Layers:
         if buffers:
             return f"has buffers of its own ({', '.join(buffers)})"
         own = set(layer.targets.values())
-        others = self._aliases(layer) | {name for name in parameters if f"{layer.name}.{name}" in self.plan.computed}
+        others = self._aliases(layer) | {
+            name for name in parameters if f"{layer.name}.{name}" in self.load_plan.computed
+        }
         missing = [name for name in parameters if name not in own and name not in others]
         if missing:
             return f"gets nothing for {', '.join(missing)}"
         for target, name in layer.targets.items():
             expected = parameters.get(name, layer.tensor(target))
-            if expected is None or not _same_layout(expected, self.plan.targets[target]):
+            if expected is None or not _same_layout(expected, self.load_plan.targets[target]):
                 return f"has {name} in another shape than its loader expects"
         return ""
 
     def _choose(self, layer: Layer) -> None:
-        flaws = {target: self.plan.reload.flaws[target] for target in layer.targets if target in self.plan.reload.flaws}
+        flaws = {target: self.plan.flaws[target] for target in layer.targets if target in self.plan.flaws}
         if flaws:
             target, reason = next(iter(flaws.items()))
             layer.leave_to_loader(f"{layer.targets[target]}: {reason}")
         elif compat.is_attention(layer.module):
             layer.leave_to_loader("attention scales")
-        elif not all(_same_layout(layer.tensor(target), self.plan.targets[target]) for target in layer.targets):
+        elif not all(_same_layout(layer.tensor(target), self.load_plan.targets[target]) for target in layer.targets):
             self.rebuild(layer)
 
     def rebuild(self, layer: Layer) -> None:
@@ -168,7 +237,7 @@ class Layers:
                         each.leave_to_loader(f"{target} and {other_target} are one in memory")
 
     def _sources(self, layer: Layer) -> set[str]:
-        return {name for target in layer.targets for name in self.plan.reload.recording.origins.get(target, ())}
+        return {name for target in layer.targets for name in self.plan.recording.origins.get(target, ())}
 
     def _aliases(self, layer: Layer) -> set[str]:
         """Parameters of a layer that are another layer's as well: those are filled there."""
@@ -179,11 +248,6 @@ class Layers:
         }
 
 
-def summary(ways: Mapping[Way, int]) -> str:
-    """How much went which way, for people."""
-    return ", ".join(f"{nbytes / 1e6:.1f} MB {way.value}" for way, nbytes in ways.items() if nbytes)
-
-
 def _same_layout(tensor: torch.Tensor | None, planned: torch.Tensor) -> bool:
     return (
         tensor is not None
@@ -191,3 +255,41 @@ def _same_layout(tensor: torch.Tensor | None, planned: torch.Tensor) -> bool:
         and tensor.shape == planned.shape
         and tensor.stride() == planned.stride()
     )
+
+
+def _address(tensor: torch.Tensor) -> int:
+    return 0 if tensor.layout != torch.strided or tensor.is_meta else tensor.untyped_storage().data_ptr()
+
+
+class LayerRoutes:
+    """What an update by plan looks up."""
+
+    def __init__(self, layers: Layers, model: torch.nn.Module, shared: Collection[torch.nn.Module]) -> None:
+        """Works it out for `model`, apart from modules in `shared`, which are another model's."""
+        self.planned = layers.targets
+        """What is filled by plan."""
+        self.in_place = layers.tensors_of(Way.IN_PLACE)
+        self.by_loader = layers.tensors_of(Way.LOADER)
+        rebuilt = {target: layer for layer in layers.of(Way.REBUILT) for target in layer.targets}
+        self.rebuilt: dict[str, list[Layer]] = {}
+        """Tensor -> the layers to be rebuilt that it has pieces for, once for each piece."""
+        for name, pieces in layers.plan.pieces.items():
+            found = [rebuilt[piece.target] for piece in pieces if piece.target in rebuilt]
+            if found:
+                self.rebuilt[name] = found
+        self.pieces = Counter(layer.name for found in self.rebuilt.values() for layer in found)
+        """How many pieces a layer to be rebuilt waits for."""
+        others = {id(layer.module) for layer in layers.of(Way.LOADER)}
+        self.attention = [
+            module
+            for module in model.modules()
+            if compat.is_attention(module) and module not in shared and id(module) not in others
+        ]
+        """Attention layers that no loader completes."""
+        fixed = {
+            target: tensor
+            for layer in layers.of(Way.IN_PLACE)
+            for target in layer.targets
+            if (tensor := layer.tensor(target)) is not None
+        }
+        self.replay = Replay(layers.plan, fixed, set(rebuilt))

@@ -17,16 +17,14 @@ from typing import Any, cast
 
 import torch
 
-from checkpoint_engine.catalog import Catalog
-from checkpoint_engine.errors import SettingError, WeightsRejectedError
-from checkpoint_engine.metas import read_metas
-from checkpoint_engine.planning.peers import check_same
-from checkpoint_engine.pulling import Pull
+from checkpoint_engine.sdk import SettingError, WeightsRejectedError, limits
+from checkpoint_engine.sdk.replicas import Catalog, Pull, check_same, read_metas
 
-LOAD_FORMAT = "checkpoint_engine"
+__all__ = ["METAS_VARIABLE", "announce", "register", "sources"]
+
+_LOAD_FORMAT = "checkpoint_engine"
 METAS_VARIABLE = "CHECKPOINT_ENGINE_METAS"
 _TOKEN_VARIABLE = "CHECKPOINT_ENGINE_TOKEN"  # noqa: S105 - its name, not its value
-_TIMEOUT = 600.0
 
 logger = logging.getLogger(f"vllm.{__name__}")  # below vLLM's own, which decides on what its users see
 
@@ -37,7 +35,7 @@ def announce(load_config: object) -> None:
     Raises:
         CheckpointEngineError: nobody is there who holds the weights; said now, before any process starts.
     """
-    if getattr(load_config, "load_format", None) != LOAD_FORMAT:
+    if getattr(load_config, "load_format", None) != _LOAD_FORMAT:
         return
     found = sources(load_config)
     check_same(_catalogs(found))
@@ -50,8 +48,10 @@ def register() -> None:
     loaders: Any = importlib.import_module("vllm.model_executor.model_loader")
     base: Any = importlib.import_module("vllm.model_executor.model_loader.base_loader")
     known = cast("Mapping[str, object]", getattr(loaders, "_LOAD_FORMAT_TO_MODEL_LOADER", {}))
-    if LOAD_FORMAT not in known:
-        loaders.register_model_loader(LOAD_FORMAT)(type("CheckpointEngineLoader", (_Loading, base.BaseModelLoader), {}))
+    if _LOAD_FORMAT not in known:
+        loaders.register_model_loader(_LOAD_FORMAT)(
+            type("CheckpointEngineLoader", (_Loading, base.BaseModelLoader), {})
+        )
 
 
 def sources(load_config: object) -> list[str]:
@@ -64,13 +64,15 @@ def sources(load_config: object) -> list[str]:
     extra = cast("dict[str, object]", given) if isinstance(given, dict) else {}
     unknown = sorted(set(extra) - {"metas"})
     if unknown:
-        raise SettingError(f"--model-loader-extra-config has {unknown}; --load-format {LOAD_FORMAT} knows 'metas' only")
+        raise SettingError(
+            f"--model-loader-extra-config has {unknown}; --load-format {_LOAD_FORMAT} knows 'metas' only"
+        )
     metas = extra.get("metas", os.environ.get(METAS_VARIABLE, ""))
     listed = metas.split(",") if isinstance(metas, str) else cast("Sequence[object]", metas or ())
     found = [str(source).strip() for source in listed if str(source).strip()]
     if not found:
         raise SettingError(
-            f"--load-format {LOAD_FORMAT} needs to know who holds the weights: --model-loader-extra-config "
+            f"--load-format {_LOAD_FORMAT} needs to know who holds the weights: --model-loader-extra-config "
             f'\'{{"metas": "http://HOST:PORT"}}\', or {METAS_VARIABLE}'
         )
     return found
@@ -96,10 +98,10 @@ class _Loading:
             WeightsRejectedError: they do not fill the model.
         """
         started = time.perf_counter()
-        team = _Team()
-        replicas = team.agree(self._sources)
+        group = _WorkerGroup()
+        replicas = group.agree(self._sources)
         local = int(os.environ.get("LOCAL_RANK", "0"))
-        pull = Pull(replicas, rank=local, ranks=torch.cuda.device_count(), timeout=_TIMEOUT, team=team)
+        pull = Pull(replicas, rank=local, ranks=torch.cuda.device_count(), timeout=limits.UPDATE, group=group)
         loaded = _load(model, pull.tensors())
         if loaded is not None and getattr(model_config, "quantization", None) is None:
             missing = sorted({name for name, _ in model.named_parameters()} - loaded)
@@ -118,7 +120,7 @@ class _Loading:
         )
 
 
-class _Team:
+class _WorkerGroup:
     """The tensor-parallel workers: they load at the same time, and all need every tensor, of which they keep parts."""
 
     def __init__(self) -> None:

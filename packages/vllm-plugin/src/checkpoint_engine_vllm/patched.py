@@ -8,51 +8,54 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 
 import torch
 
-from checkpoint_engine.engine.adapter import Update
-from checkpoint_engine.errors import CheckpointStateError, MissingDependencyError, WeightsRejectedError
+from checkpoint_engine.sdk import (
+    EngineSink,
+    MissingDependencyError,
+    Tensors,
+    Update,
+    UpdateFigures,
+    WeightsRejectedError,
+    listed,
+)
+from checkpoint_engine.sdk.fit import NOT_FILLED
 from checkpoint_engine_vllm import compat
 from checkpoint_engine_vllm.protocols import Worker
+
+__all__ = ["STATE", "PatchedSink", "is_needed"]
 
 STATE = "_checkpoint_engine_reload"
 """What the patch leaves on layers that can be loaded again; see patches/reloadable.py."""
 _RELOADABLE = "vllm.model_executor.layers.quantization.utils.reloadable"
-_MOST_NAMED = 8
 
 
 def is_needed() -> bool:
-    """Whether the installed vLLM is too old for `VllmAdapter`."""
+    """Whether the installed vLLM is too old for `VllmSink`."""
     try:
         return importlib.util.find_spec("vllm.model_executor.model_loader.reload") is None
     except ModuleNotFoundError:
         return False
 
 
-class PatchedAdapter:
-    """The adapter of one worker of an old vLLM; lives as long as it. See `checkpoint_engine.engine.adapter.Adapter`."""
+class PatchedSink(EngineSink):
+    """The sink of one worker of an old vLLM; see `checkpoint_engine.contract.engine_sink`."""
 
     def __init__(self, worker: Worker) -> None:
+        super().__init__()
         self._worker = worker
-        self.dirty = False
-        """Whether the weights may be a mixture of old and new."""
-        self.version = ""
-        """Of the weights held, as far as they came through here."""
-        self._update: Update | None = None
-        self._delivered: set[str] = set()
         self._filled: set[str] | None = set()
-        self._seconds = 0.0
+        """Parameters that got weights; None if vLLM does not tell."""
+        self._written = False
 
-    def begin(self, update: Update) -> None:
+    def check(self, update: Update) -> None:
         """Checks that this vLLM can load its model again.
 
         Raises:
             MissingDependencyError: it cannot; the message says which version or patch can.
         """
-        self._update, self._delivered, self._filled, self._seconds = update, set(), set(), 0.0
         if update.reload == "plan":
             raise MissingDependencyError(_needs_newer("cannot be updated by reload plan"))
         if compat.draft_model(self._worker) is not None:
@@ -64,48 +67,40 @@ class PatchedAdapter:
         for name, layer in compat.modules_by_name(compat.target_model(self._worker)).items():
             _check_layer(name, layer)
 
-    def load(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+    def open(self, update: Update) -> None:
+        """Begins to count."""
+        del update
+        self._filled, self._written = set(), False
+
+    def take(self, tensors: Tensors) -> None:
         """Gives tensors to vLLM's loaders, which copy them."""
-        start = time.perf_counter()
-        self._delivered.update(name for name, _ in tensors)
+        self._written = True
+        load: Callable[..., set[str] | None] = compat.target_model(self._worker).load_weights  # type: ignore[reportAssignmentType]
         with compat.engine_context(self._worker):
-            load: Callable[..., set[str] | None] = compat.target_model(self._worker).load_weights  # type: ignore[reportAssignmentType]
             filled = load(tensors)
         self._filled = None if filled is None or self._filled is None else self._filled | filled
-        self._seconds += time.perf_counter() - start
 
-    def finish(self) -> Mapping[str, str | int | float]:
+    def complete(self, update: Update) -> UpdateFigures:
         """Checks that every parameter got its weights, and has layers processed for their kernels.
 
         Raises:
             WeightsRejectedError: weights are missing.
         """
-        update = self._update
-        if update is None:
-            raise CheckpointStateError("finish was called outside of an update")
-        model, start = compat.target_model(self._worker), time.perf_counter()
-        self._refuse("announced but not delivered", update.tensors.keys() - self._delivered)
+        del update
+        model = compat.target_model(self._worker)
         if self._filled is not None:
-            self._refuse("the checkpoint does not fill these parameters of the model", _weights(model) - self._filled)
+            missing = _weights(model) - self._filled
+            if missing:
+                raise WeightsRejectedError(f"{NOT_FILLED}: {listed(sorted(missing))}")
         with compat.engine_context(self._worker):
             self._process(model)
-        self.dirty, self.version, self._update = False, update.version, None
-        return {
-            "vllm": compat.version(),
-            "tensors": len(self._delivered),
-            "reload": "patched",
-            "load_seconds": round(self._seconds, 6),
-            "finish_seconds": round(time.perf_counter() - start, 6),
-        }
+        return UpdateFigures(reload="patched", loader_bytes=self.nbytes, engine={"vllm": compat.version()})
 
-    def abort(self) -> bool:
-        """Gives up; what was loaded cannot be taken back. Returns whether all weights are the old ones."""
-        self._update = None
-        if self._delivered:
-            self.dirty = True
-            if _patch_is_in():
-                importlib.import_module(_RELOADABLE).abandon(compat.target_model(self._worker))
-        return not self.dirty
+    def restore(self) -> bool:
+        """What was loaded cannot be taken back."""
+        if self._written and _patch_is_in():
+            importlib.import_module(_RELOADABLE).abandon(compat.target_model(self._worker))
+        return not self._written
 
     def _is_miscounted(self) -> bool:
         """Whether vLLM 0.13 takes layers for complete too early, already when it starts."""
@@ -124,12 +119,6 @@ class PatchedAdapter:
             raise WeightsRejectedError(str(error)) from error
         for name, param in model.named_parameters():
             _put_back(param, *before.get(name, (param, param.data)))
-
-    @staticmethod
-    def _refuse(problem: str, names: set[str]) -> None:
-        if names:
-            more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-            raise WeightsRejectedError(f"{problem}: {', '.join(sorted(names)[:_MOST_NAMED])}{more}")
 
 
 def _patch_is_in() -> bool:

@@ -15,10 +15,12 @@ from functools import cache
 from pathlib import Path
 from typing import cast
 
-from checkpoint_engine.errors import MissingDependencyError, SettingError
+from checkpoint_engine.sdk import MissingDependencyError, SettingError
 
-PATCHES = Path(__file__).parent / "patches"
-NEEDS_NONE = (0, 16)
+__all__ = ["Change", "Hunk", "Installation", "apply", "changes", "find", "parse", "write"]
+
+_PATCHES = Path(__file__).parent / "patches"
+_NEEDS_NONE = (0, 16)
 """From this version of vLLM on, weights are reloaded layer by layer, and no patch is needed."""
 
 _VERSION = re.compile(r"""^__version__[^'"\n]*['"]([^'"]+)""", re.MULTILINE)
@@ -36,7 +38,7 @@ class Installation:
     @property
     def needs_none(self) -> bool:
         """Whether this vLLM reloads weights without our help."""
-        return tuple(int(part) for part in re.findall(r"\d+", self.version)[:2]) >= NEEDS_NONE
+        return tuple(int(part) for part in re.findall(r"\d+", self.version)[:2]) >= _NEEDS_NONE
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def changes(vllm: Installation, *, revert: bool = False) -> list[Change]:
             f"nothing was changed. Install it anew (pip install --force-reinstall --no-deps vllm=={vllm.version}), "
             f"{_WAY_OUT}"
         )
-    patch = (PATCHES / f"{vllm.version}.patch").read_text()
+    patch = (_PATCHES / f"{vllm.version}.patch").read_text()
     planned = [Change(f, now[f], apply(hunks, now[f], revert=revert)) for f, hunks in parse(patch).items()]
     if any(_hash(change.after) != hashes[change.file][found] for change in planned):
         raise SettingError(f"the patch for vLLM {vllm.version} is damaged: install checkpoint-engine-vllm anew")
@@ -174,7 +176,7 @@ def _hunk(text: str) -> Hunk:
 @cache
 def _versions() -> Mapping[str, Mapping[str, Sequence[str | None]]]:
     """For each version and file of it: SHA-256 as vLLM has it, and patched."""
-    return cast("dict[str, dict[str, list[str | None]]]", json.loads((PATCHES / "versions.json").read_text()))
+    return cast("dict[str, dict[str, list[str | None]]]", json.loads((_PATCHES / "versions.json").read_text()))
 
 
 def _version_of(root: Path) -> str:

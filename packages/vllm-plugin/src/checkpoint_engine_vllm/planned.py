@@ -7,31 +7,28 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from checkpoint_engine.errors import WorkerError
-from checkpoint_engine.reload.delivery import names_of
-from checkpoint_engine.reload.proof import Proof
+from checkpoint_engine.sdk import Tensors, WorkerError
+from checkpoint_engine.sdk.plans import Ladder, Proof, names_of
 from checkpoint_engine_vllm import compat
-from checkpoint_engine_vllm.layers import Layer, Way
+from checkpoint_engine_vllm.layers import Layer, Layers, Way
 from checkpoint_engine_vllm.protocols import ModelConfig
-from checkpoint_engine_vllm.reload import Reload
+from checkpoint_engine_vllm.reload import LayerwiseReload
 from checkpoint_engine_vllm.repairs import Repairs
-from checkpoint_engine_vllm.routes import Routes
+
+__all__ = ["PlannedReload"]
 
 
 class PlannedReload:
     """Replaces the weights of one model. Everything here runs inside `compat.engine_context`."""
-
-    way = "plan"
 
     def __init__(
         self,
         model: torch.nn.Module,
         model_config: ModelConfig,
         repairs: Repairs,
-        routes: Routes,
-        *,
-        lent: frozenset[torch.nn.Module] = frozenset(),
-        checked: bool = False,
+        shared: frozenset[torch.nn.Module],
+        ladder: Ladder[Layers],
+        layers: Layers,
     ) -> None:
         """Makes the reload.
 
@@ -39,18 +36,19 @@ class PlannedReload:
             model: What takes the weights.
             model_config: Its configuration.
             repairs: What vLLM forgets.
-            routes: The way of each of its layers.
-            lent: Modules of another model, whose reload fills them.
-            checked: Whether to compare checksums of all that was copied.
+            shared: Modules of another model, whose reload fills them.
+            ladder: Says whether checksums of all that was copied are compared, and judges them.
+            layers: The model's.
         """
         self._model = model
         self._model_config = model_config
         self._repairs = repairs
-        self._routes = routes
-        self._layers = routes.layers
+        self._ladder = ladder
+        self._proof = ladder.proof
+        self._layers = layers
+        self._routes = routes = layers.routes
         self._replay = routes.replay
         self._layerwise = compat.layerwise()
-        self._proof = Proof(self._layers.plan.reload, self._layers.device) if checked else None
         self._left = Counter(routes.pieces)
         """Pieces that a layer still waits for."""
         self._open: dict[str, Layer] = {}
@@ -60,7 +58,11 @@ class PlannedReload:
         self._done: list[Layer] = []
         self._written = False
         others = [layer.module for layer in self._layers.of(Way.LOADER)]
-        self._loader = Reload(model, model_config, Repairs(), lent, others) if others else None
+        self._loader = self._loader_of(others, shared) if others else None
+
+    def _loader_of(self, others: list[torch.nn.Module], shared: frozenset[torch.nn.Module]) -> LayerwiseReload:
+        plan = self._layers.load_plan
+        return LayerwiseReload(self._model, self._model_config, Repairs(), shared, others, plan)
 
     @property
     def cloned_bytes(self) -> int:
@@ -79,18 +81,18 @@ class PlannedReload:
             self._loader.begin()
 
     def wanted(self, bucket: Sequence[tuple[str, int]]) -> tuple[tuple[int, int], ...] | None:
-        """See `checkpoint_engine.engine.adapter.Selective`."""
+        """See `checkpoint_engine.contract.sink.Selective`."""
         by_plan = self._proof is None and self._loader is None
         return self._replay.spans(bucket) if by_plan else None
 
-    def load(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+    def load(self, tensors: Tensors) -> None:
         """Copies tensors to where they belong; their memory may be used again once the current stream has run dry.
 
         Raises:
             WorkerError: vLLM's loader or processing failed.
         """
         self._open_layers(tensors)
-        self._written = self._written or not self._routes.direct.isdisjoint(names_of(tensors))
+        self._written = self._written or not self._routes.in_place.isdisjoint(names_of(tensors))
         self._replay.load(tensors, self._moving)
         if self._proof is not None:
             self._proof.expect(tensors, self._routes.planned)
@@ -136,12 +138,12 @@ class PlannedReload:
 
     # -- inside
 
-    def _to_rebuild(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> Iterator[Layer]:
+    def _to_rebuild(self, tensors: Tensors) -> Iterator[Layer]:
         """The layers to be rebuilt that these tensors have pieces for, once for each piece."""
         rebuilt = self._routes.rebuilt
         return (layer for name in names_of(tensors) for layer in rebuilt.get(name, ())) if rebuilt else iter(())
 
-    def _open_layers(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+    def _open_layers(self, tensors: Tensors) -> None:
         """Gives memory laid out as in the checkpoint to the layers to be rebuilt that these tensors belong to."""
         for layer in self._to_rebuild(tensors):
             if layer.name not in self._open:
@@ -159,7 +161,7 @@ class PlannedReload:
                         raise WorkerError(f"vLLM gave layer {layer.name!r} no {layer.targets[target]!r} to load into")
                     self._moving[target] = tensor
 
-    def _close_layers(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+    def _close_layers(self, tensors: Tensors) -> None:
         """Processes the layers that have got their last piece."""
         for layer in self._to_rebuild(tensors):
             self._left[layer.name] -= 1
@@ -177,15 +179,9 @@ class PlannedReload:
         self._done.append(layer)
 
     def _compare(self, proof: Proof) -> None:
-        for layer in self._layers.of(Way.DIRECT):
+        for layer in self._layers.of(Way.IN_PLACE):
             for target in layer.targets:
                 tensor = layer.tensor(target)
                 if tensor is not None:
                     proof.find(target, tensor)
-        wrong = proof.differing(self._routes.planned)
-        if wrong:
-            target, source = next(iter(wrong.items()))
-            raise WorkerError(
-                f"the reload plan put something else than tensor {source!r} into {target!r} ({len(wrong)} parameters "
-                "differ in their checksums); the next update goes through vLLM's loader. Please report this"
-            )
+        self._ladder.judge(proof.differing(self._routes.planned))

@@ -8,19 +8,26 @@ import logging
 import os
 from typing import Any
 
-logger = logging.getLogger(__name__)
+from checkpoint_engine_vllm import beside
+from checkpoint_engine_vllm.transfer import backends
+
+__all__ = ["METAS_VARIABLE", "WORKER_EXTENSION", "register"]
+
+logger = logging.getLogger(f"vllm.{__name__}")  # below vLLM's own, which decides on what its users see
 
 WORKER_EXTENSION = "checkpoint_engine_vllm.WorkerExtension"
 METAS_VARIABLE = "CHECKPOINT_ENGINE_METAS"
 """Set where a replica starts from running ones; processes that vLLM starts inherit it."""
 _MARK = "_checkpoint_engine_default"
+_BY_NAME = f"unless --worker-extension-cls names {WORKER_EXTENSION}"
 
 
 def register() -> None:
-    """Makes `WorkerExtension` the default of `--worker-extension-cls`, so that installing the package is enough.
+    """Gives vLLM's workers the methods of `WorkerExtension`, so that installing the package is enough.
 
-    A class that the user names wins, and so does a worker class from elsewhere. Nothing here ever keeps vLLM from
-    starting. `VLLM_PLUGINS`, vLLM's own list of plugins to load, switches it off.
+    They come beside those of a class that is named with `--worker-extension-cls`. A worker class from elsewhere is left
+    alone, which the log says. Nothing here ever keeps vLLM from starting. `VLLM_PLUGINS`, vLLM's own list of plugins to
+    load, switches it off.
     """
     try:
         arguments = importlib.import_module("vllm.engine.arg_utils").EngineArgs
@@ -28,6 +35,7 @@ def register() -> None:
     except (ImportError, AttributeError) as error:
         logger.warning("this vLLM is unknown (%r): start it with --worker-extension-cls %s", error, WORKER_EXTENSION)
         return
+    backends.register()
     if os.environ.get(METAS_VARIABLE):
         importlib.import_module("checkpoint_engine_vllm.loader").register()
     if getattr(create, _MARK, False):
@@ -55,5 +63,10 @@ def _use_our_extension(config: object) -> None:
     parallel: Any = getattr(config, "parallel_config", None)
     worker = getattr(parallel, "worker_cls", None)
     own_worker = isinstance(worker, str) and worker.startswith("vllm.")
-    if own_worker and getattr(parallel, "worker_extension_cls", None) == "":
-        parallel.worker_extension_cls = WORKER_EXTENSION
+    named = getattr(parallel, "worker_extension_cls", None)
+    if not isinstance(named, str) or named == WORKER_EXTENSION or named.startswith(beside.__name__):
+        return
+    if not own_worker:
+        logger.warning("worker class %s is not vLLM's: it has no methods of checkpoint-engine, %s", worker, _BY_NAME)
+    else:
+        parallel.worker_extension_cls = beside.name_beside(named) if named else WORKER_EXTENSION

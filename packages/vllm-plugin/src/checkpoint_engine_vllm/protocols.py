@@ -7,6 +7,8 @@ from typing import Any, Protocol
 
 import torch
 
+__all__ = ["LayerState", "ModelConfig", "VllmConfig", "Worker"]
+
 
 class ModelConfig(Protocol):
     """vLLM's configuration of one model."""

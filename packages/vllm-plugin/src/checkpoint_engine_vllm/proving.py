@@ -1,53 +1,59 @@
-"""The update in which a plan earns its trust: vLLM's loader does it, and every piece of the plan is compared."""
+"""The update that proves a plan: vLLM's loader does it, and every piece of the plan is compared."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any, cast
 
 import torch
 
-from checkpoint_engine.errors import WorkerError
-from checkpoint_engine.reload.proof import Proof
-from checkpoint_engine_vllm.filling import Filling
+from checkpoint_engine.sdk import Tensors, listed
+from checkpoint_engine.sdk.plans import HeldTensors, Ladder, Proof
 from checkpoint_engine_vllm.layers import Layer, Layers, Way
-from checkpoint_engine_vllm.reload import Reload
+from checkpoint_engine_vllm.protocols import ModelConfig
+from checkpoint_engine_vllm.reaching import reach_weights
+from checkpoint_engine_vllm.reload import LayerwiseReload
+from checkpoint_engine_vllm.repairs import Repairs
+
+__all__ = ["ProvingReload"]
 
 _MARKS = ("_already_called_process_weights_after_loading",)
 """Attributes by which vLLM notes that a layer was processed."""
 _PART = 512 << 20
 """Bytes given to vLLM's loader at a time, so that few layers are incomplete at once."""
 
-Tensors = Sequence[tuple[str, torch.Tensor]]
 
-
-class ProvingReload:
+class ProvingReload(LayerwiseReload):
     """An ordinary reload that watches what vLLM makes of each layer, and decides on the layers' ways."""
 
-    way = "proof"
-
-    def __init__(self, reload: Reload, layers: Layers) -> None:
-        self._reload = reload
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        model_config: ModelConfig,
+        repairs: Repairs,
+        shared: frozenset[torch.nn.Module],
+        ladder: Ladder[Layers],
+        layers: Layers,
+    ) -> None:
+        super().__init__(model, model_config, repairs, shared, plan=layers.load_plan)
+        self._ladder = ladder
         self._layers = layers
-        self._proof = Proof(layers.plan.reload, layers.device)
+        self._proof = ladder.proof or Proof(layers.plan, layers.device)
         self._planned = {id(layer.module): layer for layer in layers if layer.way is not Way.LOADER}
-        self._targets = {target for layer in self._planned.values() for target in layer.targets}
+        self._targets = layers.targets
         self._patched: list[Any] = []
         self._untouched: set[str] = set()
         """Names of layers that vLLM does not process, or whose processing changes nothing."""
-        self._filling = Filling((), {})
         self._seen: set[str] = set()
-
-    @property
-    def cloned_bytes(self) -> int:
-        """See `Reload`."""
-        return self._reload.cloned_bytes
+        self._before: HeldTensors | None = None
+        """What the model held when the update began."""
 
     def begin(self) -> None:
         """See `Reload`."""
+        self._before = HeldTensors(reach_weights(self.model), self._proof.checksums)
         rebuilt = [layer for layer in self._planned.values() if not self._layers.obstacle_to_rebuilding(layer)]
-        self._reload.begin()
-        self._filling = Filling(rebuilt, self._layers.plan.reload.recording.origins)
+        super().begin()
+        self._filling.add(rebuilt, self._layers.plan.recording.origins)
         for layer in self._planned.values():
             method = getattr(layer.module, "quant_method", None)
             if hasattr(method, "process_weights_after_loading"):
@@ -59,15 +65,8 @@ class ProvingReload:
     def load(self, tensors: Tensors) -> None:
         """See `Reload`."""
         for part in self._parts(tensors):
-            names = [name for name, _ in part]
-            self._filling.open(names)
             self._proof.expect(part, self._targets)
-            self._reload.load(part)
-            self._filling.close(names)
-
-    def incomplete(self) -> list[str]:
-        """See `Reload`."""
-        return self._reload.incomplete()
+            super().load(part)
 
     def finish(self) -> None:
         """Completes the reload, and decides on the layers' ways.
@@ -75,31 +74,36 @@ class ProvingReload:
         Raises:
             WorkerError: a layer did not get all its tensors, although they came.
         """
-        incomplete = self._filling.incomplete()
-        if incomplete:
-            raise WorkerError(f"vLLM's loader was not given all tensors of {', '.join(incomplete[:3])}")
         try:
-            self._reload.finish()
+            super().finish()
         finally:
             self._unwatch()
         for layer in self._planned.values():
             if layer.name not in self._seen:
                 self._find(layer)
-        wrong = self._wrong()
+        self._ladder.judge(self._wrong())
         for layer in self._planned.values():
-            differing = [target for target in layer.targets if target in wrong]
-            if differing:
-                layer.leave_to_loader(f"vLLM's loader put something else than {wrong[differing[0]]!r} into it")
-            elif layer.way is Way.DIRECT and layer.name not in self._untouched:
+            if layer.way is Way.IN_PLACE and layer.name not in self._untouched:
                 self._layers.rebuild(layer)
+        self._judge_what_changed()
         self._layers.settle()
 
     def abort(self) -> bool:
         """See `Reload`."""
         self._unwatch()
-        return self._reload.abort()
+        return super().abort()
 
     # -- inside
+
+    def _judge_what_changed(self) -> None:
+        """Compares all that the model holds with what it held before."""
+        if self._before is None:
+            return
+        changed = self._before.differing(reach_weights(self.model))
+        self._before = None
+        missed = self._layers.leave_what_no_copy_reaches(changed)
+        if missed:
+            self._ladder.add_reason(f"vLLM's loader changes {listed(missed)} too, which no copy reaches")
 
     def _parts(self, tensors: Tensors) -> Iterator[Tensors]:
         """Some at a time; on the device, since the loader and the proof both read them."""
@@ -149,7 +153,7 @@ class ProvingReload:
         for target in layer.targets:
             if only is not None and target not in only:
                 continue
-            tensor, planned = layer.tensor(target), self._layers.plan.targets[target]
+            tensor, planned = layer.tensor(target), self._layers.load_plan.targets[target]
             if tensor is None or tensor.is_meta:
                 continue
             if (tensor.shape, tensor.dtype) == (planned.shape, planned.dtype):

@@ -12,35 +12,50 @@ from typing import Any, cast
 
 import torch
 
-from checkpoint_engine.engine.loading import give_to_loader
+from checkpoint_engine.sdk import Tensors, WorkerError
+from checkpoint_engine.sdk.plans import give_to_loader, names_of, nbytes_of
 from checkpoint_engine_vllm import compat
 from checkpoint_engine_vllm.compat import is_open
+from checkpoint_engine_vllm.filling import Filling
+from checkpoint_engine_vllm.loadplan import LoadPlan
 from checkpoint_engine_vllm.protocols import LayerState, ModelConfig
 from checkpoint_engine_vllm.repairs import Repairs
 
+__all__ = ["LayerwiseReload", "is_torn"]
+
 logger = logging.getLogger(__name__)
 
+_SOME, _OTHERS = " (some parts)", " (others of its layer came)"
 
-class Reload:
+
+def is_torn(incomplete: str) -> bool:
+    """Whether the layer of something that `LayerwiseReload.incomplete` names got others of its weights."""
+    return _SOME in incomplete or _OTHERS in incomplete
+
+
+class LayerwiseReload:
     """Replaces the weights of one model. Everything here runs inside `compat.engine_context`."""
-
-    way = "loader"
 
     def __init__(
         self,
         model: torch.nn.Module,
         model_config: ModelConfig,
         repairs: Repairs,
-        lent: frozenset[torch.nn.Module] = frozenset(),
+        shared: frozenset[torch.nn.Module] = frozenset(),
         only: Sequence[torch.nn.Module] | None = None,
+        plan: LoadPlan | None = None,
     ) -> None:
         """Makes the reload of `model`, or of the modules in `only`.
 
-        Modules in `lent` belong to another model, whose reload fills them.
+        Modules in `shared` belong to another model, whose reload fills them. `plan` is what vLLM's loader does, as far
+        as that is known.
+
+        Raises:
+            WeightsRejectedError: vLLM's loader does what its reload would lose.
         """
         self.model = model
         self._scope = model if only is None else compat.Scope(only)
-        self._lent = lent
+        self._shared = shared
         self._model_config = model_config
         self._layerwise = compat.layerwise()
         self._repairs = repairs
@@ -48,6 +63,13 @@ class Reload:
         """Layers that take weights in this reload, and vLLM's state of them."""
         self._written_in_place: list[tuple[LayerState, torch.Tensor, torch.Tensor]] = []
         """State of a layer, a tensor of it that vLLM overwrites while the layer is incomplete, and its old values."""
+        mine = frozenset(self._scope.modules()) - shared
+        self._filling = Filling((), {}) if plan is None else Filling.for_direct(plan, model, mine)
+        self._at_once = plan is not None and plan.at_once
+        self._computed_with = frozenset[str]() if plan is None else plan.reload.recording.computed_with
+        """Tensors that vLLM's loader computes with: on the host, where it does so when it starts, to the last bit."""
+        self._held_back: list[tuple[str, torch.Tensor]] = []
+        """In host memory, where vLLM's loader must get all tensors in one call."""
         self.cloned_bytes = 0
         self.loader_bytes = 0
         """Of the tensors that were given to vLLM's loader."""
@@ -56,6 +78,7 @@ class Reload:
         """Makes the model ready for new weights."""
         already_open = {layer for layer in self._scope.modules() if is_open(self._layerwise.info(layer))}
         self._repairs.before(self._scope)
+        compat.compile_for_plain_tensors()
         self._layerwise.initialize(self._scope)
         for layer in self._scope.modules():
             info = self._layerwise.info(layer)
@@ -63,25 +86,48 @@ class Reload:
                 self._opened.append((layer, info))
                 self._remember_what_is_written_in_place(layer, info)
 
-    def load(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+    def wanted(self, bucket: Sequence[tuple[str, int]]) -> tuple[tuple[int, int], ...] | None:
+        """See `checkpoint_engine.contract.sink.Selective`; vLLM's loader may read anything."""
+        del bucket
+        return None
+
+    def load(self, tensors: Tensors) -> None:
         """Gives tensors to vLLM's loader; their memory may be used again afterwards.
 
         Raises:
             WeightsRejectedError: the loader does not know a tensor, or not in this shape.
             WorkerError: the loader failed otherwise.
         """
+        if self._at_once:
+            self._held_back.extend((name, tensor.to("cpu", copy=True)) for name, tensor in tensors)
+            self.cloned_bytes += nbytes_of(tensors)
+        else:
+            self._give(tensors)
+
+    def _give(self, tensors: Tensors) -> None:
+        names = names_of(tensors)
+        if self._computed_with:
+            tensors = [(name, tensor.cpu() if name in self._computed_with else tensor) for name, tensor in tensors]
+        self._filling.open(names)
         with compat.bucketed_load(), compat.without_adding_up():
             give_to_loader("vLLM's loader", cast("Any", self.model).load_weights, tensors)
-        self.loader_bytes += sum(tensor.nbytes for _, tensor in tensors)
+        self._filling.close(names)
+        self.loader_bytes += nbytes_of(tensors)
         self._detach({tensor.untyped_storage().data_ptr() for _, tensor in tensors})
+
+    def _give_held_back(self) -> None:
+        held, self._held_back = self._held_back, []
+        if held:
+            self._give(held)
 
     def incomplete(self) -> list[str]:
         """Parameters that got nothing, or only some of their parts, as far as vLLM's own book-keeping shows."""
+        self._give_held_back()
         names = {layer: name for name, layer in compat.modules_by_name(self.model).items()}
         served = {_address(parameter) for parameter in self._finished_parameters()} - {0}
         found: list[str] = []
         for layer, info in self._opened:
-            if not is_open(info) or layer in self._lent or compat.is_attention(layer):
+            if not is_open(info) or layer in self._shared or compat.is_attention(layer):
                 continue
             loaded: dict[str, list[Any]] = {}
             for parameter, arguments in info.loaded_weights:
@@ -89,13 +135,21 @@ class Reload:
             shared = {name for name, old in info.kernel_tensors[0].items() if _address(old) in served}
             for parameter, _ in layer.named_parameters(recurse=False):
                 if parameter not in loaded and parameter not in shared:
-                    found.append(f"{names[layer]}.{parameter}")
+                    found.append(f"{names[layer]}.{parameter}{_OTHERS if loaded else ''}")
                 elif parameter in loaded and _lacks_parts(layer, loaded[parameter]):
-                    found.append(f"{names[layer]}.{parameter} (some parts)")
+                    found.append(f"{names[layer]}.{parameter}{_SOME}")
         return found
 
     def finish(self) -> None:
-        """Completes all layers."""
+        """Completes all layers.
+
+        Raises:
+            WorkerError: vLLM's loader was not given all that it needs.
+        """
+        self._give_held_back()
+        incomplete = self._filling.incomplete()
+        if incomplete:
+            raise WorkerError(f"vLLM's loader was not given all tensors of {', '.join(incomplete[:3])}")
         self._layerwise.finalize(self._scope, self._model_config)
         self._repairs.after(self._scope)
 

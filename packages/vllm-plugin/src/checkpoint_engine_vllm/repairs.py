@@ -9,6 +9,8 @@ import torch
 
 from checkpoint_engine_vllm import compat
 
+__all__ = ["CpuRepairs", "Repairs"]
+
 
 class Repairs:
     """Nothing to repair."""

@@ -1,46 +1,191 @@
-"""The way of each layer and of each tensor, worked out once for all updates by one plan."""
+"""Routes of our own in `vllm serve` (0.26 and newer), for whoever may: no development mode is needed.
+
+    VLLM_PLUGINS=checkpoint_engine vllm serve MODEL --api-key KEY
+
+That variable is vLLM's list of all plugins that it loads, of whatever kind; routes are only added if it names them.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
+import contextlib
+import importlib
+import logging
+from argparse import Namespace
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager
+from typing import Any, cast
 
-import torch
+import msgspec
 
-from checkpoint_engine.reload.replay import Replay
-from checkpoint_engine_vllm import compat
-from checkpoint_engine_vllm.layers import Layer, Layers, Way
+from checkpoint_engine.sdk import limits
+from checkpoint_engine.sdk.metrics import engine_metrics
+from checkpoint_engine_vllm import __version__, access, compat
+from checkpoint_engine_vllm.access import Access, RefusedError
+from checkpoint_engine_vllm.data_parallel import ask_all_workers
+
+__all__ = ["PREFIX", "Routes"]
+
+PREFIX = "/v1/checkpoint_engine"
+"""Of all routes; what lies below `/v1` is guarded by vLLM's own key."""
+
+logger = logging.getLogger(f"vllm.{__name__}")  # below vLLM's own, which decides on what its users see
+
+_BAD, _FAILED, _MISSING = 400, 500, 404
+
+
+class _Body(msgspec.Struct, frozen=True):
+    """Of every request; each route uses what it needs."""
+
+    handles: dict[str, str] = {}
+    version: str = ""
+    timeout: float = limits.UPDATE
+    mode: str = "keep"
+    clear_cache: bool = True
 
 
 class Routes:
-    """What an update by plan looks up."""
+    """What vLLM's entry-point group `vllm.endpoint_plugins` asks for."""
 
-    def __init__(self, layers: Layers, model: torch.nn.Module, lent: frozenset[torch.nn.Module]) -> None:
-        """Works it out for `model`, apart from modules in `lent`, which are another model's."""
-        self.layers = layers
-        self.planned = {target for layer in layers if layer.way is not Way.LOADER for target in layer.targets}
-        """Targets that are filled by plan."""
-        self.direct = layers.tensors_of(Way.DIRECT)
-        self.by_loader = layers.tensors_of(Way.LOADER)
-        rebuilt = {target: layer for layer in layers.of(Way.REBUILT) for target in layer.targets}
-        self.rebuilt: dict[str, list[Layer]] = {}
-        """Tensor -> the layers to be rebuilt that it has pieces for, once for each piece."""
-        for name, pieces in layers.plan.reload.pieces.items():
-            found = [rebuilt[piece.target] for piece in pieces if piece.target in rebuilt]
-            if found:
-                self.rebuilt[name] = found
-        self.pieces = Counter(layer.name for found in self.rebuilt.values() for layer in found)
-        """How many pieces a layer to be rebuilt waits for."""
-        others = {id(layer.module) for layer in layers.of(Way.LOADER)}
-        self.attention = [
-            module
-            for module in model.modules()
-            if compat.is_attention(module) and module not in lent and id(module) not in others
-        ]
-        """Attention layers that no loader completes."""
-        fixed = {
-            target: tensor
-            for layer in layers.of(Way.DIRECT)
-            for target in layer.targets
-            if (tensor := layer.tensor(target)) is not None
+    name = "checkpoint_engine"
+    required_tasks = None
+
+    def __init__(self) -> None:
+        self._access: Access = access.closed()
+        self._served: Any = None
+
+    def attach_router(self, app: Any) -> None:  # noqa: ANN401 - FastAPI's application
+        """Adds the routes."""
+        app.add_api_route(PREFIX, self._route(self._about), methods=["GET"])
+        app.add_api_route(f"{PREFIX}/status", self._route(self._status), methods=["GET"])
+        for name, handler in {
+            "update": self._update,
+            "verify": self._verify,
+            "abort": self._abort,
+            "pause": self._pause,
+            "resume": self._resume,
+            "reset_caches": self._reset_caches,
+            "weight_version": self._publish,
+        }.items():
+            app.add_api_route(f"{PREFIX}/{name}", self._route(handler), methods=["POST"])
+
+    async def init_state(self, engine_client: Any, state: object, args: Namespace) -> None:  # noqa: ANN401 - vLLM's own
+        """Told by vLLM what it serves, and with which keys."""
+        del state
+        self._served = engine_client
+        self._access = access.of_vllm(args)
+        logger.info("updates of weights are taken at %s by %s", PREFIX, self._access.describe())
+
+    # -- one route each
+
+    async def _about(self, body: _Body) -> object:
+        del body
+        return {"plugin": __version__, "vllm": compat.version()}
+
+    async def _status(self, body: _Body) -> object:
+        del body
+        engine = self._engine
+        version = getattr(engine, "get_weight_version", None)
+        return {
+            "workers": await self._workers("checkpoint_engine_status", limits.SETTLE),
+            "world_size": _world_size(engine),
+            "paused": await engine.is_paused(),
+            "weight_version": await version() if version is not None else None,
         }
-        self.replay = Replay(layers.plan.reload, fixed, set(rebuilt))
+
+    async def _update(self, body: _Body) -> object:
+        if not body.handles:
+            raise RefusedError(_BAD, "`handles` (device -> handle, as the parameter server gives them) is missing")
+        with _measured("update"):
+            arguments = (body.handles, body.version, body.timeout)
+            results = await self._workers("checkpoint_engine_update", body.timeout, *arguments)
+        _observe(results)
+        return {"results": results}
+
+    async def _verify(self, body: _Body) -> object:
+        return await self._update(body)
+
+    async def _abort(self, body: _Body) -> object:
+        del body
+        return {"results": await self._workers("checkpoint_engine_abort", limits.SETTLE)}
+
+    async def _pause(self, body: _Body) -> object:
+        await self._engine.pause_generation(mode=body.mode, clear_cache=body.clear_cache)
+        return {"paused": True}
+
+    async def _resume(self, body: _Body) -> object:
+        del body
+        await self._engine.resume_generation()
+        return {"paused": False}
+
+    async def _reset_caches(self, body: _Body) -> object:
+        del body
+        done = await self._engine.reset_prefix_cache(reset_running_requests=True)
+        await self._engine.reset_mm_cache()
+        await self._engine.reset_encoder_cache()
+        return {"success": bool(done)}
+
+    async def _publish(self, body: _Body) -> object:
+        publish = getattr(self._engine, "update_weight_version", None)
+        if publish is None:
+            raise RefusedError(_MISSING, "this vLLM keeps no version of its weights (0.27 and newer do)")
+        await publish(body.version)
+        return {"weight_version": body.version}
+
+    # -- inside
+
+    @property
+    def _engine(self) -> Any:  # noqa: ANN401 - vLLM's own
+        if self._served is None:
+            raise RefusedError(_MISSING, "this server has no engine")
+        return self._served
+
+    async def _workers(self, method: str, timeout: float, *arguments: object) -> object:
+        return await ask_all_workers(self._engine, method, timeout, arguments)
+
+    def _route(self, handler: Callable[[_Body], Awaitable[object]]) -> Callable[[Any], Awaitable[object]]:
+        responses: Any = importlib.import_module("starlette.responses")
+
+        async def answer(request: Any) -> object:  # noqa: ANN401 - Starlette's own
+            try:
+                asked = request.scope.get("server")
+                self._access.check(request.headers, request.client and request.client.host, asked and asked[0])
+                content = await handler(_read(await request.body()))
+            except RefusedError as refused:
+                return responses.JSONResponse({"error": str(refused)}, status_code=refused.status)
+            except Exception as error:
+                logger.exception("%s failed", request.url.path)
+                return responses.JSONResponse({"error": f"{type(error).__name__}: {error}"}, status_code=_FAILED)
+            return responses.JSONResponse(content)
+
+        # FastAPI finds out by this what to give.
+        answer.__annotations__ = {"request": importlib.import_module("starlette.requests").Request}
+        return answer
+
+
+def _read(raw: bytes) -> _Body:
+    try:
+        return msgspec.json.decode(raw, type=_Body) if raw.strip() else _Body()
+    except msgspec.MsgspecError as error:
+        raise RefusedError(_BAD, f"the request is not understood: {error}") from error
+
+
+def _world_size(engine: Any) -> int:  # noqa: ANN401 - vLLM's own
+    parallel = engine.vllm_config.parallel_config
+    return int(getattr(parallel, "world_size_across_dp", parallel.world_size))
+
+
+def _observe(results: object) -> None:
+    """Ours, in vLLM's `/metrics`; comparisons change nothing and are left out."""
+    reports = cast("list[dict[str, Any]]", results)
+    metrics = None if any(report.get("verified") for report in reports) else engine_metrics()
+    if metrics is not None:
+        metrics.observe(reports)
+
+
+def _measured(operation: str) -> AbstractContextManager[None]:
+    """VLLM's own figures of updates, where it has some (0.32 and newer)."""
+    try:
+        metrics: Any = importlib.import_module("vllm.entrypoints.rl.online.metrics")
+        return cast("AbstractContextManager[None]", metrics.weight_operation_metrics().record(operation))
+    except (ImportError, AttributeError):
+        return contextlib.nullcontext()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from checkpoint_engine.engine.client import request_inference_to_update
+from checkpoint_engine.client.update_request import request_inference_to_update
 from checkpoint_engine.errors import MissingDependencyError
 
 if TYPE_CHECKING:
@@ -19,16 +19,20 @@ def __getattr__(name: str) -> object:
     Raises:
         MissingDependencyError: FastAPI is not installed.
     """
+    if name == "_init_api":
+        raise MissingDependencyError(
+            "_init_api is create_app(ps, allowed_roots=[...]) here; the command is checkpoint-engine serve"
+        )
     if name != "create_app":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
         from checkpoint_engine.api.app import create_app  # noqa: PLC0415
     except ModuleNotFoundError as error:
-        raise missing_extra(error) from error
+        raise _missing_extra(error) from error
     return create_app
 
 
-def missing_extra(error: ModuleNotFoundError) -> MissingDependencyError:
+def _missing_extra(error: ModuleNotFoundError) -> MissingDependencyError:
     """The error that says how the extra is installed."""
     return MissingDependencyError(
         f"the HTTP API needs FastAPI and uvicorn ({error.name} is missing): pip install 'checkpoint-engine-core[api]'"

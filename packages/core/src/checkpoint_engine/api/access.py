@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hmac
-import ipaddress
 import os
 import stat
 from collections.abc import Sequence
@@ -15,6 +14,9 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from checkpoint_engine.errors import AccessRefusedError, CheckpointFormatError, SettingError
+from checkpoint_engine.sdk.access import is_loopback
+
+__all__ = ["HEALTH_PATH", "BearerToken", "EngineAccess", "FileAccess", "PeerAccess"]
 
 HEALTH_PATH = "/v1/healthz"
 
@@ -36,13 +38,7 @@ class FileAccess:
         if not path.startswith("/") or "\0" in path:
             raise SettingError(f"{path!r} is not an absolute path; this server's working directory is not yours")
         real = Path(os.path.realpath(path))
-        if not any(real.is_relative_to(root) for root in self._roots):
-            # Said before anybody looks whether it exists: that is nobody's business.
-            allowed = ", ".join(map(str, self._roots)) or "none"
-            raise AccessRefusedError(
-                f"{path} is outside of the allowed directories ({allowed}); whoever runs this server can allow more "
-                "with --allow-root DIR"
-            )
+        self._require_below_a_root(real, path)  # before anybody looks whether it exists: that is nobody's business
         try:
             mode = real.stat().st_mode
         except OSError as error:
@@ -50,6 +46,29 @@ class FileAccess:
         if not stat.S_ISREG(mode):
             raise CheckpointFormatError(f"{path} is not a file")
         return real
+
+    def open(self, path: Path, flags: int) -> int:
+        """A descriptor of the file, and that is checked: a path can lead elsewhere a moment after it was looked at.
+
+        Raises:
+            AccessRefusedError: what was opened lies outside of the allowed directories.
+            OSError: it cannot be opened.
+        """
+        descriptor = os.open(path, flags)
+        try:
+            self._require_below_a_root(Path(f"/proc/self/fd/{descriptor}").readlink(), str(path))
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return descriptor
+
+    def _require_below_a_root(self, real: Path, path: str) -> None:
+        if not any(real.is_relative_to(root) for root in self._roots):
+            allowed = ", ".join(map(str, self._roots)) or "none"
+            raise AccessRefusedError(
+                f"{path} is outside of the allowed directories ({allowed}); whoever runs this server can allow more "
+                "with --allow-root DIR"
+            )
 
 
 class EngineAccess:
@@ -73,7 +92,7 @@ class EngineAccess:
         if parsed.scheme not in ("http", "https") or not parsed.host:
             raise SettingError(f"update_url {url!r} must look like http://127.0.0.1:8000/collective_rpc")
         host = parsed.host.lower()
-        if not (host == "localhost" or _is_loopback(host) or host in self._hosts):
+        if not (_is_loopback(host) or host in self._hosts):
             raise AccessRefusedError(
                 f"update_url points to {host}, and this server asks engines on its own host only; whoever runs it can "
                 f"allow more with --allow-engine-host {host}"
@@ -98,6 +117,29 @@ class EngineAccess:
         return str(real)
 
 
+class PeerAccess:
+    """Memory of other parameter servers may be read on this host, and on these other hosts or on all of them."""
+
+    def __init__(self, hosts: Sequence[str], *, anywhere: bool) -> None:
+        self._hosts = {host.lower() for host in hosts}
+        self._anywhere = anywhere
+
+    def check(self, address: str | None) -> None:
+        """Raises if an update may not read from an address, `HOST:PORT`.
+
+        Raises:
+            AccessRefusedError: its host is not allowed.
+        """
+        if self._anywhere or not address:
+            return
+        host = address.rpartition(":")[0].strip("[]").lower() or address.lower()
+        if not (_is_loopback(host) or host in self._hosts):
+            raise AccessRefusedError(
+                f"the metas name memory at {address}, and this server reads that of its own host only; whoever runs it "
+                f"can allow more with --allow-peer-host {host}"
+            )
+
+
 class BearerToken:
     """Turns away requests without the token, before anything of them is read. The health check is for everybody."""
 
@@ -117,15 +159,10 @@ class BearerToken:
         answer = JSONResponse(
             {"error": "AccessRefusedError", "message": "show the token: 'Authorization: Bearer <token>'"},
             status_code=401,
-            headers={"WWW-Authenticate": "Bearer"},
+            headers={"WWW-Authenticate": "Bearer", "Connection": "close"},
         )
         await answer(scope, receive, send)
 
 
 def _is_loopback(host: str) -> bool:
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
-    return (mapped or address).is_loopback
+    return host == "localhost" or is_loopback(host)

@@ -12,6 +12,8 @@ from starlette.exceptions import HTTPException
 
 from checkpoint_engine import errors
 
+__all__ = ["UnknownCheckpointError", "UpdateAbortedError", "install"]
+
 _STATUS: tuple[tuple[type[Exception], int], ...] = (
     (errors.AccessRefusedError, 403),
     (errors.CheckpointStateError, 409),
@@ -41,7 +43,7 @@ class UpdateAbortedError(errors.CheckpointStateError):
     """Somebody asked for the update to be given up."""
 
 
-def status_of(error: BaseException) -> int:
+def _status_of(error: BaseException) -> int:
     """The HTTP status of an error; that of an update is the status of its cause."""
     if isinstance(error, UnknownCheckpointError):
         return 404
@@ -56,6 +58,7 @@ def install(app: FastAPI) -> None:
     """Makes every answer that is an error a JSON object with `error` and `message`."""
     app.add_exception_handler(errors.CheckpointEngineError, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
+    app.add_exception_handler(UnicodeEncodeError, _answer_no_text)
     app.add_exception_handler(HTTPException, _answer_http)
     app.add_exception_handler(Exception, _answer_error)
 
@@ -68,10 +71,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _answer_error(_request: Request, error: Exception) -> JSONResponse:
-    content: dict[str, object] = {"error": type(error).__name__, "message": str(error)}
-    if isinstance(error, errors.UpdateError):
-        content |= {"rank": error.rank, "phase": error.phase}
-    return JSONResponse(content, status_code=status_of(error))
+    return JSONResponse(errors.error_fields(error), status_code=_status_of(error))
 
 
 def _answer_invalid(_request: Request, error: Exception) -> JSONResponse:
@@ -79,6 +79,12 @@ def _answer_invalid(_request: Request, error: Exception) -> JSONResponse:
     said = "; ".join(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in problems[:5])
     more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""  # noqa: PLR2004
     return JSONResponse({"error": "SettingError", "message": said + more}, status_code=422)
+
+
+def _answer_no_text(_request: Request, error: Exception) -> JSONResponse:
+    """JSON can say what is no text: halves of characters."""
+    message = f"{cast('UnicodeEncodeError', error).object!r} is no text"
+    return JSONResponse({"error": "SettingError", "message": message}, status_code=422)
 
 
 def _answer_http(request: Request, error: Exception) -> JSONResponse:

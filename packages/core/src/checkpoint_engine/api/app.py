@@ -6,15 +6,20 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, FastAPI, Query, Response
 from fastapi import Path as InPath
+from fastapi.responses import PlainTextResponse
 from fastapi.security import HTTPBearer
+from prometheus_client import CONTENT_TYPE_LATEST
 
 from checkpoint_engine.api import answers, bodies
-from checkpoint_engine.api.access import HEALTH_PATH, BearerToken, EngineAccess, FileAccess
+from checkpoint_engine.api.access import HEALTH_PATH, BearerToken, EngineAccess, FileAccess, PeerAccess
+from checkpoint_engine.api.request_bodies import BoundedBodies
 from checkpoint_engine.api.service import Service
 from checkpoint_engine.data_types import DataToGather, MemoryBufferMetaList
-from checkpoint_engine.server import ParameterServer
+from checkpoint_engine.server.parameter_server import ParameterServer
 from checkpoint_engine.transfer.report import UpdateReport
 from checkpoint_engine.version import __version__
+
+__all__ = ["create_app"]
 
 _DESCRIPTION = """
 One rank of the parameter server. Each rank has an API of its own; call it on the host of that rank.
@@ -55,6 +60,7 @@ def create_app(
     token: str | None = None,
     engine_hosts: Sequence[str] = (),
     engine_socket_roots: Sequence[str | Path] | None = None,
+    peer_hosts: Sequence[str] | None = None,
 ) -> FastAPI:
     """The ASGI application for one rank.
 
@@ -65,10 +71,13 @@ def create_app(
         engine_hosts: Hosts, besides this one, at which engines may be asked.
         engine_socket_roots: Directories below which engines' Unix sockets lie; if None, anywhere without a token, and
             nowhere with one.
+        peer_hosts: Hosts whose memory posted metas may name, besides this one; if None, all of them without a token,
+            and none with one.
     """
     if engine_socket_roots is None:
         engine_socket_roots = ["/"] if token is None else []
-    service = Service(ps, FileAccess(allowed_roots), EngineAccess(engine_hosts, engine_socket_roots))
+    peers = PeerAccess([] if peer_hosts is None else peer_hosts, anywhere=peer_hosts is None and token is None)
+    service = Service(ps, FileAccess(allowed_roots), EngineAccess(engine_hosts, engine_socket_roots), peers)
     app = FastAPI(
         title="checkpoint-engine",
         version=__version__,
@@ -82,6 +91,7 @@ def create_app(
     app.include_router(_meta_routes(service), dependencies=shown)
     app.include_router(_server_routes(service))
     answers.install(app)
+    app.add_middleware(BoundedBodies)
     if token is not None:
         app.add_middleware(BearerToken, token=token)
     return app
@@ -112,9 +122,12 @@ def _checkpoint_routes(service: Service) -> APIRouter:
         """
         return service.register(name, body)
 
-    @router.delete("/{name}", summary="Unregister", responses=_failures({404: _NOT_FOUND, 409: _STATE}))
+    @router.delete("/{name}", summary="Unregister", responses=_failures({409: _STATE}))
     def unregister(name: _Name, *, force: bool = False) -> bodies.Named:  # pyright: ignore[reportUnusedFunction]
-        """Frees the memory of a checkpoint on this rank. Files stay. `force` frees pooled memory too."""
+        """Frees the memory of a checkpoint on this rank; one that is not there is only logged. Files stay.
+
+        `force` frees pooled memory too.
+        """
         return service.unregister(name, force=force)
 
     @router.post(
@@ -193,7 +206,7 @@ def _meta_routes(service: Service) -> APIRouter:
         """The same with names, versions and fingerprints, as `checkpoint-engine join --metas URL` reads it."""
         return Response(service.catalog_json(), media_type="application/json")
 
-    @router.post("", summary="Load metas", responses=_failures({422: _INPUT}))
+    @router.post("", summary="Load metas", responses=_failures({403: "An address is not allowed.", 422: _INPUT}))
     def load_metas(metas: _Metas) -> dict[str, int]:  # pyright: ignore[reportUnusedFunction]
         """Makes known what ranks of another parameter server hold, as its `GET /v1/metas` gave it."""
         service.load_metas(metas)
@@ -214,6 +227,11 @@ def _server_routes(service: Service) -> APIRouter:
     def version() -> bodies.Version:  # pyright: ignore[reportUnusedFunction]
         """Versions, and which rank this is on which device."""
         return service.version()
+
+    @router.get("/metrics", summary="Figures for Prometheus", response_class=PlainTextResponse)
+    def metrics() -> Response:  # pyright: ignore[reportUnusedFunction]
+        """Updates of this rank: seconds by phase, bytes, GB/s, version, failures by kind."""
+        return Response(service.metrics(), media_type=CONTENT_TYPE_LATEST)
 
     return router
 

@@ -4,7 +4,24 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from checkpoint_engine.transfer.report import Method, UpdateReport
+from checkpoint_engine.transfer.methods import Method
+from checkpoint_engine.transfer.order import MOST_WORKERS
+from checkpoint_engine.transfer.report import UpdateReport
+
+__all__ = [
+    "AbortBody",
+    "Checkpoint",
+    "Checkpoints",
+    "Error",
+    "FilesBody",
+    "Freed",
+    "Gathered",
+    "Named",
+    "RunningUpdate",
+    "UpdateBody",
+    "Updates",
+    "Version",
+]
 
 _Strict = ConfigDict(extra="forbid")
 
@@ -68,15 +85,23 @@ class UpdateBody(BaseModel):
     method: Annotated[
         Method,
         Field(description="How the bytes travel: broadcast, direct (each worker reads this host), auto (if possible)."),
-    ] = "broadcast"
+    ] = Method.BROADCAST
     workers: Annotated[
         int,
         Field(
             ge=1,
+            le=MOST_WORKERS,
             description="Engine workers that each rank feeds, the same for all ranks. With `direct`, one rank can feed "
             "all workers of its host; it then needs no GPU.",
         ),
     ] = 1
+    rollback: Annotated[
+        bool,
+        Field(
+            description="Whether engines that are left with a mixture get back what the last update of these ranks "
+            "brought them, if that checkpoint is still registered."
+        ),
+    ] = True
     trace: Annotated[
         bool, Field(description="Whether the report shall say when this rank copied, broadcast and loaded each bucket.")
     ] = False
@@ -97,6 +122,13 @@ class Error(BaseModel):
     message: Annotated[str, Field(description="What is wrong, and the way out.")]
     rank: Annotated[int | None, Field(description="Where an update failed.")] = None
     phase: Annotated[str | None, Field(description="What it was doing.")] = None
+    kind: Annotated[str | None, Field(description="Class of the error that came first.")] = None
+    rolled_back: Annotated[
+        str | None, Field(description="The version that the engines were given back and serve again.")
+    ] = None
+    held: Annotated[
+        str | None, Field(description="What the engine holds since: `old`, `new` or `mixture`; left out if unknown.")
+    ] = None
 
 
 class Named(BaseModel):

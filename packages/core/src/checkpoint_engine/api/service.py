@@ -11,24 +11,31 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
+from prometheus_client import CollectorRegistry, generate_latest
 
 from checkpoint_engine.api import bodies
-from checkpoint_engine.api.access import EngineAccess, FileAccess
+from checkpoint_engine.api.access import EngineAccess, FileAccess, PeerAccess
 from checkpoint_engine.api.answers import UnknownCheckpointError, UpdateAbortedError
 from checkpoint_engine.catalog import Catalog
+from checkpoint_engine.client.update_request import request_inference_to_update
+from checkpoint_engine.contract.failure import Held
+from checkpoint_engine.contract.phase import Phase
 from checkpoint_engine.data_types import DataToGather, MemoryBufferMetaList
-from checkpoint_engine.engine.client import request_inference_to_update
 from checkpoint_engine.errors import (
     CheckpointEngineError,
     CheckpointStateError,
     DuplicateTensorError,
     SettingError,
     UpdateError,
+    error_fields,
 )
 from checkpoint_engine.link.messages import PROTOCOL
-from checkpoint_engine.server import ParameterServer
+from checkpoint_engine.metrics import UpdateMetrics
+from checkpoint_engine.server.parameter_server import ParameterServer
 from checkpoint_engine.transfer.report import UpdateReport
 from checkpoint_engine.version import __version__
+
+__all__ = ["Service"]
 
 
 @dataclass(frozen=True)
@@ -41,15 +48,18 @@ class _Running:
 class Service:
     """One rank's parameter server for callers on other threads. What all ranks do together runs one at a time."""
 
-    def __init__(self, server: ParameterServer, files: FileAccess, engines: EngineAccess) -> None:
+    def __init__(self, server: ParameterServer, files: FileAccess, engines: EngineAccess, peers: PeerAccess) -> None:
         self._server = server
         self._files = files
         self._engines = engines
+        self._peers = peers
         self._together = threading.Lock()
         self._doing = ""
         self._running: _Running | None = None
         self._abort_reason = ""
         self._last_error: bodies.Error | None = None
+        self._registry = CollectorRegistry()
+        self._metrics = UpdateMetrics(self._registry)
 
     def register(self, name: str, body: bodies.FilesBody) -> bodies.Named:
         """Brings this rank's files into host memory."""
@@ -59,6 +69,7 @@ class Service:
             files=files,
             use_shared_memory_pool=body.use_shared_memory_pool,
             use_inplace_pin_memory=body.use_inplace_pin_memory,
+            opener=self._files.open,
         )
         return bodies.Named(name=name)
 
@@ -85,8 +96,8 @@ class Service:
         def ask(addresses: list[tuple[str, str]]) -> None:
             if url is not None:
                 ranks = chosen or range(len(addresses) // body.workers)
-                places = [rank * body.workers + worker for rank in ranks for worker in range(body.workers)]
-                handles = dict(addresses[place] for place in places)
+                numbers = [rank * body.workers + worker for rank in ranks for worker in range(body.workers)]
+                handles = dict(addresses[number] for number in numbers)
                 request_inference_to_update(url, handles, timeout=body.timeout, uds=socket)
 
         with self._named(name), self._alone(f"an update to {name!r}"):
@@ -103,10 +114,12 @@ class Service:
                     reload=body.reload,
                     method=body.method,
                     workers=body.workers,
+                    rollback=body.rollback,
                 )
                 self._last_error = None
             except CheckpointEngineError as error:
                 self._last_error = _error_body(error)
+                self._count_failure(error)
                 if self._abort_reason and isinstance(error, UpdateError):
                     raise UpdateAbortedError(str(error)) from None
                 raise
@@ -115,6 +128,7 @@ class Service:
         report = self._server.last_report
         if report is None:
             raise CheckpointStateError("the update left no report")
+        self._metrics.succeeded(report.seconds, report.nbytes, report.version)
         return report
 
     def updates(self) -> bodies.Updates:
@@ -152,7 +166,13 @@ class Service:
 
     def load_metas(self, metas: Mapping[int, DataToGather | MemoryBufferMetaList]) -> None:
         """Makes known what ranks elsewhere hold."""
+        for held in metas.values():
+            self._peers.check(held.p2p_store_addr)
         self._server.load_metas(metas)
+
+    def metrics(self) -> bytes:
+        """Figures of this rank's updates, as Prometheus reads them."""
+        return generate_latest(self._registry)
 
     def version(self) -> bodies.Version:
         """Who we are."""
@@ -164,6 +184,12 @@ class Service:
             world_size=self._server.world_size,
             device=self._server.device.identity,
         )
+
+    def _count_failure(self, error: CheckpointEngineError) -> None:
+        of_update = isinstance(error, UpdateError)
+        kind, phase = (error.kind, error.phase) if of_update else ("", Phase.START.value)
+        dirty = None if error.held == Held.UNKNOWN.value else error.held == Held.MIXTURE.value
+        self._metrics.failed(kind or type(error).__name__, phase, dirty=dirty)
 
     def _allowed(
         self, files: Sequence[str] | Mapping[str, Sequence[str]]
@@ -237,12 +263,11 @@ class Service:
 def _gathered(catalog: Catalog) -> bodies.Gathered:
     return bodies.Gathered(
         name=catalog.name,
-        tensors=sum(1 for _ in catalog.tensors()),
+        tensors=sum(1 for _ in catalog.wholes()),
         nbytes=catalog.nbytes,
         fingerprint=catalog.fingerprint(),
     )
 
 
 def _error_body(error: CheckpointEngineError) -> bodies.Error:
-    where = {"rank": error.rank, "phase": error.phase} if isinstance(error, UpdateError) else {}
-    return bodies.Error.model_validate({"error": type(error).__name__, "message": str(error), **where})
+    return bodies.Error.model_validate(error_fields(error))

@@ -6,7 +6,6 @@ import contextlib
 import os
 import socket
 import stat
-import tempfile
 import threading
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -15,9 +14,13 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
+from checkpoint_engine.api.connections import MOST_CONNECTIONS, BoundedProtocol
 from checkpoint_engine.errors import AccessRefusedError, AddressInUseError, SettingError
+from checkpoint_engine.owned_directory import temporary_root
 
-TOKEN_VARIABLE = "CHECKPOINT_ENGINE_TOKEN"  # noqa: S105 - its name, not its value
+__all__ = ["closing", "default_socket_path", "listen_tcp", "listen_unix", "read_token", "serve", "server_for"]
+
+_TOKEN_VARIABLE = "CHECKPOINT_ENGINE_TOKEN"  # noqa: S105 - its name, not its value
 _SHORTEST_TOKEN = 16
 _LONGEST_SOCKET_PATH = 107
 _KEEP_ALIVE_SECONDS = 60
@@ -29,9 +32,7 @@ def default_socket_path(rank: int) -> Path:
     """Where rank `rank` of this user listens unless told otherwise."""
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     directory = (
-        Path(runtime, "checkpoint-engine")
-        if runtime
-        else Path(tempfile.gettempdir(), f"checkpoint-engine-{os.geteuid()}")
+        Path(runtime, "checkpoint-engine") if runtime else Path(temporary_root(), f"checkpoint-engine-{os.geteuid()}")
     )
     return directory / f"ps-{rank}.sock"
 
@@ -89,13 +90,13 @@ def read_token(file: Path | None) -> str:
         AccessRefusedError: others can read the file.
     """
     if file is None:
-        token, source = os.environ.get(TOKEN_VARIABLE, ""), TOKEN_VARIABLE
+        token, source = os.environ.get(_TOKEN_VARIABLE, ""), _TOKEN_VARIABLE
     else:
         token, source = _read_private(file), str(file)
     token = token.strip()
     if not token:
         raise SettingError(
-            f"a TCP port needs a token: set {TOKEN_VARIABLE}, or pass --token-file; make one with {_MAKE_TOKEN}"
+            f"a TCP port needs a token: set {_TOKEN_VARIABLE}, or pass --token-file; make one with {_MAKE_TOKEN}"
         )
     if len(token) < _SHORTEST_TOKEN or not token.isascii() or not token.isprintable():
         raise SettingError(
@@ -106,14 +107,23 @@ def read_token(file: Path | None) -> str:
 
 def serve(app: FastAPI, listener: socket.socket, on_stop: Callable[[], None]) -> None:
     """Serves until SIGTERM or SIGINT; `on_stop` is called, in a thread, the moment one comes."""
+    server_for(app, on_stop).run(sockets=[listener])
+
+
+def server_for(app: FastAPI, on_stop: Callable[[], None]) -> uvicorn.Server:
+    """What serves an application: only so many connections, and none that keeps silent."""
     config = uvicorn.Config(
         app,
         loop="asyncio",
+        http=BoundedProtocol,
+        ws="none",
+        limit_concurrency=MOST_CONNECTIONS + 1,
+        backlog=MOST_CONNECTIONS,  # asyncio accepts so many before it looks at one of them
         log_level="warning",
         timeout_keep_alive=_KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=_GRACE_SECONDS,
     )
-    _Server(config, on_stop).run(sockets=[listener])
+    return _Server(config, on_stop)
 
 
 @contextlib.contextmanager

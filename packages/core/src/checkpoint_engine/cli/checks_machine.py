@@ -6,8 +6,14 @@ import os
 import resource
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from checkpoint_engine.cli.finding import Finding, Status
+
+if TYPE_CHECKING:
+    from checkpoint_engine.device import DeviceType
+
+__all__ = ["check_devices", "check_host", "check_huge_pages", "check_memlock", "check_network", "check_shm"]
 
 _GIB = 1 << 30
 _SMALL_SHM = 1 << 30
@@ -23,30 +29,24 @@ def check_devices() -> Iterator[Finding]:
     import torch  # noqa: PLC0415 - seconds
     import torch.distributed as dist  # noqa: PLC0415
 
+    from checkpoint_engine.device import DEVICE_TYPES, accelerators  # noqa: PLC0415
+
     cuda = torch.version.cuda
     yield Finding("devices", "torch", "ok", f"{torch.__version__}, {f'CUDA {cuda}' if cuda else 'without CUDA'}")
-    backends = [
-        name for name, there in (("gloo", dist.is_gloo_available()), ("nccl", dist.is_nccl_available())) if there
-    ]
-    nccl = _nccl_version() if cuda and "nccl" in backends else ""
+    backends = [each for each in reversed(DEVICE_TYPES.values()) if dist.is_backend_available(each.backend)]
+    connects = any(each.backend == "gloo" for each in backends)
     yield Finding(
         "devices",
         "collectives",
-        "ok" if "gloo" in backends else "problem",
-        ", ".join(f"nccl {nccl}" if name == "nccl" and nccl else name for name in backends) or "none",
-        "" if "gloo" in backends else "this torch cannot connect ranks; install a build with gloo",
+        "ok" if connects else "problem",
+        ", ".join(f"{each.backend} {each.backend_version()}".strip() for each in backends) or "none",
+        "" if connects else "this torch cannot connect ranks; install a build with gloo",
     )
-    count = torch.cuda.device_count()
-    if count == 0:
+    if not accelerators():
         yield _no_gpu(cuda)
-    for index in range(count):
-        yield _check_gpu(index)
-
-
-def _nccl_version() -> str:
-    from torch.cuda import nccl  # noqa: PLC0415
-
-    return ".".join(map(str, nccl.version()))
+    for device_type in accelerators():
+        for index in range(device_type.count()):
+            yield _check_device(device_type, index)
 
 
 def _no_gpu(cuda: str | None) -> Finding:
@@ -59,20 +59,16 @@ def _no_gpu(cuda: str | None) -> Finding:
     return Finding("devices", "GPU", "note", "none; the CPU is used", "fine for the demo and for engines on the CPU")
 
 
-def _check_gpu(index: int) -> Finding:
-    import torch  # noqa: PLC0415
-
-    from checkpoint_engine.device import open_device  # noqa: PLC0415
+def _check_device(device_type: DeviceType, index: int) -> Finding:
     from checkpoint_engine.errors import CheckpointEngineError  # noqa: PLC0415
 
-    name = f"GPU {index}"
+    title = f"GPU {index}"
     try:
-        device = open_device("cuda", index=index)
-        free, total = torch.cuda.mem_get_info(index)
+        device = device_type.open(index, 0)
+        free, total = device.memory()
     except (CheckpointEngineError, RuntimeError) as error:
-        return Finding("devices", name, "problem", "cannot be used", str(error).splitlines()[0])
-    model = torch.cuda.get_device_name(index)
-    return Finding("devices", name, "ok", f"{model}, {_gib(free)} of {_gib(total)} free, {device.identity}")
+        return Finding("devices", title, "problem", "cannot be used", str(error).splitlines()[0])
+    return Finding("devices", title, "ok", f"{device.name}, {_gib(free)} of {_gib(total)} free, {device.identity}")
 
 
 # -- limits of the host ---------------------------------------------------------------------------------------------
@@ -134,7 +130,7 @@ def check_huge_pages(setting: Path, *, made: bool) -> Finding:
 def _makes_huge_pages() -> bool:
     from checkpoint_engine.device.pages import HUGE_PAGE  # noqa: PLC0415
     from checkpoint_engine.errors import HostMemoryError  # noqa: PLC0415
-    from checkpoint_engine.host.segment import Segment  # noqa: PLC0415
+    from checkpoint_engine.source.segment import Segment  # noqa: PLC0415
 
     before = _mapped_huge()
     try:

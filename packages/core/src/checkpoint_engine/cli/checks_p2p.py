@@ -7,17 +7,19 @@ from collections.abc import Iterator
 
 from checkpoint_engine.cli.finding import Finding
 
+__all__ = ["check_p2p"]
+
 _ADVICE_GPU = "modprobe nvidia_peermem; until then bytes land in host memory first, as this version does anyway"
 
 
 def check_p2p() -> Iterator[Finding]:
     """Whether Mooncake is there, which way it would go, and what stands in that way."""
     from checkpoint_engine.errors import CheckpointEngineError  # noqa: PLC0415 - what is imported late is slow
-    from checkpoint_engine.host.mooncake import CHECKS_ADDRESSES, import_engine, installed_version  # noqa: PLC0415
-    from checkpoint_engine.host.p2p_open import (  # noqa: PLC0415
+    from checkpoint_engine.p2p.mooncake import CHECKS_ADDRESSES, import_engine, installed_version  # noqa: PLC0415
+    from checkpoint_engine.p2p.open import (  # noqa: PLC0415
         advice_on_old_version,
         can_reach_gpus,
-        way_of_this_process,
+        transport_of_this_process,
     )
     from checkpoint_engine.settings import P2PSettings  # noqa: PLC0415
 
@@ -34,7 +36,7 @@ def check_p2p() -> Iterator[Finding]:
         yield Finding("P2P", "mooncake", "ok", said)
     try:
         settings = P2PSettings.from_environment()
-        way = way_of_this_process(settings, 0, _gpus_seen())
+        way = transport_of_this_process(settings, 0, _gpus_seen())
     except CheckpointEngineError as error:
         yield Finding("P2P", "transport", "problem", "none can be used", str(error))
         return
@@ -65,6 +67,6 @@ def _check_address(host: str | None) -> Finding:
 
 
 def _gpus_seen() -> int:
-    import torch  # noqa: PLC0415 - seconds
+    from checkpoint_engine.device import accelerator_count  # noqa: PLC0415 - imports torch: seconds
 
-    return torch.cuda.device_count()
+    return accelerator_count()

@@ -13,12 +13,15 @@ import msgspec
 
 from checkpoint_engine.catalog import Catalog, Holding, SegmentEntry, TensorEntry
 from checkpoint_engine.errors import CheckpointFormatError, SettingError
-from checkpoint_engine.host.filling import place
-from checkpoint_engine.host.loader import find_files, select, split_among_ranks
-from checkpoint_engine.host.segment import Segment
-from checkpoint_engine.metas import parse_metas
 from checkpoint_engine.planning.buckets import plan_buckets
+from checkpoint_engine.server.metas import parse_metas
 from checkpoint_engine.settings import Settings
+from checkpoint_engine.source.directory import read_directory
+from checkpoint_engine.source.filling import assign_segments
+from checkpoint_engine.source.loader import Selection, select, split_among_ranks
+from checkpoint_engine.source.segment import Segment
+
+__all__ = ["Contents", "DtypeShare", "LargeTensor", "Plan", "RankShare", "catalog_of_files", "read_contents"]
 
 
 class DtypeShare(msgspec.Struct, frozen=True):
@@ -63,6 +66,8 @@ class Contents(msgspec.Struct, frozen=True):
 
     name: str
     files: int
+    left_out: list[str]
+    """Files of the directory that are not sent."""
     tensors: int
     nbytes: int
     fingerprint: str
@@ -83,7 +88,8 @@ class _ImaginedSegments:
 
     spare = 1 << 62
 
-    def take(self, smallest: int, wanted: int) -> Segment:
+    def take(self, smallest: int, wanted: int, first: TensorEntry) -> Segment:
+        del first
         return cast("Segment", _Imagined(max(smallest, wanted)))
 
 
@@ -96,17 +102,19 @@ def read_contents(source: Path, ranks: int | None, bucket_size: int | None, larg
         SettingError: the number of ranks of a catalog cannot be chosen.
     """
     if source.is_dir():
-        files = find_files(source)
-        catalog = catalog_of_files(source.resolve().name, files, ranks or 1)
+        found = read_directory(source)
+        files, left_out = found.files, found.left_out
+        catalog = catalog_of_files(source.resolve().name, found.select(), ranks or 1)
     else:
-        files = []
-        catalog = catalog_of_json(source)
+        files, left_out = [], []
+        catalog = _catalog_of_json(source)
         if ranks is not None and ranks != len(catalog.holdings):
             raise SettingError(f"{source} is held by {len(catalog.holdings)} ranks already; leave --ranks out")
-    tensors = list(catalog.tensors())
+    tensors = list(catalog.wholes())
     return Contents(
         name=catalog.name,
         files=len(files),
+        left_out=left_out,
         tensors=len(tensors),
         nbytes=catalog.nbytes,
         fingerprint=catalog.fingerprint(),
@@ -119,22 +127,21 @@ def read_contents(source: Path, ranks: int | None, bucket_size: int | None, larg
     )
 
 
-def catalog_of_files(name: str, files: list[Path], ranks: int) -> Catalog:
-    """The catalog that so many ranks would have, had they read these files.
+def catalog_of_files(name: str, selections: list[Selection], ranks: int) -> Catalog:
+    """The catalog that so many ranks would have, had they read these tensors.
 
     Raises:
-        CheckpointFormatError: a file is missing or broken.
+        CheckpointFormatError: a file has changed.
         DuplicateTensorError: two files hold the same tensor.
     """
-    select(files)
     holdings: list[Holding] = []
-    for rank, share in enumerate(split_among_ranks(files, ranks)):
+    for rank, share in enumerate(split_among_ranks(selections, ranks)):
         wanted = [tensor for selection in select(share) for tensor in selection.tensors]
         holdings.append(Holding(rank, "", "", tuple(_laid_out(wanted))))
     return Catalog(name, tuple(holdings)).validate()
 
 
-def catalog_of_json(path: Path) -> Catalog:
+def _catalog_of_json(path: Path) -> Catalog:
     """A catalog, or metas in the shape that `GET /v1/metas` has; a nameless one is named after the file.
 
     Raises:
@@ -149,7 +156,7 @@ def catalog_of_json(path: Path) -> Catalog:
 
 
 def _laid_out(tensors: list[TensorEntry]) -> Iterator[SegmentEntry]:
-    for placement in place(tensors, _ImaginedSegments()):
+    for placement in assign_segments(tensors, _ImaginedSegments()):
         yield SegmentEntry(placement.segment.nbytes, placement.tensors)
 
 

@@ -13,15 +13,19 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from checkpoint_engine.cli.common import Json, Method, Verbose, check_can_write, notes, output, print_json, verbose
+from checkpoint_engine.cli.common import Json, Verbose, check_can_write, notes, output, print_json, verbose
 from checkpoint_engine.cli.messages import Done, Job
+from checkpoint_engine.cli.options import Afterwards, Engines, Patience, Transfer, path_text
 from checkpoint_engine.cli.ranks import Ranks
 from checkpoint_engine.cli.summary import UpdateView, print_stages, size, slowest
+from checkpoint_engine.client.rpc_client import ReferenceClient
 from checkpoint_engine.deadline import Deadline
-from checkpoint_engine.engine.client import ReferenceClient
-from checkpoint_engine.engine.reference_process import ReferenceProcess
 from checkpoint_engine.errors import SettingError, WorkerError
-from checkpoint_engine.transfer import report
+from checkpoint_engine.owned_directory import OwnedDirectory
+from checkpoint_engine.reference.process import ReferenceProcess
+from checkpoint_engine.transfer.methods import Method
+
+__all__ = ["demo"]
 
 _SECONDS = 60.0
 _BUCKET_GB = str(4 / 1024)
@@ -75,9 +79,9 @@ def demo(
     if trace is not None:
         check_can_write(trace)
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="checkpoint-engine-demo-") as directory:
+    with OwnedDirectory("demo") as directory:
         joiner = _other_size(tensor_parallel_size) if method is Method.P2P else 0
-        outcomes = _Demo(Path(directory), ranks, tensor_parallel_size, joiner, method).run(updates, trace)
+        outcomes = _Demo(directory.path, ranks, tensor_parallel_size, joiner, method).run(updates, trace)
     seconds = time.perf_counter() - start
     if json:
         print_json(_as_json(outcomes, method, seconds))
@@ -93,7 +97,7 @@ def _other_size(workers: int) -> int:
 class _Demo:
     def __init__(self, directory: Path, ranks: int, workers: int, joiner: int, method: Method) -> None:
         self._directory = directory
-        self._method: report.Method = "broadcast" if method is Method.P2P else method.value
+        self._method = Method.BROADCAST if method is Method.P2P else method
         self._ranks, self._workers = ranks, workers
         self._joiner = joiner
         """Workers of an engine that takes every version from the ranks' memory; 0 for none."""
@@ -142,11 +146,9 @@ class _Demo:
         return msgspec.structs.replace(
             job,
             directory="",
-            endpoints=(endpoint,),
-            workers=self._joiner,
+            engines=Engines("reference", (endpoint,), self._joiner),
+            afterwards=Afterwards(trace=path_text(trace)),
             metas=(str(self._metas),),
-            save_metas=None,
-            trace=str(trace) if trace else None,
         )
 
     @property
@@ -161,7 +163,7 @@ class _Demo:
 
     def _make_checkpoints(self, spec: str, count: int) -> list[Path]:
         # Torch is imported here while the ranks and the engine import theirs.
-        from checkpoint_engine.engine.reference import ModelSpec, make_checkpoint  # noqa: PLC0415
+        from checkpoint_engine.reference.engine import ModelSpec, make_checkpoint  # noqa: PLC0415
 
         model = ModelSpec.parse(spec)
         return [
@@ -173,14 +175,10 @@ class _Demo:
         return Job(
             directory=str(source),
             version=version,
-            engine="reference",
-            endpoints=endpoints,
-            workers=self._workers,
-            timeout=_SECONDS,
-            wait=_SECONDS,
-            method=self._method,
-            save_metas=str(self._metas) if self._joiner else None,
-            trace=str(trace) if trace else None,
+            engines=Engines("reference", endpoints, self._workers),
+            transfer=Transfer(self._method),
+            patience=Patience(_SECONDS, _SECONDS),
+            afterwards=Afterwards(path_text(self._metas if self._joiner else None), path_text(trace)),
         )
 
 

@@ -11,6 +11,8 @@ from checkpoint_engine.cli.checks import look_everywhere
 from checkpoint_engine.cli.common import Json, Verbose, output, print_json
 from checkpoint_engine.cli.finding import Finding
 
+__all__ = ["doctor"]
+
 _MARKS = {"ok": ("✓", "green"), "note": ("!", "yellow"), "problem": ("✗", "bold red")}
 
 

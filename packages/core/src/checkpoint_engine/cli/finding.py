@@ -6,6 +6,8 @@ from typing import Literal
 
 import msgspec
 
+__all__ = ["Finding", "Status"]
+
 Status = Literal["ok", "note", "problem"]
 
 

@@ -16,6 +16,8 @@ from checkpoint_engine.errors import SettingError
 if TYPE_CHECKING:
     from checkpoint_engine.cli.contents import Contents, Plan
 
+__all__ = ["inspect_checkpoint", "parse_size"]
+
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(k|m|g|ki|mi|gi|)b?", re.IGNORECASE)
 
@@ -78,6 +80,8 @@ def _show_contents(source: Path, contents: "Contents") -> None:
         highlight=False,
         soft_wrap=True,
     )
+    if contents.left_out:
+        output.print(f"left out: {escape(', '.join(contents.left_out))}", highlight=False, soft_wrap=True)
     output.print(f"fingerprint {contents.fingerprint}", style="dim", soft_wrap=True)
     by_dtype = _table("dtype", right=("tensors", "bytes"))
     for share in contents.dtypes:

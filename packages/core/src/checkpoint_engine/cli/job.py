@@ -2,44 +2,55 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import cast
 
+from checkpoint_engine import limits
 from checkpoint_engine.background import in_background
 from checkpoint_engine.catalog import Catalog
 from checkpoint_engine.cli.messages import Done, Job, Progressed
+from checkpoint_engine.client.auto import load_client
+from checkpoint_engine.client.engine_client import EngineClient
+from checkpoint_engine.client.plugins import verifying_client
+from checkpoint_engine.contract.phase import Phase
 from checkpoint_engine.deadline import Deadline
-from checkpoint_engine.engine.auto import load_client
-from checkpoint_engine.engine.client import EngineClient, PauseMode
-from checkpoint_engine.engine.plugins import verifying_client
-from checkpoint_engine.errors import CheckpointEngineError, CheckpointStateError, SettingError
-from checkpoint_engine.host.loader import find_files, split_among_ranks
-from checkpoint_engine.server import ParameterServer
+from checkpoint_engine.errors import (
+    CheckpointEngineError,
+    CheckpointStateError,
+    SettingError,
+    UpdateError,
+    WorkerSilentError,
+)
+from checkpoint_engine.server.parameter_server import ParameterServer
+from checkpoint_engine.source.directory import read_directory
+from checkpoint_engine.source.loader import Selection, keep, split_among_ranks
+from checkpoint_engine.source.names import NameRules, common_wrapper
+from checkpoint_engine.transfer.methods import Method
 from checkpoint_engine.transfer.report import UpdateReport
 from checkpoint_engine.transfer.trace import save_trace
 
-_QUICK_ANSWER_SECONDS = 1.0
-"""An engine that is up already says within this time whether it can be updated, before any file is read."""
-_SETTLE_SECONDS = 40.0
-"""After a failed update the client finds out what its engine holds, and resumes it where it can."""
+__all__ = ["EngineLeads", "Rank", "workers_of_each"]
+
+logger = logging.getLogger(__name__)
+
 _TICK_SECONDS = 0.1
 
 
-class EngineLead:
+class _EngineLead:
     """The engine instance that a rank leads: asks it on behalf of all ranks that feed it."""
 
     def __init__(self, job: Job, instance: int) -> None:
         self._job = job
-        self._endpoint = job.endpoints[instance]
-        self._first = instance * job.workers
-        self._client: EngineClient = load_client(job.engine)(self._endpoint)
+        self._endpoint = job.engines.endpoints[instance]
+        self._first = instance * job.engines.workers
+        self._client: EngineClient = load_client(job.engines.kind)(self._endpoint)
         self._idle = threading.Event()
         self._idle.set()
         self._failure = ""
@@ -52,35 +63,30 @@ class EngineLead:
             EngineRequestError: what answers there is no such engine.
             SettingError: it has another number of workers.
         """
-        self._client.wait_ready(Deadline(self._job.wait))
-        found = self._client.world_size()
-        if found is not None and found != self._job.workers:
-            raise SettingError(
-                f"the engine at {self._endpoint} has {found} workers, not {self._job.workers}: "
-                f"pass --tensor-parallel-size {found}"
-            )
+        self._client.wait_ready(Deadline(self._job.patience.wait))
+        self._job.engines.check_workers(self._endpoint, self._client.world_size())
 
     def ask(self, addresses: list[tuple[str, str]]) -> None:
         """Asks the engine to update from the ranks that feed it; returns when it serves the new weights."""
         self._idle.clear()
         try:
-            mine = addresses[self._first : self._first + self._job.workers]
+            mine = addresses[self._first : self._first + self._job.engines.workers]
             if len(dict(mine)) != len(mine):
                 raise SettingError(
                     f"ranks {self._first} to {self._first + len(mine) - 1} share a device: each rank needs the GPU of "
                     f"one worker of the engine, but the ranks see only {', '.join(sorted(dict(mine)))}"
                 )
-            if self._job.reload == "verify":
+            if self._job.transfer.compares:
                 verifying_client(self._client).verify_weights(
-                    dict(mine), version=self._job.version, timeout=self._job.timeout
+                    dict(mine), version=self._job.version, timeout=self._job.patience.timeout
                 )
                 return
             self._client.update_weights(
                 dict(mine),
                 version=self._job.version,
-                pause=cast("PauseMode", self._job.pause),
-                reset_caches=self._job.reset_caches,
-                timeout=self._job.timeout,
+                pause=self._job.requests.pause.value,
+                reset_caches=self._job.requests.reset_caches,
+                timeout=self._job.patience.timeout,
             )
         except CheckpointEngineError as error:
             self._failure = str(error)
@@ -88,21 +94,24 @@ class EngineLead:
         finally:
             self._idle.set()
 
-    def outcome(self) -> str:
+    def outcome(self, patience: float) -> str:
         """After a failed update: waits for the engine's own words, and returns them."""
-        if self._idle.wait(_SETTLE_SECONDS):
+        if self._idle.wait(patience):
             return self._failure
-        return f"{self._endpoint} has not answered yet; whether it serves is unknown"
+        return (
+            f"{self._endpoint} has not answered yet: what it holds and whether it serves is unknown "
+            "(checkpoint-engine status asks it); update again"
+        )
 
 
 class EngineLeads:
     """The engine instances that a rank leads: mostly one, or none."""
 
     def __init__(self, job: Job, instances: Sequence[int]) -> None:
-        self._leads = [EngineLead(job, instance) for instance in instances]
+        self._leads = [_EngineLead(job, instance) for instance in instances]
 
     def wait_ready(self) -> None:
-        """See `EngineLead`."""
+        """See `_EngineLead`."""
         for lead in self._leads:
             lead.wait_ready()
 
@@ -116,9 +125,9 @@ class EngineLeads:
             for asked in as_completed([pool.submit(lead.ask, addresses) for lead in self._leads]):
                 asked.result()
 
-    def outcome(self) -> str:
-        """See `EngineLead`."""
-        return "\n".join(filter(None, (lead.outcome() for lead in self._leads)))
+    def outcome(self, patience: float) -> str:
+        """See `_EngineLead`."""
+        return "\n".join(filter(None, (lead.outcome(patience) for lead in self._leads)))
 
 
 class Rank:
@@ -129,6 +138,8 @@ class Rank:
         self._report = report
         self._seconds: dict[str, float] = {}
         self._leads: EngineLeads | None = None
+        self.phase = Phase.START
+        """What the job does, until it comes to the update itself."""
         self.updating = False
         """Whether the job has come to the update itself; it ends with its own report then, whatever happens."""
 
@@ -141,11 +152,10 @@ class Rank:
         self._seconds = {}
         self.updating = False
         rank, each = self._server.rank, workers_of_each(self._server.world_size, job)
-        first = [instance * job.workers for instance in range(len(job.endpoints))]
-        led = [instance for instance, worker in enumerate(first) if worker // each == rank]
+        led = job.engines.led_by(rank, self._server.world_size)
         self._leads = EngineLeads(job, led)
         ready = in_background(self._leads.wait_ready, "waits for the engine") if led else None
-        self._wait_for(ready, _QUICK_ANSWER_SECONDS)
+        self._wait_for(ready, limits.QUICK_ANSWER)
         name = self._load_metas(job) if job.metas else self._read(job)
         self._wait_for(ready, None)
         if not job.metas:
@@ -155,22 +165,25 @@ class Rank:
             self._server.update(
                 name,
                 self._leads.ask,
-                timeout=timedelta(seconds=job.timeout),
+                timeout=timedelta(seconds=job.patience.timeout),
                 version=job.version,
-                trace=job.trace is not None,
-                reload=job.reload,
-                method=job.method,
+                trace=job.afterwards.trace is not None,
+                reload=job.transfer.reload,
+                method=job.transfer.method,
                 keep=job.keep,
                 workers=each,
+                rollback=False,  # these ranks have brought nothing before
             )
         done = self._done(job)
         if job.keep:
             self._gather(job, name)
         return done
 
-    def engine_outcome(self) -> str:
+    def engine_outcome(self, error: UpdateError) -> str:
         """After a failed update: what became of the engine that this rank leads, if it leads one."""
-        return self._leads.outcome() if self._leads else ""
+        # An engine whose worker is stopped answers once that is continued.
+        patience = limits.KNOCK if error.kind == WorkerSilentError.__name__ else limits.RANK_SETTLE
+        return self._leads.outcome(patience) if self._leads else ""
 
     def _load_metas(self, job: Job) -> str:
         self._drop_old()
@@ -179,10 +192,10 @@ class Rank:
         return catalogs[0].name
 
     def _gather(self, job: Job, name: str) -> None:
-        with self._timed("gather"):
-            self._server.gather_metas(name, timeout=timedelta(seconds=job.wait))
-        if job.save_metas and self._server.rank == 0:
-            _save(self._server, name, Path(job.save_metas))
+        with self._timed(Phase.GATHER):
+            self._server.gather_metas(name, timeout=timedelta(seconds=job.patience.wait))
+        if job.afterwards.save_metas and self._server.rank == 0:
+            _save(self._server, name, Path(job.afterwards.save_metas))
 
     def _drop_old(self) -> None:
         for old in self._server.checkpoints:
@@ -192,19 +205,46 @@ class Rank:
         directory = Path(job.directory)
         name = directory.resolve().name
         self._drop_old()
-        with self._timed("read"):
-            files = split_among_ranks(find_files(directory), self._server.world_size)[self._server.rank]
+        with self._timed(Phase.READ):
+            found = read_directory(directory)
+            if found.left_out and self._server.rank == 0:
+                logger.warning("left out of %s: %s", directory, ", ".join(found.left_out))
+            rules = NameRules(job.tensors.ignore, job.tensors.strip)
+            selections = found.select()
+            names = rules.apply(tensor.name for selection in selections for tensor in selection.tensors)
+            self._warn_of_names(rules, names, selections)
+            sent = [keep(selection, names) for selection in selections]
+            files = split_among_ranks(sent, self._server.world_size)[self._server.rank]
             # What workers read by themselves must not be a file, which anybody could truncate.
             self._server.register_checkpoint(
-                name, files=files, use_shared_memory_pool=True, use_inplace_pin_memory=job.method != "direct"
+                name,
+                files={path: {each: names[each] for each in mine} for path, mine in files.items()},
+                use_shared_memory_pool=True,
+                use_inplace_pin_memory=job.transfer.method is not Method.DIRECT,
             )
+            if job.tensors.reject_nan:
+                self._server.refuse_nan(name)
         return name
+
+    def _warn_of_names(self, rules: NameRules, names: Mapping[str, str], selections: Sequence[Selection]) -> None:
+        """Says what is odd about the tensors' names; one rank does."""
+        if self._server.rank:
+            return
+        found = [tensor.name for selection in selections for tensor in selection.tensors]
+        for rule in rules.unused(found):
+            logger.warning("%s fits no tensor of the checkpoint", rule)
+        if wrapper := common_wrapper(list(names.values())):
+            logger.warning(
+                "all tensors' names begin with %r; if the engine does not know them: --strip-prefix %s",
+                wrapper,
+                wrapper,
+            )
 
     def _wait_for(self, ready: Future[None] | None, seconds: float | None) -> None:
         if ready is None:
             return
         if not ready.done():
-            with self._timed("engine"):
+            with self._timed(Phase.ENGINE):
                 wait([ready], seconds)
         if ready.done():
             ready.result()
@@ -213,8 +253,8 @@ class Rank:
         report = self._server.last_report
         if report is None:
             raise CheckpointStateError("the update left no report")
-        if job.trace is not None:
-            self._save_trace(Path(job.trace), report)
+        if job.afterwards.trace is not None:
+            self._save_trace(Path(job.afterwards.trace), report)
         report = replace(report, trace=None)  # it is in the file, and may be long
         return Done(job.number, self._server.rank, {**self._seconds, **report.seconds}, report)
 
@@ -225,11 +265,12 @@ class Rank:
             save_trace(path, traces, **about, seconds=report.seconds["total"], staging=report.staging)
 
     @contextmanager
-    def _timed(self, phase: str) -> Generator[None]:
+    def _timed(self, phase: Phase) -> Generator[None]:
+        self.phase = phase
         self._report(Progressed(phase))
         start = time.perf_counter()
         yield
-        self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - start
+        self._seconds[phase.value] = self._seconds.get(phase.value, 0.0) + time.perf_counter() - start
 
     @contextmanager
     def _watched(self) -> Generator[None]:
@@ -256,12 +297,13 @@ def workers_of_each(ranks: int, job: Job) -> int:
     Raises:
         SettingError: there are too few or too many ranks.
     """
-    workers = job.workers * len(job.endpoints)
-    expected = job.ranks or workers
+    engines = job.engines
+    workers = engines.all_workers
+    expected = job.transfer.ranks or workers
     if ranks != expected or workers % ranks:
         raise SettingError(
-            f"{len(job.endpoints)} engine instance(s) of {job.workers} worker(s) are fed by {expected} ranks, not "
-            f"{ranks}: each rank feeds the worker on its own device (several workers only with --method direct)"
+            f"{len(engines.endpoints)} engine instance(s) of {engines.workers} worker(s) are fed by {expected} ranks, "
+            f"not {ranks}: each rank feeds the worker on its own device (several workers only with --method direct)"
         )
     return workers // ranks
 

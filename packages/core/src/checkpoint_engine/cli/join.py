@@ -1,7 +1,6 @@
 """`checkpoint-engine join`: new engines take their weights from ranks that hold them already."""
 
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -10,12 +9,15 @@ import msgspec
 import typer
 
 from checkpoint_engine.catalog import Catalog
-from checkpoint_engine.cli.common import DeviceKind, Json, Pause, Reload, Verbose
+from checkpoint_engine.cli.common import DeviceKind, Json, Pause, ReloadChoice, Verbose
 from checkpoint_engine.cli.messages import Job
+from checkpoint_engine.cli.options import Afterwards, Engines, Patience, Requests, Transfer, path_text
 from checkpoint_engine.cli.running import run_job
 from checkpoint_engine.cli.seeds import Seeds
-from checkpoint_engine.engine.auto import load_client
 from checkpoint_engine.errors import AccessRefusedError, SettingError, UpdateError
+from checkpoint_engine.owned_directory import OwnedDirectory
+
+__all__ = ["join"]
 
 _TOKEN_VARIABLE = "CHECKPOINT_ENGINE_TOKEN"  # noqa: S105 - its name, not its value
 _WORK = "What to update"
@@ -86,8 +88,8 @@ def join(
     ] = DeviceKind.AUTO,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds for the update.", rich_help_panel=_HOW)] = 600.0,
     reload: Annotated[
-        Reload, typer.Option(help="How tensors get into the engine; see update.", rich_help_panel=_HOW)
-    ] = Reload.AUTO,
+        ReloadChoice, typer.Option(help="How tensors get into the engine; see update.", rich_help_panel=_HOW)
+    ] = ReloadChoice.AUTO,
     wait: Annotated[
         float,
         typer.Option(
@@ -134,38 +136,31 @@ def join(
     del verbose_
     if save_metas is not None and not keep_serving:
         raise SettingError("--save-metas tells others where to read: it needs --keep-serving SECONDS")
-    client = load_client(engine)
-    for address in endpoint:
-        client(address)  # a wrong address is told here, before any process starts
+    engines = Engines(engine, tuple(endpoint), tensor_parallel_size)
+    engines.check()
     seeds = Seeds(metas, _token(token_file), wait)
     while True:
         job = Job(
             directory="",
             version=version or seeds.catalogs[0].name or "joined",
-            engine=engine,
-            endpoints=tuple(endpoint),
-            workers=tensor_parallel_size,
-            pause=pause.value,
-            reset_caches=reset_caches,
-            timeout=timeout,
-            wait=wait,
-            save_metas=str(save_metas) if save_metas else None,
-            reload=reload.value,
-            keep=keep_serving > 0,
+            engines=engines,
+            transfer=Transfer(device=device, reload=reload.value),
+            requests=Requests(pause, reset_caches),
+            patience=Patience(timeout, wait),
+            afterwards=Afterwards(path_text(save_metas), None, keep_serving, share=keep_serving > 0),
         )
         try:
-            return _try(job, seeds.catalogs, device, keep_serving, as_json=json)
+            return _try(job, seeds.catalogs, as_json=json)
         except UpdateError as error:
             seeds.wait_after(error)
 
 
-def _try(job: Job, catalogs: Sequence[Catalog], device: DeviceKind, keep_serving: float, *, as_json: bool) -> None:
-    with tempfile.TemporaryDirectory(prefix="checkpoint-engine-join-") as directory:
-        files = [Path(directory, f"metas-{index}.json") for index in range(len(catalogs))]
+def _try(job: Job, catalogs: Sequence[Catalog], *, as_json: bool) -> None:
+    with OwnedDirectory("join") as directory:
+        files = [Path(directory.path, f"metas-{index}.json") for index in range(len(catalogs))]
         for file, catalog in zip(files, catalogs, strict=True):
             msgspec.structs.replace(catalog, name=catalogs[0].name or job.version).save(file)
-        job = msgspec.structs.replace(job, metas=tuple(map(str, files)))
-        run_job(job, device.value, keep_serving, share=keep_serving > 0, as_json=as_json)
+        run_job(msgspec.structs.replace(job, metas=tuple(map(str, files))), as_json=as_json)
 
 
 def _token(file: Path | None) -> str | None:

@@ -11,13 +11,18 @@ from checkpoint_engine.cli.common import Verbose, print_error
 from checkpoint_engine.cli.demo import demo
 from checkpoint_engine.cli.doctor import doctor
 from checkpoint_engine.cli.inspect import inspect_checkpoint
+from checkpoint_engine.cli.interrupts import ended_by_signals
 from checkpoint_engine.cli.join import join
 from checkpoint_engine.cli.serve import serve
+from checkpoint_engine.cli.status import status
 from checkpoint_engine.cli.timeline import timeline
 from checkpoint_engine.cli.update import update
 from checkpoint_engine.cli.verify import verify
 from checkpoint_engine.errors import CheckpointEngineError
+from checkpoint_engine.terminal import say_whatever_comes
 from checkpoint_engine.version import __version__
+
+__all__ = ["app", "main"]
 
 app = typer.Typer(
     name="checkpoint-engine",
@@ -28,7 +33,7 @@ app = typer.Typer(
 )
 
 
-def help_of(command: Callable[..., object]) -> str:
+def _help_of(command: Callable[..., object]) -> str:
     """The docstring with its paragraphs unwrapped, for terminals of any width; those that begin with \\b stay."""
     paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
     return "\n\n".join(text if text.startswith("\b") else text.replace("\n", " ") for text in paragraphs)
@@ -38,13 +43,14 @@ for name, command in {
     "demo": demo,
     "update": update,
     "verify": verify,
+    "status": status,
     "join": join,
     "serve": serve,
     "doctor": doctor,
     "inspect": inspect_checkpoint,
     "timeline": timeline,
 }.items():
-    app.command(name, help=help_of(command))(command)
+    app.command(name, help=_help_of(command))(command)
 
 
 def _show_version(value: bool) -> None:
@@ -69,8 +75,10 @@ def _about(
 
 def main() -> None:
     """Entry point: errors of ours become a short message and exit code 1."""
+    say_whatever_comes()
     try:
-        app()
+        with ended_by_signals():
+            app()
     except CheckpointEngineError as error:
         print_error(error, as_json="--json" in sys.argv)
         sys.exit(1)

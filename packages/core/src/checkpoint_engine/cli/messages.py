@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import msgspec
 
-from checkpoint_engine.link.messages import ReloadMode
-from checkpoint_engine.transfer.report import Method, UpdateReport
+from checkpoint_engine.cli.options import Afterwards, Engines, Patience, Requests, TensorChoice, Transfer
+from checkpoint_engine.contract.failure import Failure
+from checkpoint_engine.contract.phase import Phase
+from checkpoint_engine.transfer.report import UpdateReport
+
+__all__ = ["AbortJob", "Done", "FromParent", "FromRank", "Job", "JobFailed", "Logged", "PeerLost", "Progressed"]
 
 
 class Job(msgspec.Struct, frozen=True, tag=True):
@@ -13,33 +17,25 @@ class Job(msgspec.Struct, frozen=True, tag=True):
 
     directory: str
     version: str
-    engine: str
-    endpoints: tuple[str, ...]
-    workers: int
-    """Workers of each engine instance; they are fed in order, those of the first instance first."""
-    ranks: int = 0
-    """Ranks that feed them all, each of them as many; 0 for one rank a worker."""
-    pause: str = "keep"
-    reset_caches: bool = True
-    timeout: float = 600.0
-    """Seconds for the update itself."""
-    wait: float = 600.0
-    """Seconds for an engine that is still starting."""
-    save_metas: str | None = None
-    reload: ReloadMode = "auto"
-    method: Method = "broadcast"
-    trace: str | None = None
-    """File to which the first rank writes what all ranks did when."""
+    engines: Engines
+    tensors: TensorChoice = TensorChoice()
+    transfer: Transfer = Transfer()
+    requests: Requests = Requests()
+    patience: Patience = Patience()
+    afterwards: Afterwards = Afterwards()
     metas: tuple[str, ...] = ()
     """Files with the catalogs of other parameter servers, from whose memory the checkpoint is read; then there is no
     directory."""
-    keep: bool = False
-    """Whether what is read from there stays in host memory, for others to join."""
     number: int = 0
     """Counts the jobs; reports carry it, so that one of an earlier job is not taken for one of this."""
 
+    @property
+    def keep(self) -> bool:
+        """Whether what is read from other parameter servers stays in host memory, for others to join."""
+        return bool(self.metas) and self.afterwards.keep_serving > 0
 
-class Abort(msgspec.Struct, frozen=True, tag=True):
+
+class AbortJob(msgspec.Struct, frozen=True, tag=True):
     """Give up a job, because another rank failed."""
 
     reason: str
@@ -49,7 +45,7 @@ class Abort(msgspec.Struct, frozen=True, tag=True):
 class Progressed(msgspec.Struct, frozen=True, tag=True):
     """How far a rank is."""
 
-    phase: str
+    phase: Phase
     bytes_done: int = 0
     nbytes: int = 0
 
@@ -58,6 +54,14 @@ class Logged(msgspec.Struct, frozen=True, tag=True):
     """A warning of the library."""
 
     message: str
+
+
+class PeerLost(msgspec.Struct, frozen=True, tag=True):
+    """Another rank gives no sign of life; if it is there and says nothing of itself soon, it is to be ended."""
+
+    job: int
+    rank: int
+    why: str
 
 
 class Done(msgspec.Struct, frozen=True, tag=True):
@@ -69,24 +73,18 @@ class Done(msgspec.Struct, frozen=True, tag=True):
     update: UpdateReport
 
 
-class Failed(msgspec.Struct, frozen=True, tag=True):
-    """A job failed, or the rank could not start (`job` 0).
-
-    `error` is the class of the error; `rank` and `phase` say where an update failed.
-    """
+class JobFailed(msgspec.Struct, frozen=True, tag=True):
+    """A job failed, or the rank could not start (`job` 0)."""
 
     job: int
-    error: str
-    message: str
-    phase: str = ""
-    rank: int = 0
-    kind: str = ""
-    """Where an update failed: the class of the error that came first."""
+    failure: Failure
+    of_update: bool = False
+    """Whether it is an update that failed, which may have been so on another rank."""
     engine: str = ""
     """What became of the engine that this rank leads."""
     secondary: bool = False
     """Another rank's failure was the cause."""
 
 
-FromParent = Job | Abort
-FromRank = Progressed | Logged | Done | Failed
+FromParent = Job | AbortJob
+FromRank = Progressed | Logged | PeerLost | Done | JobFailed

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
+import secrets
 import socket
 import tempfile
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import TracebackType
 from typing import IO
@@ -15,18 +17,33 @@ from typing import IO
 import msgspec
 from typing_extensions import Self
 
-from checkpoint_engine import errors
-from checkpoint_engine.cli.messages import Abort, Done, Failed, FromParent, FromRank, Job, Logged, Progressed
+from checkpoint_engine import limits
+from checkpoint_engine.cli.messages import (
+    AbortJob,
+    Done,
+    FromParent,
+    FromRank,
+    Job,
+    JobFailed,
+    Logged,
+    PeerLost,
+    Progressed,
+)
+from checkpoint_engine.client.auto import load_client
+from checkpoint_engine.client.plugins import settling_client
+from checkpoint_engine.contract.failure import Failure
+from checkpoint_engine.contract.phase import Phase
 from checkpoint_engine.deadline import Deadline
-from checkpoint_engine.errors import CheckpointEngineError, DeadlineError, RankError, UpdateError
-from checkpoint_engine.processes import Child, end_all
+from checkpoint_engine.errors import CheckpointEngineError, DeadlineError, RankError, error_named
+from checkpoint_engine.owned_directory import temporary_root
+from checkpoint_engine.processes import Child, StoppedWatch, end_all
+from checkpoint_engine.settings import SECRET_VARIABLE
 
-RANK_MODULE = "checkpoint_engine.cli.rank"
-_SETTLE_SECONDS = 45.0
-"""After one rank has failed, the others get so long to put their engines into a known state."""
-_MARGIN_SECONDS = 60.0
-"""Ranks keep their own deadlines; only a rank that is stuck beyond them meets this one."""
+__all__ = ["Listener", "Ranks"]
+
+_RANK_MODULE = "checkpoint_engine.cli.rank"
 _TAIL_LINES = 15
+_TICK_SECONDS = 0.5
 
 
 class _Ended(msgspec.Struct, frozen=True):
@@ -36,6 +53,7 @@ class _Ended(msgspec.Struct, frozen=True):
 
 
 _Event = tuple[int, FromRank | _Ended]
+_EventOfJob = tuple[int, Progressed | Logged | Done | JobFailed | _Ended]
 Listener = Callable[[Progressed | Logged], None]
 
 
@@ -46,7 +64,14 @@ class Ranks:
         self, count: int, *, device: str | None = None, verbose: bool = False, environment: dict[str, str] | None = None
     ) -> None:
         self._jobs = 0
+        self._phase = Phase.START
+        """Of the job that runs, as the first rank has it."""
         self._ended: dict[int, _Ended] = {}
+        self._stopped = StoppedWatch()
+        self._doubted: dict[int, Deadline] = {}
+        """Ranks that another one calls lost, and how long they have to speak for themselves."""
+        self._put_down: dict[int, str] = {}
+        """Ranks that were ended here, and why."""
         self._events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
         self._logs = [None if verbose else _open_log() for _ in range(count)]
         common = {
@@ -54,10 +79,11 @@ class Ranks:
             "LOCAL_WORLD_SIZE": str(count),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(_free_port()),
+            SECRET_VARIABLE: secrets.token_hex(32),  # nobody else's rank comes between these
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, _cpus() // count)),
             **(environment or {}),
         }
-        arguments = [RANK_MODULE, *(["--device", device] if device else []), *(["--verbose"] if verbose else [])]
+        arguments = [_RANK_MODULE, *(["--device", device] if device else []), *(["--verbose"] if verbose else [])]
         self._children = [
             Child(
                 f"rank {rank}",
@@ -85,13 +111,15 @@ class Ranks:
         """
         self._jobs += 1
         job = msgspec.structs.replace(job, number=self._jobs)
+        self._phase, self._doubted = Phase.START, {}
         try:
             return self._run(job, listener)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interrupt:
             # The engines shall not stay paused because somebody lost patience.
-            interrupted = Failed(job.number, "RankError", "interrupted by the user")
+            why = RankError(str(interrupt) or "interrupted by the user")
+            interrupted = JobFailed(job.number, Failure.of(why, Phase.UPDATE, 0))
             failures = self._collect_failures(None, interrupted, set(), listener)
-            raise self._explain(failures or {0: interrupted}) from None
+            raise self._explain(failures or {0: interrupted}, job) from None
 
     def wait(self, seconds: float) -> None:
         """Lets the ranks live on, holding their memory.
@@ -104,7 +132,7 @@ class Ranks:
             while True:
                 rank, event = self._events.get(timeout=deadline.remaining)
                 if isinstance(event, _Ended):
-                    raise self._explain({rank: event})
+                    raise self._explain({rank: event}, None)
 
     def close(self) -> None:
         """Ends all ranks."""
@@ -123,19 +151,20 @@ class Ranks:
 
     def _run(self, job: Job, listener: Listener) -> list[Done]:
         for rank, ended in self._ended.items():
-            raise self._explain({rank: ended})
+            raise self._explain({rank: ended}, None)
         self._tell_all(job)
         done: dict[int, Done] = {}
-        deadline = Deadline(job.wait + job.timeout + _MARGIN_SECONDS)
+        deadline = Deadline(job.patience.wait + job.patience.timeout + limits.PARENT_MARGIN)
         while len(done) < len(self._children):
             rank, event = self._next(deadline, job)
             if isinstance(event, Progressed | Logged):
+                self._phase = event.phase if isinstance(event, Progressed) else self._phase
                 listener(event)
             elif isinstance(event, Done):
                 done[rank] = event
             else:
                 failures = {rank: event, **self._collect_failures(rank, event, set(done), listener)}
-                raise self._explain(failures)
+                raise self._explain(failures, job)
         return [done[rank] for rank in sorted(done)]
 
     def _tell_all(self, message: FromParent, but: Sequence[int] = ()) -> None:
@@ -143,33 +172,59 @@ class Ranks:
             if rank not in but:
                 child.send(msgspec.json.encode(message))
 
-    def _next(self, deadline: Deadline, job: Job) -> _Event:
+    def _next(self, deadline: Deadline, job: Job) -> _EventOfJob:
         try:
             return self._next_of_job(deadline)
         except queue.Empty:
             raise DeadlineError(
-                f"the ranks neither finished nor failed within {deadline.seconds:g} s (--wait {job.wait:g} and "
-                f"--timeout {job.timeout:g}, and a minute more); see --verbose"
+                f"the ranks neither finished nor failed within {deadline.said} "
+                f"(--wait {job.patience.wait:g} and --timeout {job.patience.timeout:g}, and a "
+                "minute more); see --verbose"
             ) from None
 
-    def _next_of_job(self, deadline: Deadline) -> _Event:
+    def _next_of_job(self, deadline: Deadline) -> _EventOfJob:
         """The next event that is not a late word about an earlier job."""
         while True:
-            rank, event = self._events.get(timeout=deadline.remaining)
+            self._end_the_mute()
+            try:
+                rank, event = self._events.get(timeout=min(_TICK_SECONDS, deadline.remaining))
+            except queue.Empty:
+                if deadline.expired:
+                    raise
+                continue
+            if isinstance(event, PeerLost):
+                self._doubted.setdefault(event.rank, Deadline(limits.EXPLANATION))
+                continue
+            if isinstance(event, Done | JobFailed):
+                self._doubted.pop(rank, None)
             if isinstance(event, _Ended):
-                self._ended[rank] = event
-            if not isinstance(event, Done | Failed) or event.job in (0, self._jobs):
+                event = self._ended[rank] = _Ended(self._put_down.get(rank, event.how))
+            if not isinstance(event, Done | JobFailed) or event.job in (0, self._jobs):
                 return rank, event
 
+    def _end_the_mute(self) -> None:
+        """Ends ranks that are stopped or hung: whoever waits for them, in an engine too, learns it at once then."""
+        for rank, child in enumerate(self._children):
+            if rank in self._ended or rank in self._put_down:
+                continue
+            if self._stopped.overdue(child.pid):
+                why = f"was stopped (SIGSTOP) and did nothing for {limits.SILENCE:g} s"
+            elif rank in self._doubted and self._doubted[rank].expired:
+                why = "gave no sign of life"
+            else:
+                continue
+            self._put_down[rank] = f"(pid {child.pid}) {why}; this command has ended it"
+            child.kill()
+
     def _collect_failures(
-        self, first: int | None, event: Failed | _Ended, over: set[int], listener: Listener
-    ) -> dict[int, Failed | _Ended]:
+        self, first: int | None, event: JobFailed | _Ended, over: set[int], listener: Listener
+    ) -> dict[int, JobFailed | _Ended]:
         """Makes the other ranks give up, and waits until they have."""
-        how = f"rank {first} {event.how}" if isinstance(event, _Ended) else event.message
-        self._tell_all(Abort(how, self._jobs), but=() if first is None else [first])
+        how = f"rank {first} {event.how}" if isinstance(event, _Ended) else event.failure.message
+        self._tell_all(AbortJob(how, self._jobs), but=() if first is None else [first])
         others = set(range(len(self._children))) - {first}
-        failures: dict[int, Failed | _Ended] = {}
-        deadline = Deadline(_SETTLE_SECONDS)
+        failures: dict[int, JobFailed | _Ended] = {}
+        deadline = Deadline(limits.PARENT_SETTLE)
         with contextlib.suppress(queue.Empty):
             while others - failures.keys() - self._ended.keys() - over:
                 rank, other = self._next_of_job(deadline)
@@ -181,16 +236,26 @@ class Ranks:
                     failures.setdefault(rank, other)
         return failures
 
-    def _explain(self, failures: dict[int, Failed | _Ended]) -> CheckpointEngineError:
+    def _explain(self, failures: dict[int, JobFailed | _Ended], job: Job | None) -> CheckpointEngineError:
         """The error that says most: a rank that died, then the first that has a cause of its own."""
-        engines = list(dict.fromkeys(f.engine for f in failures.values() if isinstance(f, Failed) and f.engine))
+        engines = list(dict.fromkeys(f.engine for f in failures.values() if isinstance(f, JobFailed) and f.engine))
         for rank, failure in failures.items():
             if isinstance(failure, _Ended):
-                return RankError("\n".join([f"rank {rank} {failure.how}{self._tail(rank)}", *engines]))
-        reports = [(rank, failure) for rank, failure in failures.items() if isinstance(failure, Failed)]
+                doing = f" in phase '{self._phase}'" if job is not None else ""
+                orphans = [] if job is None else self._settle_orphans(job, failures)
+                return RankError("\n".join([f"rank {rank} {failure.how}{doing}{self._tail(rank)}", *engines, *orphans]))
+        reports = [(rank, failure) for rank, failure in failures.items() if isinstance(failure, JobFailed)]
         rank, failure = min(reports, key=lambda item: item[1].secondary)
-        notes = [engine for engine in engines if engine not in failure.message]
+        notes = [engine for engine in engines if engine not in failure.failure.message]
         return _as_error(rank, failure, notes, self._tail)
+
+    def _settle_orphans(self, job: Job, failures: dict[int, JobFailed | _Ended]) -> list[str]:
+        """Has engines serve whose rank died before it could, if their weights are whole; says what they hold."""
+        ranks = [rank for rank, failure in failures.items() if isinstance(failure, _Ended)]
+        led = [number for rank in ranks for number in job.engines.led_by(rank, len(self._children))]
+        endpoints = [job.engines.endpoints[number] for number in led]
+        with ThreadPoolExecutor(max(1, len(endpoints))) as pool:
+            return list(pool.map(partial(_settle_orphan, job.engines.kind), endpoints))
 
     def _tail(self, rank: int) -> str:
         log = self._logs[rank]
@@ -207,18 +272,25 @@ class Ranks:
         self._events.put((rank, _Ended(f"(pid {child.pid}) {child.describe_end()}")))
 
 
-def _as_error(rank: int, failure: Failed, notes: list[str], tail: Callable[[int], str]) -> CheckpointEngineError:
-    message = "\n".join([failure.message, *notes])
-    if failure.error == "UpdateError":
-        return UpdateError(message, rank=failure.rank, phase=failure.phase, kind=failure.kind)
-    kind = getattr(errors, failure.error, None)
-    if isinstance(kind, type) and issubclass(kind, CheckpointEngineError):
+def _as_error(rank: int, failed: JobFailed, notes: list[str], tail: Callable[[int], str]) -> CheckpointEngineError:
+    message = "\n".join([failed.failure.message, *notes])
+    if failed.of_update:
+        return failed.failure.as_error(message)
+    kind = error_named(failed.failure.error)
+    if kind is not None:
         return kind(message)
-    return RankError(f"rank {rank} failed with {failure.error}: {message}{tail(rank)}")
+    return RankError(f"rank {rank} failed with {failed.failure.error}: {message}{tail(rank)}")
+
+
+def _settle_orphan(kind: str, endpoint: str) -> str:
+    try:
+        return settling_client(load_client(kind)(endpoint)).settle_orphan(Deadline(limits.SETTLE))
+    except CheckpointEngineError as error:
+        return f"{endpoint}: what it holds now is unknown, and it may be paused ({error}): update again"
 
 
 def _open_log() -> IO[bytes]:
-    return tempfile.TemporaryFile()
+    return tempfile.TemporaryFile(dir=temporary_root())
 
 
 def _free_port() -> int:

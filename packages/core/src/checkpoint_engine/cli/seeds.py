@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 from checkpoint_engine.catalog import Catalog
 from checkpoint_engine.cli.common import notes
+from checkpoint_engine.contract.failure import Failure
+from checkpoint_engine.contract.phase import Phase
 from checkpoint_engine.deadline import Deadline
 from checkpoint_engine.errors import (
     CheckpointEngineError,
@@ -17,8 +19,10 @@ from checkpoint_engine.errors import (
     PeerMovedError,
     UpdateError,
 )
-from checkpoint_engine.metas import read_metas
 from checkpoint_engine.planning.peers import check_same
+from checkpoint_engine.server.metas import read_metas
+
+__all__ = ["Seeds"]
 
 _FIRST_PAUSE = 1.0
 _LONGEST_PAUSE = 15.0
@@ -69,11 +73,8 @@ class Seeds:
             if found != self.catalogs or error.kind != PeerMovedError.__name__:
                 self.catalogs = found
                 return
-        raise UpdateError(
-            f"{error}; no other seed came, and none came back, within {self._wait:g} s (--wait): {seen}",
-            rank=error.rank,
-            phase=error.phase,
-            kind=error.kind,
+        raise Failure.of(error, Phase.UPDATE, error.rank).as_error(
+            f"{error}; no other seed came, and none came back, within {self._wait:g} s (--wait): {seen}"
         ) from error
 
     def _read_again(self, deadline: Deadline) -> list[Catalog]:

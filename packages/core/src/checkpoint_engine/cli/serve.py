@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import queue
+import secrets
 import signal
 import socket
 from collections.abc import Callable
@@ -13,8 +14,8 @@ from typing import Annotated
 import msgspec
 import typer
 
-from checkpoint_engine import errors
-from checkpoint_engine.cli.common import DeviceKind, Verbose, output
+from checkpoint_engine.cli.common import DeviceKind, Verbose, encoded, output
+from checkpoint_engine.cli.options import share_memory
 from checkpoint_engine.cli.serve_options import (
     FromServingRank,
     Listening,
@@ -22,8 +23,18 @@ from checkpoint_engine.cli.serve_options import (
     Stopped,
     socket_path,
 )
-from checkpoint_engine.errors import CheckpointEngineError, MissingDependencyError, RankError, SettingError
+from checkpoint_engine.contract.failure import Failure
+from checkpoint_engine.errors import (
+    CheckpointEngineError,
+    MissingDependencyError,
+    RankError,
+    SettingError,
+    error_named,
+)
 from checkpoint_engine.processes import Child, end_all
+from checkpoint_engine.settings import SECRET_VARIABLE
+
+__all__ = ["serve"]
 
 _WHERE = "Where it listens"
 _ALLOWED = "What callers may touch"
@@ -95,6 +106,14 @@ def serve(
             show_default="anywhere with --uds, nowhere with --port",
         ),
     ] = None,
+    allow_peer_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Metas posted to /v1/metas may name memory on this host too. Repeatable.",
+            rich_help_panel=_ALLOWED,
+            show_default="any host with --uds, only this one with --port",
+        ),
+    ] = None,
     share: Annotated[
         bool,
         typer.Option(
@@ -105,6 +124,16 @@ def serve(
             rich_help_panel=_ALLOWED,
         ),
     ] = False,
+    events: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Rank 0 publishes what becomes of updates at tcp://HOST:PORT (and the next port) or ipc:///PATH. Not "
+            "encrypted, and TCP is open to whoever reaches it.",
+            rich_help_panel=_WHERE,
+            show_default="CHECKPOINT_ENGINE_EVENTS",
+        ),
+    ] = None,
     device: Annotated[
         DeviceKind,
         typer.Option(
@@ -137,7 +166,7 @@ def serve(
     if uds is not None and port is not None:
         raise SettingError("--uds and --port exclude each other")
     if share:
-        os.environ["CHECKPOINT_ENGINE_P2P"] = "1"  # for this process, if it is the rank, and for children
+        share_memory()
     missing = [str(root) for root in allow_root if not root.is_dir()]
     if missing:
         raise SettingError(f"--allow-root {missing[0]} is not a directory")
@@ -150,6 +179,8 @@ def serve(
         device=device.value,
         engine_hosts=tuple(allow_engine_host or ()),
         engine_sockets=None if allow_engine_socket is None else tuple(str(path) for path in allow_engine_socket),
+        events=events,
+        peer_hosts=None if allow_peer_host is None else tuple(allow_peer_host),
     )
     if ranks is None:
         _serve_here(options)
@@ -157,11 +188,11 @@ def serve(
     if "RANK" in os.environ:
         raise SettingError("torchrun has started this rank already; leave --ranks out")
     socket_path(uds, 0, ranks)
-    _serve_children(msgspec.json.encode(options), ranks)
+    _serve_children(encoded(options), ranks)
 
 
 def _check_extra() -> None:
-    for library in ("fastapi", "uvicorn"):
+    for library in ("fastapi", "prometheus_client", "uvicorn"):
         if importlib.util.find_spec(library) is None:
             raise MissingDependencyError(
                 f"the HTTP API needs {library}, which is missing: pip install 'checkpoint-engine-core[api]'"
@@ -178,8 +209,14 @@ def _serve_here(options: ServeOptions) -> None:
 def _serve_children(options: bytes, count: int) -> None:
     events: _Events = queue.SimpleQueue()
     _on_signals(lambda: events.put((-1, None)))
-    master_port = _free_port()
-    children = [_start(rank, count, options, master_port, events) for rank in range(count)]
+    common = {
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+        SECRET_VARIABLE: secrets.token_hex(32),  # nobody else's rank comes between these
+    }
+    children = [_start(rank, common, options, events) for rank in range(count)]
     try:
         while True:
             rank, line = events.get()
@@ -189,26 +226,19 @@ def _serve_children(options: bytes, count: int) -> None:
                 raise RankError(f"rank {rank} (pid {children[rank].pid}) {children[rank].describe_end()}")
             message = msgspec.json.decode(line, type=FromServingRank)
             if isinstance(message, Stopped):
-                raise _as_error(rank, message.error, message.message)
+                raise _as_error(rank, message.failure)
             _say(message)
     finally:
         end_all(children)
 
 
-def _start(rank: int, count: int, options: bytes, master_port: int, events: _Events) -> Child:
+def _start(rank: int, common: dict[str, str], options: bytes, events: _Events) -> Child:
     child = Child(
         f"rank {rank}",
         [_RANK_MODULE],
         on_line=lambda _child, line: events.put((rank, line)),
         on_end=lambda _child: events.put((rank, None)),
-        environment={
-            "RANK": str(rank),
-            "WORLD_SIZE": str(count),
-            "LOCAL_RANK": str(rank),
-            "LOCAL_WORLD_SIZE": str(count),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(master_port),
-        },
+        environment={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
     )
     child.send(options)
     return child
@@ -222,11 +252,9 @@ def _on_signals(stop: Callable[[], None]) -> None:
     signal.signal(signal.SIGINT, handle)
 
 
-def _as_error(rank: int, name: str, message: str) -> CheckpointEngineError:
-    kind = getattr(errors, name, None)
-    if isinstance(kind, type) and issubclass(kind, CheckpointEngineError) and kind is not errors.UpdateError:
-        return kind(message)
-    return RankError(f"rank {rank}: {name}: {message}")
+def _as_error(rank: int, failure: Failure) -> CheckpointEngineError:
+    kind = error_named(failure.error)
+    return RankError(f"rank {rank}: {failure.text}") if kind is None else kind(failure.message)
 
 
 def _say(listening: Listening) -> None:

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import msgspec
 
+from checkpoint_engine.contract.failure import Failure
 from checkpoint_engine.errors import SettingError
 
-RANK_FIELD = "{rank}"
+__all__ = ["FromServingRank", "Listening", "ServeOptions", "Stopped", "socket_path"]
+
+_RANK_FIELD = "{rank}"
 """Stands for the number of the rank in the path of a socket."""
 
 
@@ -23,6 +26,8 @@ class ServeOptions(msgspec.Struct, frozen=True):
     device: str | None
     engine_hosts: tuple[str, ...]
     engine_sockets: tuple[str, ...] | None
+    peer_hosts: tuple[str, ...] | None
+    events: str | None
 
 
 class Listening(msgspec.Struct, frozen=True, tag=True):
@@ -35,8 +40,7 @@ class Listening(msgspec.Struct, frozen=True, tag=True):
 class Stopped(msgspec.Struct, frozen=True, tag=True):
     """A rank could not start."""
 
-    error: str
-    message: str
+    failure: Failure
 
 
 FromServingRank = Listening | Stopped
@@ -50,6 +54,6 @@ def socket_path(template: str | None, rank: int, ranks: int) -> Path | None:
     """
     if template is None:
         return None
-    if ranks > 1 and RANK_FIELD not in template:
-        raise SettingError(f"--uds {template} is the same for {ranks} ranks; put {RANK_FIELD} into it")
-    return Path(template.replace(RANK_FIELD, str(rank))).absolute()
+    if ranks > 1 and _RANK_FIELD not in template:
+        raise SettingError(f"--uds {template} is the same for {ranks} ranks; put {_RANK_FIELD} into it")
+    return Path(template.replace(_RANK_FIELD, str(rank))).absolute()

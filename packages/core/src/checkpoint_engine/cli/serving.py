@@ -15,9 +15,13 @@ import msgspec
 
 from checkpoint_engine.api import create_app, serving
 from checkpoint_engine.cli.serve_options import Listening, ServeOptions, Stopped, socket_path
+from checkpoint_engine.contract.failure import Failure
+from checkpoint_engine.contract.phase import Phase
 from checkpoint_engine.errors import CheckpointEngineError
 from checkpoint_engine.processes import ParentPipe
-from checkpoint_engine.server import ParameterServer
+from checkpoint_engine.server.parameter_server import ParameterServer
+
+__all__ = ["leave", "main", "serve_rank"]
 
 
 def serve_rank(options: ServeOptions, announce: Callable[[Listening], None]) -> None:
@@ -29,7 +33,9 @@ def serve_rank(options: ServeOptions, announce: Callable[[Listening], None]) -> 
     # Until the HTTP server handles signals itself, they must not skip the cleaning up below.
     signal.signal(signal.SIGTERM, _exit)
     alone = "RANK" not in os.environ and "WORLD_SIZE" not in os.environ
-    with ParameterServer(rank=0 if alone else None, world_size=1 if alone else None, device=options.device) as server:
+    with ParameterServer(
+        rank=0 if alone else None, world_size=1 if alone else None, device=options.device, events=options.events
+    ) as server:
         if options.port is None:
             token = None
             path = socket_path(options.uds, server.rank, server.world_size) or serving.default_socket_path(server.rank)
@@ -45,6 +51,7 @@ def serve_rank(options: ServeOptions, announce: Callable[[Listening], None]) -> 
                 token=token,
                 engine_hosts=options.engine_hosts,
                 engine_socket_roots=options.engine_sockets,
+                peer_hosts=options.peer_hosts,
             )
             announce(Listening(server.rank, address))
             serving.serve(app, listener, on_stop=lambda: _stop(server))
@@ -83,7 +90,7 @@ def main() -> None:
     try:
         serve_rank(options, lambda listening: pipe.send(msgspec.json.encode(listening)))
     except CheckpointEngineError as error:
-        pipe.send(msgspec.json.encode(Stopped(type(error).__name__, str(error))))
+        pipe.send(msgspec.json.encode(Stopped(Failure.of(error, Phase.START, int(os.environ.get("RANK", "0"))))))
         sys.exit(1)
     leave(0)
 

@@ -22,17 +22,21 @@ from rich.text import Text
 from typing_extensions import Self
 
 from checkpoint_engine.cli.messages import Done, Logged, Progressed
+from checkpoint_engine.contract.figures import UpdateFigures
+from checkpoint_engine.contract.phase import Phase
+
+__all__ = ["UpdateView", "print_stages", "size", "slowest"]
 
 _GB = 1e9
 _PHASES = {
-    "": "starting the ranks",
-    "engine": "waiting for the engine",
-    "read": "reading the files",
-    "gather": "exchanging catalogs",
-    "introduce": "meeting the other ranks",
-    "connect": "meeting the engine's workers",
-    "load": "sending",
-    "finish": "finishing",
+    Phase.START: "starting the ranks",
+    Phase.ENGINE: "waiting for the engine",
+    Phase.READ: "reading the files",
+    Phase.GATHER: "exchanging catalogs",
+    Phase.INTRODUCE: "meeting the other ranks",
+    Phase.CONNECT: "meeting the engine's workers",
+    Phase.LOAD: "sending",
+    Phase.FINISH: "finishing",
 }
 _STAGES = {
     "engine": ("engine ready", False),
@@ -44,6 +48,7 @@ _STAGES = {
     "broadcast": ("broadcast", True),
     "load": ("load into parameters", True),
     "finish": ("finish and resume", False),
+    "paused": ("engine paused", False),
     "total": ("update in all", True),
 }
 """Stage -> what people call it, and whether it moves bytes."""
@@ -80,8 +85,8 @@ class UpdateView:
             transient=True,
             disable=not self._live,
         )
-        self._task = self._progress.add_task(_PHASES[""], total=None)
-        self._phase = ""
+        self._task = self._progress.add_task(_PHASES[Phase.START], total=None)
+        self._phase = Phase.START
         self._warnings: set[str] = set()
 
     def __call__(self, event: Progressed | Logged) -> None:
@@ -95,7 +100,7 @@ class UpdateView:
                 self._console.print(f"{_PHASES[event.phase]} …", style="dim")
         self._progress.update(
             self._task,
-            description=_PHASES.get(event.phase, event.phase),
+            description=_PHASES.get(event.phase, event.phase.value),
             completed=event.bytes_done,
             total=event.nbytes or None,
         )
@@ -144,18 +149,18 @@ def print_stages(console: Console, reports: Sequence[Done]) -> None:
         style="dim",
         soft_wrap=True,
     )
-    figures = engine_figures(reports)
-    if "reload" in figures:
+    figures = [report.update.figures for report in reports]
+    if figures[0].reload:
         console.print(Text(_way_taken(figures), style="dim"), soft_wrap=True)
-    if figures:
-        said = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in figures.items())
+    said = _other_figures(figures)
+    if said:
         console.print(Text(f"each worker of the engine: {said}\n", style="dim"), soft_wrap=True)
 
 
-def _way_taken(figures: dict[str, str]) -> str:
-    """How the tensors got from the buckets into the engine; these figures are then told."""
-    way = figures.pop("reload")
-    by_plan, by_loader, why = (figures.pop(f"{key}", "") for key in ("plan_bytes", "loader_bytes", "loader_reason"))
+def _way_taken(figures: Sequence[UpdateFigures]) -> str:
+    """How the tensors got from the buckets into the engine."""
+    way, why = _range([one.reload for one in figures]), _range([one.loader_reason for one in figures])
+    by_plan, by_loader = (_range([one.plan_bytes for one in figures]), _range([one.loader_bytes for one in figures]))
     says = {
         "plan": f"taken over by reload plan: {by_plan} bytes a worker; by the engine's own loader: {by_loader}",
         "proof": "taken over by the engine's own loader, which proved the reload plan; the next update goes by plan",
@@ -164,13 +169,15 @@ def _way_taken(figures: dict[str, str]) -> str:
     return says.get(way, f"taken over by {way}") + (f" ({why})" if why and way != "proof" else "")
 
 
-def engine_figures(reports: Sequence[Done]) -> dict[str, str]:
-    """What the engines' workers tell of themselves; a range where they differ."""
-    figures: dict[str, list[str | int | float]] = {}
-    for report in reports:
-        for key, value in report.update.engine.items():
-            figures.setdefault(key, []).append(value)
-    return {key: _range(values) for key, values in figures.items()}
+def _other_figures(figures: Sequence[UpdateFigures]) -> str:
+    """What the engines' workers tell of themselves besides; a range where they differ."""
+    told = {"reload", "plan_bytes", "loader_bytes", "loader_reason"}
+    values: dict[str, list[str | int | float]] = {}
+    for one in figures:
+        for key, value in one.details().items():
+            if key not in told:
+                values.setdefault(key, []).append(value)
+    return ", ".join(f"{key.replace('_', ' ')} {_range(found)}" for key, found in values.items())
 
 
 def _range(values: Sequence[str | int | float]) -> str:

@@ -10,6 +10,8 @@ from checkpoint_engine.cli.summary import size
 from checkpoint_engine.cli.timeline_data import Limit, Timeline, load_timeline
 from checkpoint_engine.errors import SettingError
 
+__all__ = ["timeline"]
+
 _FORMATS = (".png", ".svg", ".pdf")
 _GB = 1e9
 
@@ -57,10 +59,10 @@ def timeline(
         return
     output.print(f"[bold green]✓[/] {target}", soft_wrap=True)
     if limit is not None:
-        output.print(say_limit(loaded, limit), style="dim", soft_wrap=True)
+        output.print(_say_limit(loaded, limit), style="dim", soft_wrap=True)
 
 
-def say_limit(loaded: Timeline, limit: Limit) -> str:
+def _say_limit(loaded: Timeline, limit: Limit) -> str:
     """How near the update came to what the slowest link allows."""
     source = "measured" if limit.measured else "given"
     rate, share = limit.rate / _GB, limit.seconds / loaded.seconds

@@ -13,6 +13,8 @@ import msgspec
 from checkpoint_engine.errors import SettingError
 from checkpoint_engine.transfer.trace import LANES, PHASES
 
+__all__ = ["Bar", "Lane", "Limit", "Timeline", "load_timeline"]
+
 _BUS_LANES = ("read", "copy")
 """Each byte takes these once, on the rank that owns it."""
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+__all__ = ["draw"]
+
 _WIDTH = 12.0
 """Inches, of which the lanes take the share between `_LEFT` and `_RIGHT`."""
 _LEFT, _RIGHT = 0.115, 0.845
@@ -98,12 +100,12 @@ def _frame(figure: Figure) -> tuple[float, float, float, float]:
 def _tops(lanes: Sequence[Lane]) -> list[float]:
     """Where each lane begins, in inches from the top; a gap separates ranks."""
     tops: list[float] = []
-    place, rank = 0.0, lanes[0].rank
+    y, rank = 0.0, lanes[0].rank
     for lane in lanes:
-        place += _GAP if lane.rank != rank else 0.0
+        y += _GAP if lane.rank != rank else 0.0
         rank = lane.rank
-        tops.append(place)
-        place += _LANE
+        tops.append(y)
+        y += _LANE
     return tops
 
 
@@ -144,17 +146,17 @@ def _draw_lane(axes: Axes, lane: Lane, top: float, scale: float, seconds: float)
 
 def _draw_phase(axes: Axes, bar: Bar, top: float, scale: float, seconds: float) -> None:
     height = (_LANE - 0.04) / 2
-    place = top + 0.02 + bar.depth * height
+    y = top + 0.02 + bar.depth * height
     begin, width = bar.begin * scale, (bar.end - bar.begin) * scale
     axes.broken_barh(
         [(begin, width)],
-        (place, height),
+        (y, height),
         facecolor=_PHASE_COLOURS[bar.depth],
         edgecolor="white",
         linewidth=0.5,
         zorder=5.5,  # above the line of the limit, which would cross their names
     )
-    _write(axes, bar.name, bar.begin, bar.end, place + height / 2 + 0.005, scale, seconds, _INK)
+    _write(axes, bar.name, bar.begin, bar.end, y + height / 2 + 0.005, scale, seconds, _INK)
 
 
 def _write(

@@ -8,16 +8,18 @@ import typer
 from checkpoint_engine.cli.common import (
     DeviceKind,
     Json,
-    Method,
     Pause,
-    Reload,
+    ReloadChoice,
     Verbose,
     check_can_write,
 )
 from checkpoint_engine.cli.messages import Job
+from checkpoint_engine.cli.options import Afterwards, Engines, Patience, Requests, TensorChoice, Transfer, path_text
 from checkpoint_engine.cli.running import run_job
-from checkpoint_engine.engine.auto import load_client
-from checkpoint_engine.errors import CheckpointFormatError, SettingError
+from checkpoint_engine.errors import CheckpointFormatError
+from checkpoint_engine.transfer.methods import Method
+
+__all__ = ["update"]
 
 _WORK = "What to update"
 _HOW = "How"
@@ -53,6 +55,28 @@ def update(
             help="What the engines shall call the weights; the directory's name if left out.", rich_help_panel=_WORK
         ),
     ] = None,
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN",
+            help="Leave out tensors of such names, as '*.rotary_emb.inv_freq'. Repeatable.",
+            rich_help_panel=_WORK,
+            show_default=False,
+        ),
+    ] = None,
+    strip_prefix: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PREFIX",
+            help="Cut this off the tensors' names, as module. or _orig_mod. Repeatable.",
+            rich_help_panel=_WORK,
+            show_default=False,
+        ),
+    ] = None,
+    reject_nan: Annotated[
+        bool,
+        typer.Option("--reject-nan", help="Send nothing if a tensor holds NaN.", rich_help_panel=_WORK),
+    ] = False,
     method: Annotated[
         Method,
         typer.Option(
@@ -90,13 +114,13 @@ def update(
     ] = DeviceKind.AUTO,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds for the update.", rich_help_panel=_HOW)] = 600.0,
     reload: Annotated[
-        Reload,
+        ReloadChoice,
         typer.Option(
             help="How tensors get into the engine: by its recorded reload plan and, where that does not reach, by its "
             "own loader (auto); by nothing but the plan; or by its loader alone.",
             rich_help_panel=_HOW,
         ),
-    ] = Reload.AUTO,
+    ] = ReloadChoice.AUTO,
     wait: Annotated[
         float, typer.Option(min=1, help="Seconds for an engine that is still starting.", rich_help_panel=_HOW)
     ] = 600.0,
@@ -110,6 +134,16 @@ def update(
         Path | None,
         typer.Option(
             help="Write what each rank did when to this JSON file, for Perfetto or the command timeline.",
+            rich_help_panel=_AFTER,
+            show_default=False,
+        ),
+    ] = None,
+    rollback_to: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Should the update fail half-way, bring the engines this checkpoint, so that they serve again. The "
+            "exit code is 1 all the same.",
             rich_help_panel=_AFTER,
             show_default=False,
         ),
@@ -148,43 +182,29 @@ def update(
         --endpoint http://localhost:8000 --endpoint http://localhost:8001
 
     \b
-    [dim]# one instance of 16 GPUs on two hosts; run on each of them[/]
+    [dim]# one instance of 16 GPUs on two hosts; run on each of them, with the same secret[/]
+    export CHECKPOINT_ENGINE_RANKS_SECRET=$(cat /shared/secret)
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d \\
         --rdzv-endpoint HOST:29500 --no-python checkpoint-engine \\
         update ./step-100 --engine vllm -tp 16 --endpoint http://HOST:8000
     """
     del verbose_
-    if method is Method.P2P:
-        raise SettingError("P2P brings a checkpoint that other ranks hold: use the command join; update reads files")
-    needed = tensor_parallel_size * len(endpoint)
-    if method is Method.DIRECT and ranks is not None and needed % ranks:
-        raise SettingError(f"--ranks is {ranks}, but {needed} workers cannot be shared out evenly among so many")
-    if ranks not in (None, needed) and method is not Method.DIRECT:
-        raise SettingError(
-            f"--ranks is {ranks}, but {len(endpoint)} endpoint(s) with --tensor-parallel-size {tensor_parallel_size} "
-            f"need {needed}: each rank feeds the worker on its own device (--method direct does with fewer)"
-        )
-    if not directory.is_dir():
-        raise CheckpointFormatError(f"{directory} is not a directory")
-    if trace is not None:
-        check_can_write(trace)
-    client = load_client(engine)
-    for address in endpoint:
-        client(address)  # a wrong address is told here, before any process starts
+    engines = Engines(engine, tuple(endpoint), tensor_parallel_size)
     job = Job(
         directory=str(directory),
         version=version or directory.resolve().name,
-        engine=engine,
-        endpoints=tuple(endpoint),
-        workers=tensor_parallel_size,
-        ranks=ranks or 0,
-        pause=pause.value,
-        reset_caches=reset_caches,
-        timeout=timeout,
-        wait=wait,
-        save_metas=str(save_metas) if save_metas else None,
-        reload=reload.value,
-        method=method.value,
-        trace=str(trace) if trace else None,
+        engines=engines,
+        tensors=TensorChoice(tuple(ignore or ()), tuple(strip_prefix or ()), reject_nan),
+        transfer=Transfer(method, ranks or 0, device, reload.value),
+        requests=Requests(pause, reset_caches),
+        patience=Patience(timeout, wait),
+        afterwards=Afterwards(path_text(save_metas), path_text(trace), keep_serving, share, path_text(rollback_to)),
     )
-    run_job(job, device.value, keep_serving, share=share, as_json=json)
+    job.transfer.check(engines)
+    for each in (directory, *([rollback_to] if rollback_to else [])):
+        if not each.is_dir():
+            raise CheckpointFormatError(f"{each} is not a directory")
+    if trace is not None:
+        check_can_write(trace)
+    engines.check()
+    run_job(job, as_json=json)

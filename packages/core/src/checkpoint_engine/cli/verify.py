@@ -10,10 +10,12 @@ from rich.text import Text
 
 from checkpoint_engine.cli.common import DeviceKind, Json, Verbose, output, print_json
 from checkpoint_engine.cli.messages import Done, Job
+from checkpoint_engine.cli.options import Engines, Patience, TensorChoice, Transfer
 from checkpoint_engine.cli.running import run_job
 from checkpoint_engine.cli.summary import size, slowest
-from checkpoint_engine.engine.auto import load_client
 from checkpoint_engine.errors import CheckpointFormatError
+
+__all__ = ["verify"]
 
 _WORK = "What to compare"
 _HOW = "How"
@@ -42,6 +44,24 @@ def verify(
     tensor_parallel_size: Annotated[
         int, typer.Option("--tensor-parallel-size", "-tp", min=1, help="Workers of each engine.", rich_help_panel=_WORK)
     ] = 1,
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN",
+            help="Leave out tensors of such names, as '*.rotary_emb.inv_freq'. Repeatable.",
+            rich_help_panel=_WORK,
+            show_default=False,
+        ),
+    ] = None,
+    strip_prefix: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PREFIX",
+            help="Cut this off the tensors' names, as module. or _orig_mod. Repeatable.",
+            rich_help_panel=_WORK,
+            show_default=False,
+        ),
+    ] = None,
     device: Annotated[
         DeviceKind, typer.Option(help="Where the engines' workers run.", rich_help_panel=_HOW)
     ] = DeviceKind.AUTO,
@@ -57,7 +77,8 @@ def verify(
     The checkpoint takes the way of an update, but each worker compares what its engine's own loader and processing
     make of it, quantised layouts included, with what it holds, layer by layer. Requests wait meanwhile.
 
-    The exit code is 0 if all is equal, and 1 if anything differs: the first names are printed.
+    The exit code is 0 if all is equal, and 1 if anything differs, or has a source in the checkpoint and could not be
+    compared: the first names are printed.
 
     \b
     [dim]# after an update[/]
@@ -66,47 +87,45 @@ def verify(
     del verbose_
     if not directory.is_dir():
         raise CheckpointFormatError(f"{directory} is not a directory")
-    client = load_client(engine)
-    for address in endpoint:
-        client(address)  # a wrong address is told here, before any process starts
+    engines = Engines(engine, tuple(endpoint), tensor_parallel_size)
+    engines.check()
     job = Job(
         directory=str(directory),
         version=directory.resolve().name,
-        engine=engine,
-        endpoints=tuple(endpoint),
-        workers=tensor_parallel_size,
-        timeout=timeout,
-        wait=wait,
-        reload="verify",
+        engines=engines,
+        tensors=TensorChoice(tuple(ignore or ()), tuple(strip_prefix or ())),
+        transfer=Transfer(device=device, reload="verify"),
+        patience=Patience(timeout, wait),
     )
-    reports = run_job(job, device.value, 0.0, share=False, as_json=json, show=_show)
-    if not all(map(_equal, reports)):
+    reports = run_job(job, as_json=json, show=_show)
+    if not all(report.update.comparison.equal for report in reports):
         raise typer.Exit(1)
 
 
-def _equal(report: Done) -> bool:
-    found = report.update.engine
-    return found.get("different_tensors") == 0 and bool(found.get("compared_tensors"))
-
-
 def _show(job: Job, reports: list[Done], *, as_json: bool) -> None:
-    ok = all(map(_equal, reports))
+    ok = all(report.update.comparison.equal for report in reports)
     seconds = slowest(reports)["total"]
     if as_json:
         workers = [
-            {"rank": report.rank, "endpoint": job.endpoints[report.rank // job.workers], **report.update.engine}
+            {
+                "rank": report.rank,
+                "endpoint": job.engines.endpoint_of(report.rank),
+                **report.update.engine,
+            }
             for report in reports
         ]
         print_json({"ok": ok, "version": job.version, "seconds": seconds, "workers": workers})
         return
-    partly = any(report.update.engine.get("not_compared") for report in reports)
+    partly = any(report.update.comparison.not_compared for report in reports)
     equal = "as far as they could be compared, equal to" if partly else "equal to"
-    mark, says = ("[bold green]✓[/]", equal) if ok else ("[bold red]✗[/]", "not equal to")
+    differ = any(report.update.comparison.different_tensors for report in reports)
+    unequal = "not equal to" if differ or not partly else "not wholly compared with"
+    mark, says = ("[bold green]✓[/]", equal) if ok else ("[bold red]✗[/]", unequal)
     output.print(f"{mark} the weights are {says} [bold]{job.version}[/] ({seconds:.2f} s)")
     output.print(_table(job, reports))
     for report in reports:
-        for key, says in (("different", "different"), ("not_compared", "could not be compared")):
-            names = report.update.engine.get(key)
+        found = report.update.comparison
+        for names, says in ((found.different, "different"), (found.not_compared, "could not be compared")):
             if names:
                 output.print(Text(f"rank {report.rank}, {says}: {names}"), soft_wrap=True)
 
@@ -117,12 +136,12 @@ def _table(job: Job, reports: list[Done]) -> Table:
     for heading in ("rank", "compared", "bytes", "different"):
         table.add_column(heading, justify="right")
     for report in reports:
-        found = report.update.engine
+        found = report.update.comparison
         table.add_row(
-            job.endpoints[report.rank // job.workers],
+            job.engines.endpoint_of(report.rank),
             str(report.rank),
-            f"{found.get('compared_tensors', 0)} tensors",
-            size(int(found.get("compared_bytes", 0))),
-            str(found.get("different_tensors", "?")),
+            f"{found.compared_tensors} tensors",
+            size(found.compared_bytes),
+            str(found.different_tensors),
         )
     return table

@@ -11,6 +11,15 @@ import torch.distributed as dist
 
 from checkpoint_engine.errors import SettingError
 
+__all__ = [
+    "Communicator",
+    "CommunicatorFactory",
+    "check_backend",
+    "open_communicator",
+    "register_communicator",
+    "registered_backends",
+]
+
 
 class Communicator(Protocol):
     """A group of ranks of our own; the caller's default group is never touched."""
@@ -56,6 +65,18 @@ def register_communicator(backend: str, factory: CommunicatorFactory) -> None:
 def registered_backends() -> list[str]:
     """Names of all kinds of communicator that are known."""
     return sorted(_FACTORIES)
+
+
+def check_backend(name: str) -> str:
+    """Returns the name of a kind of communicator as it was set; empty for `auto`, which leaves it to the device.
+
+    Raises:
+        SettingError: none of that name is registered.
+    """
+    if name not in ("auto", *_FACTORIES):
+        kinds = ", ".join(["auto", *registered_backends()])
+        raise SettingError(f"CHECKPOINT_ENGINE_COLLECTIVE is {name!r}; there are {kinds}")
+    return "" if name == "auto" else name
 
 
 def open_communicator(

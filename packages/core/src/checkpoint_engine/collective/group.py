@@ -10,20 +10,15 @@ import torch
 import torch.distributed as dist
 
 from checkpoint_engine.collective.base import Communicator, open_communicator
-from checkpoint_engine.collective.board import Board
+from checkpoint_engine.collective.control_plane import ControlPlane
+from checkpoint_engine.contract.failure import Failure
+from checkpoint_engine.contract.phase import Phase
 from checkpoint_engine.deadline import Cancel, Deadline
 from checkpoint_engine.errors import CheckpointEngineError
 
+__all__ = ["RankGroup", "failure_key"]
+
 _SHORTEST_SECONDS = 0.1
-
-
-class Failure(msgspec.Struct, frozen=True):
-    """What the first rank that failed in a call tells all others."""
-
-    rank: int
-    phase: str
-    error: str
-    message: str
 
 
 def failure_key(call: str) -> str:
@@ -32,21 +27,27 @@ def failure_key(call: str) -> str:
 
 
 class RankGroup:
-    """All ranks over one store. Ranks make their calls together and in the same order."""
+    """All ranks over one control plane. Ranks make their calls together and in the same order."""
 
-    def __init__(self, store: dist.Store, rank: int, world_size: int) -> None:
-        self.board = Board(store, rank, world_size)
-        self._store = store
+    def __init__(self, plane: ControlPlane) -> None:
+        self.board = plane.board()
+        self._plane = plane
         self._calls = 0
         self._communicators: dict[str, Communicator] = {}
         self._generation = ""
         self._members: tuple[int, ...] = ()
 
-    def next_call(self) -> str:
+    def next_call(self, deadline: Deadline) -> str:
         """The name of the next call, the same on all ranks.
 
         A call that failed because another rank did not come is passed over by that rank.
+
+        Raises:
+            DeadlineError: this rank has not met rank 0 in time.
+            RankError: rank 0 is lost.
+            SettingError: it cannot be reached as things are set.
         """
+        self.board.catch_up(deadline)
         self._calls += 1
         while self.board.read(failure_key(f"call-{self._calls}")) is not None:
             self._calls += 1
@@ -57,12 +58,14 @@ class RankGroup:
 
         Raises:
             DeadlineError: a rank did not come in time; the message says which.
+            RankError: a rank is lost, or gave this call up.
         """
-        call = self.next_call()
+        deadline = Deadline(timeout.total_seconds())
+        call = self.next_call(deadline)
         try:
-            return self.board.gather(f"{call}/{what}", mine, Deadline(timeout.total_seconds()), Cancel(), waiting_for)
+            return self.board.gather(f"{call}/{what}", mine, deadline, Cancel(), waiting_for, unless=failure_key(call))
         except CheckpointEngineError as error:
-            failure = Failure(self.board.rank, what, type(error).__name__, str(error))
+            failure = Failure.of(error, Phase.GATHER, self.board.rank)
             self.board.post(failure_key(call), msgspec.json.encode(failure))
             raise
 
@@ -89,7 +92,7 @@ class RankGroup:
         if backend not in self._communicators:
             self._communicators[backend] = open_communicator(
                 backend,
-                dist.PrefixStore(f"{generation}/{backend}", self._store),
+                dist.PrefixStore(f"{generation}/{backend}", self._plane.store),
                 self._members.index(self.board.rank),
                 len(members),
                 timeout,

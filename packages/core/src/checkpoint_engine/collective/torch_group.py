@@ -12,7 +12,9 @@ import torch
 import torch.distributed as dist
 
 from checkpoint_engine.collective.base import register_communicator
-from checkpoint_engine.errors import MissingDependencyError, RankError
+from checkpoint_engine.errors import MissingDependencyError, RankError, SettingError
+
+__all__ = ["TorchGroup", "open_gloo", "open_nccl"]
 
 
 class TorchGroup:
@@ -87,9 +89,14 @@ def open_nccl(store: dist.Store, rank: int, world_size: int, timeout: timedelta,
     """An NCCL group, connected at once.
 
     Raises:
+        SettingError: the device is no GPU.
         MissingDependencyError: this torch has no NCCL.
         RankError: a rank did not come in time, or NCCL cannot connect the devices.
     """
+    if device.type != "cuda":
+        raise SettingError(
+            f"NCCL moves tensors of GPUs, not of {device}: set CHECKPOINT_ENGINE_COLLECTIVE to gloo, or to auto"
+        )
     if not dist.is_nccl_available():
         raise MissingDependencyError("this torch has no NCCL; install a CUDA build of torch")
     options = dist.ProcessGroupNCCL.Options()

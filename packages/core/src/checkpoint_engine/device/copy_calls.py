@@ -15,6 +15,8 @@ import torch
 
 from checkpoint_engine.errors import CheckpointEngineError, MissingDependencyError
 
+__all__ = ["MOST_COPIES", "CopyCalls", "load_copy_calls"]
+
 logger = logging.getLogger(__name__)
 
 MOST_COPIES = 4096
@@ -24,6 +26,8 @@ _BY_ADDRESS = 4
 _IN_STREAM_ORDER = 1
 _WITHOUT_FAIL_INDEX = 13
 """The major version from which on `cudaMemcpyBatchAsync` says no more which copy failed."""
+
+_Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 class _Attributes(ctypes.Structure):
@@ -81,15 +85,21 @@ class CopyCalls:
             if error:
                 self._check(error, f"copying {nbytes} bytes")
 
-    def copy_rows(self, table: torch.Tensor, stream: int) -> None:
-        """Queues copies of rows; `table` is int64 (n, 6): target, its pitch, source, its pitch, width, height.
+    def copy_rows(self, targets: _Pair, sources: _Pair, shapes: _Pair, stream: int) -> None:
+        """Queues copies of rows; all columns are 1-D int64 on the CPU.
+
+        Args:
+            targets: Addresses, and how far apart the rows lie there.
+            sources: Likewise.
+            shapes: Width in bytes, and number of rows.
+            stream: The runtime's handle.
 
         Raises:
             CheckpointEngineError: the runtime refuses.
         """
-        rows: Any = table
-        for row in rows.tolist():
-            self._check(self._copy_rows(*row, _BY_ADDRESS, stream), "copying rows")
+        columns = (cast("Any", column).tolist() for column in (*targets, *sources, *shapes))
+        for arguments in zip(*columns, strict=True):
+            self._check(self._copy_rows(*arguments, _BY_ADDRESS, stream), "copying rows")
 
     def _copy_batch(self, targets: torch.Tensor, sources: torch.Tensor, sizes: torch.Tensor, stream: int) -> bool:
         """Whether the runtime, and the driver below it, can do it."""

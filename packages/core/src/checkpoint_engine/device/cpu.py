@@ -3,24 +3,75 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import os
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from typing import Any, cast
 
 import torch
 
-from checkpoint_engine.device.base import Event, Memory
-from checkpoint_engine.device.host_memory import CpuMapped, map_host_memory, view_of
+from checkpoint_engine.device.base import Event
+from checkpoint_engine.device.blocks import Block
+from checkpoint_engine.device.host_copies import HostCopies
+from checkpoint_engine.device.host_memory import CpuMapped, map_block, map_host_memory, view_of
+from checkpoint_engine.device.memory import Allocation, HostMemory, Memory, SharedSegments
 from checkpoint_engine.device.segments import MappedSegments, map_segments
-from checkpoint_engine.errors import DeviceMemoryError
-from checkpoint_engine.link.messages import HostMemory, SharedSegments
+from checkpoint_engine.errors import DeviceMemoryError, LinkError, UnsupportedTensorError
+from checkpoint_engine.host.memory import free_host_memory
+from checkpoint_engine.planning.byte_runs import ByteRuns
+
+__all__ = ["CpuDevice", "CpuEvent", "CpuPinned", "CpuStaging", "CpuStream", "CpuType"]
+
+
+class CpuType:
+    """The host itself."""
+
+    name = "cpu"
+    backend = "gloo"
+
+    def backend_version(self) -> str:
+        """It is a part of torch."""
+        return ""
+
+    def count(self) -> int:
+        """There is only one CPU."""
+        return 1
+
+    def open(self, index: int, rank: int) -> CpuDevice:
+        """The CPU, as the device of that rank."""
+        del index
+        return CpuDevice(rank)
+
+    def synchronize(self, device: torch.device) -> None:
+        """Nothing is ever under way."""
+        del device
+
+    def synchronize_all(self) -> None:
+        """Nothing is ever under way."""
+
+    def download(self, device: torch.device, copies: Sequence[tuple[int, torch.Tensor]]) -> None:
+        """From one place of the host's memory to another."""
+        del device
+        for address, tensor in copies:
+            ctypes.memmove(address, tensor.data_ptr(), tensor.nbytes)
+
+    def prepare_copies(
+        self, runs: ByteRuns, device: torch.device, *, source_stays: bool, targets_stay: bool
+    ) -> HostCopies:
+        """Views of memory, made once."""
+        del device
+        return HostCopies(runs, source_stays=source_stays, targets_stay=targets_stay)
 
 
 class CpuDevice:
     """Host memory behind the same protocol as a GPU."""
 
-    backend = "gloo"
+    name = "CPU"
+    backend = CpuType.backend
+    known_by_identity = False
 
     def __init__(self, rank: int) -> None:
         self.torch_device = torch.device("cpu")
@@ -33,10 +84,10 @@ class CpuDevice:
     def pci_address(self) -> None:
         """The CPU is no PCI device."""
 
-    def memory(self) -> tuple[int, int]:
-        """Free and total bytes of host memory."""
-        page = os.sysconf("SC_PAGE_SIZE")
-        return os.sysconf("SC_AVPHYS_PAGES") * page, os.sysconf("SC_PHYS_PAGES") * page
+    def memory(self, *, reclaim: bool = True) -> tuple[int, int]:
+        """Bytes of host memory that can still be taken, and all that the host has."""
+        del reclaim
+        return free_host_memory().nbytes, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
     def allocate(self, nbytes: int) -> CpuStaging:
         """Allocates shared memory.
@@ -56,16 +107,41 @@ class CpuDevice:
             return map_segments(self, memory, descriptors)
         return map_host_memory(memory, descriptors)
 
+    def import_block(self, allocation: Allocation, descriptor: int | None) -> CpuMapped:
+        """Maps host memory that a trainer shares.
+
+        Raises:
+            LinkError: it is memory of a GPU, or smaller than was said.
+        """
+        if descriptor is None:
+            raise LinkError("the parameter server's tensors stay on a GPU, but this engine worker runs on the CPU")
+        return map_block(descriptor, allocation.nbytes)
+
     def pin(self, buffer: torch.Tensor) -> CpuPinned:
         """Nothing to do: the CPU copies from any memory at full speed."""
         del buffer
         return CpuPinned()
+
+    def find_block(self, tensor: torch.Tensor) -> Block:
+        """The storage that a tensor lies in, if that was made to be shared (`Tensor.share_memory_`).
+
+        Raises:
+            UnsupportedTensorError: it was not.
+        """
+        storage = tensor.untyped_storage()
+        if not storage.is_shared():
+            raise UnsupportedTensorError("it lies in memory of its own process alone; see torch's share_memory_")
+        theirs, nbytes = cast("Any", storage)._share_fd_cpu_()  # as torch.multiprocessing does
+        return Block(storage.data_ptr(), int(nbytes), os.fstat(theirs).st_ino, descriptor=os.dup(theirs))
 
     def stream(self) -> CpuStream:
         """A stream whose work is done when the call returns."""
         return CpuStream()
 
     def synchronize(self) -> None:
+        """Nothing is ever under way."""
+
+    def synchronize_all(self) -> None:
         """Nothing is ever under way."""
 
 

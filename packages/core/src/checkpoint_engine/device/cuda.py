@@ -8,13 +8,21 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import os
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
+from torch.cuda import nccl
 
-from checkpoint_engine.device.base import Event, Memory
+from checkpoint_engine.device.base import Event
+from checkpoint_engine.device.blocks import Block
+from checkpoint_engine.device.copy_calls import load_copy_calls
+from checkpoint_engine.device.cuda_blocks import HANDLE_BYTES, CudaBlocks
+from checkpoint_engine.device.cuda_copies import CudaCopies
 from checkpoint_engine.device.host_memory import CpuMapped, map_host_memory
+from checkpoint_engine.device.memory import Allocation, CudaMemory, HostMemory, Memory, SharedSegments
 from checkpoint_engine.device.pages import TOUCH_TO_READ, advise
 from checkpoint_engine.device.segments import MappedSegments, map_segments
 from checkpoint_engine.errors import (
@@ -25,25 +33,84 @@ from checkpoint_engine.errors import (
     MissingDependencyError,
     SettingError,
 )
-from checkpoint_engine.link.messages import CudaMemory, HostMemory, SharedSegments
+from checkpoint_engine.planning.byte_runs import ByteRuns
+
+__all__ = ["CudaDevice", "CudaEvent", "CudaMapped", "CudaPinned", "CudaStaging", "CudaStream", "CudaType", "check"]
 
 _PCI_TEXT_BYTES = 32
-_HANDLE_BYTES = 64  # sizeof(cudaIpcMemHandle_t), which the bindings keep opaque
+
+
+class CudaType:
+    """GPUs that torch reaches by CUDA."""
+
+    name = "cuda"
+    backend = "nccl"
+
+    def backend_version(self) -> str:
+        """Of the NCCL that torch brings."""
+        return ".".join(map(str, nccl.version()))
+
+    def count(self) -> int:
+        """As torch sees them; `CUDA_VISIBLE_DEVICES` counts."""
+        return torch.cuda.device_count()
+
+    def open(self, index: int, rank: int) -> CudaDevice:
+        """The GPU of that number.
+
+        Raises:
+            SettingError: there is none.
+            MissingDependencyError: the bindings are not installed.
+        """
+        del rank
+        return CudaDevice(index)
+
+    def synchronize(self, device: torch.device) -> None:
+        """Waits for the current stream only."""
+        torch.cuda.current_stream(device).synchronize()
+
+    def synchronize_all(self) -> None:
+        """Waits for all streams of the current GPU, if this process uses one."""
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+
+    def download(self, device: torch.device, copies: Sequence[tuple[int, torch.Tensor]]) -> None:
+        """In batches: a thread that copied one after the other would wait for each.
+
+        Raises:
+            CheckpointEngineError: the driver refuses.
+        """
+        targets, sources, sizes = (
+            torch.tensor(column, dtype=torch.int64, device=torch.device("cpu"))
+            for column in zip(*((address, tensor.data_ptr(), tensor.nbytes) for address, tensor in copies), strict=True)
+        )
+        with torch.cuda.device(device):
+            stream = torch.cuda.Stream(device)
+            load_copy_calls().copy(targets, sources, sizes, stream.cuda_stream)
+            stream.synchronize()
+
+    def prepare_copies(
+        self, runs: ByteRuns, device: torch.device, *, source_stays: bool, targets_stay: bool
+    ) -> CudaCopies:
+        """Arrays of addresses, worked out anew for every block and every set of tensors unless both stay."""
+        return CudaCopies(runs, device, stay=source_stays and targets_stay)
 
 
 class CudaDevice:
     """One GPU of this process."""
 
-    backend = "nccl"
+    backend = CudaType.backend
+    known_by_identity = True
 
     def __init__(self, index: int) -> None:
         count = torch.cuda.device_count()
         if not 0 <= index < count:
             raise SettingError(f"there is no CUDA device {index}; torch sees {count} (CUDA_VISIBLE_DEVICES?)")
-        self._runtime = load_runtime()
+        self._runtime = _load_runtime()
+        self._blocks = CudaBlocks(self._runtime)
         self.torch_device = torch.device("cuda", index)
         torch.cuda.set_device(self.torch_device)
         properties = cast("Any", torch.cuda.get_device_properties(index))  # pyright: ignore[reportUnknownMemberType]
+        self.name: str = properties.name
         self.identity = f"GPU-{properties.uuid}"
 
     def active(self) -> AbstractContextManager[object]:
@@ -56,9 +123,10 @@ class CudaDevice:
         failed = error != self._runtime.cudaError_t.cudaSuccess
         return None if failed else text.rstrip(b"\0").decode()
 
-    def memory(self) -> tuple[int, int]:
-        """Free and total bytes; what torch caches in this process but does not use is given back first."""
-        torch.cuda.empty_cache()
+    def memory(self, *, reclaim: bool = True) -> tuple[int, int]:
+        """Free and total bytes."""
+        if reclaim:
+            torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(self.torch_device)
 
     def allocate(self, nbytes: int) -> CudaStaging:
@@ -83,6 +151,21 @@ class CudaDevice:
         with torch.cuda.device(self.torch_device):
             return CudaMapped(self._runtime, self.torch_device, memory)
 
+    def import_block(self, allocation: Allocation, descriptor: int | None) -> CudaMapped:
+        """Maps memory of this GPU, or of one that it reaches.
+
+        Raises:
+            LinkError: it is none.
+        """
+        if descriptor is not None:
+            os.close(descriptor)
+            raise LinkError(
+                "the parameter server's tensors stay in host memory of its own, which this engine's GPU cannot copy "
+                "from; register them without in_place=True"
+            )
+        with torch.cuda.device(self.torch_device):
+            return CudaMapped(self._runtime, self.torch_device, CudaMemory(allocation.nbytes, allocation.handle))
+
     def pin(self, buffer: torch.Tensor) -> CudaPinned:
         """Registers host memory with the driver.
 
@@ -92,6 +175,15 @@ class CudaDevice:
         with torch.cuda.device(self.torch_device):
             return CudaPinned(self._runtime, buffer)
 
+    def find_block(self, tensor: torch.Tensor) -> Block:
+        """The allocation that a tensor lies in, with the driver's handle of it.
+
+        Raises:
+            UnsupportedTensorError: the driver cannot hand it out.
+        """
+        with torch.cuda.device(self.torch_device):
+            return self._blocks.find(tensor)
+
     def stream(self) -> CudaStream:
         """A new stream of this GPU."""
         return CudaStream(self._runtime, self.torch_device)
@@ -99,6 +191,10 @@ class CudaDevice:
     def synchronize(self) -> None:
         """Waits for the current stream only."""
         torch.cuda.current_stream(self.torch_device).synchronize()
+
+    def synchronize_all(self) -> None:
+        """Waits for all streams of this process."""
+        torch.cuda.synchronize(self.torch_device)
 
 
 class CudaStaging:
@@ -114,7 +210,7 @@ class CudaStaging:
                 f"({_describe(runtime, error)})"
             )
         handle = check(runtime, runtime.cudaIpcGetMemHandle(self._pointer), "making the GPU memory shareable")
-        self.memory: Memory = CudaMemory(nbytes, ctypes.string_at(handle.getPtr(), _HANDLE_BYTES))
+        self.memory: Memory = CudaMemory(nbytes, ctypes.string_at(handle.getPtr(), HANDLE_BYTES))
         self.descriptors: tuple[int, ...] = ()
         self.tensor = _as_tensor(self._pointer, nbytes, device)
 
@@ -131,10 +227,10 @@ class CudaMapped:
 
     def __init__(self, runtime: Any, device: torch.device, memory: CudaMemory) -> None:
         self._runtime = runtime
-        if len(memory.handle) != _HANDLE_BYTES:
-            raise LinkError(f"a CUDA IPC handle has {_HANDLE_BYTES} bytes, {len(memory.handle)} came")
+        if len(memory.handle) != HANDLE_BYTES:
+            raise LinkError(f"a CUDA IPC handle has {HANDLE_BYTES} bytes, {len(memory.handle)} came")
         handle = runtime.cudaIpcMemHandle_t()
-        ctypes.memmove(handle.getPtr(), memory.handle, _HANDLE_BYTES)
+        ctypes.memmove(handle.getPtr(), memory.handle, HANDLE_BYTES)
         error, self._pointer = runtime.cudaIpcOpenMemHandle(handle, runtime.cudaIpcMemLazyEnablePeerAccess)
         if error != runtime.cudaError_t.cudaSuccess:
             raise LinkError(
@@ -241,7 +337,7 @@ class _DeviceArray:
         }
 
 
-def load_runtime() -> Any:
+def _load_runtime() -> Any:
     """The module `cuda.bindings.runtime`.
 
     Raises:

@@ -7,10 +7,11 @@ import os
 
 import torch
 
-from checkpoint_engine.device.base import Memory
+from checkpoint_engine.device.memory import HostMemory, Memory
 from checkpoint_engine.device.pages import map_shared
 from checkpoint_engine.errors import LinkError
-from checkpoint_engine.link.messages import HostMemory
+
+__all__ = ["CpuMapped", "map_block", "map_host_memory", "view_of"]
 
 
 class CpuMapped:
@@ -43,6 +44,21 @@ def map_host_memory(memory: Memory, descriptors: tuple[int, ...]) -> CpuMapped:
     finally:
         for descriptor in descriptors:
             os.close(descriptor)
+
+
+def map_block(descriptor: int, nbytes: int) -> CpuMapped:
+    """Maps memory that a trainer allocated and shares; closes the descriptor. Whoever allocated it may yet shrink it.
+
+    Raises:
+        LinkError: it is smaller than was said.
+    """
+    try:
+        size = os.fstat(descriptor).st_size
+        if size < nbytes:
+            raise LinkError(f"a block of a trainer's memory has {size} bytes, {nbytes} were announced")
+        return CpuMapped(view_of(descriptor, nbytes))
+    finally:
+        os.close(descriptor)
 
 
 def _cannot_shrink(descriptor: int) -> bool:

@@ -8,6 +8,19 @@ import os
 import weakref
 from typing import Any
 
+__all__ = [
+    "COLLAPSE",
+    "HUGE",
+    "HUGE_PAGE",
+    "REMOVE",
+    "TOUCH_TO_READ",
+    "TOUCH_TO_WRITE",
+    "advise",
+    "map_read_only",
+    "map_shared",
+    "unmap",
+]
+
 HUGE_PAGE = 2 << 20
 """Bytes."""
 

@@ -16,6 +16,8 @@ from checkpoint_engine.deadline import Deadline
 from checkpoint_engine.device.base import Device, Pinned
 from checkpoint_engine.errors import DeadlineError
 
+__all__ = ["Registration"]
+
 logger = logging.getLogger(__name__)
 
 _THREADS = 4
@@ -49,7 +51,7 @@ class Registration:
         except FutureTimeoutError:
             raise DeadlineError(
                 f"registering segment {number} of the ranks' host memory with the device did not end within "
-                f"{deadline.seconds:g} s; --method broadcast does without"
+                f"{deadline.said}; --method broadcast does without"
             ) from None
 
     def close(self) -> None:

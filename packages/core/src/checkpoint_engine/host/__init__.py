@@ -1,1 +1,1 @@
-"""Checkpoints in host memory: segments, what fills them, and the store that keeps them."""
+"""What this machine is like: memory, NUMA nodes, network cards."""

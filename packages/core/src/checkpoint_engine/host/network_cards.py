@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,12 +10,25 @@ import msgspec
 
 from checkpoint_engine.errors import SettingError
 
+__all__ = [
+    "DEVICES_VARIABLE",
+    "NCCL_VARIABLE",
+    "Card",
+    "cards_for_gpu",
+    "find_cards",
+    "find_gpus",
+    "gpu_of_host",
+    "select_cards",
+]
+
 DEVICES_VARIABLE = "PS_P2P_STORE_RDMA_DEVICES"
 NCCL_VARIABLE = "NCCL_IB_HCA"
 _SYSTEM = Path("/sys/class/infiniband")
 _DRIVER = Path("/proc/driver/nvidia/gpus")
 _AMAZON = "0x1d0f"
 _GIGABIT = 1e9 / 8
+
+_log = logging.getLogger(__name__)
 
 
 class Card(msgspec.Struct, frozen=True):
@@ -48,7 +62,7 @@ def select_cards(cards: Sequence[Card], devices: str | None = None, nccl_hca: st
             leading `=` asks for whole names, `^` for all others, `^=` for both. Ignored if `devices` is given.
 
     Raises:
-        SettingError: a name that is asked for does not exist, or the syntax is wrong.
+        SettingError: a device of `PS_P2P_STORE_RDMA_DEVICES` does not exist, or the syntax is wrong.
     """
     if devices:
         chosen = _by_name(cards, devices)
@@ -125,7 +139,10 @@ def _by_nccl(cards: Sequence[Card], text: str) -> list[Card]:
         return [card for card in cards if card.active and card not in matched]
     if not matched and cards:
         there = ", ".join(f"{card.device}:{card.port}" for card in cards)
-        raise SettingError(f"{NCCL_VARIABLE}={text!r} matches no RDMA device of this host: {there}")
+        _log.warning(
+            "%s=%r matches no RDMA device of this host; as in NCCL, all are used: %s", NCCL_VARIABLE, text, there
+        )
+        return [card for card in cards if card.active]
     # In the user's order, which is how NCCL's users say which GPU has which card.
     order = {card: _first_match(card, patterns, exact) for card in matched}
     return sorted((card for card in matched if card.active or exact), key=lambda card: order[card])

@@ -12,22 +12,31 @@ import logging
 import os
 from collections.abc import Callable, Generator
 from pathlib import Path
+from typing import Protocol
 
-from checkpoint_engine.device.base import Device
+__all__ = ["OnBus", "memory_nodes", "node_of", "on_node_of", "parse_list", "taking_turns"]
 
 logger = logging.getLogger(__name__)
 
 _SYS = Path("/sys")
 
 
+class OnBus(Protocol):
+    """A device that may sit on the PCI bus."""
+
+    def pci_address(self) -> str | None:
+        """Where it sits, such as `0000:1b:00.0`; None if it is no PCI device."""
+        ...
+
+
 @contextlib.contextmanager
-def near(device: Device, sys: Path | None = None) -> Generator[None]:
+def on_node_of(device: OnBus, sys: Path | None = None) -> Generator[None]:
     """Within it, this thread and those that it starts run on the processors of the device's node.
 
     Does nothing where there is one node, or nobody knows the device's, or this process may not use its processors.
     """
     allowed = frozenset(os.sched_getaffinity(0))
-    wanted = _processors_near(device, sys or _SYS) & allowed
+    wanted = _processors_of(device, sys or _SYS) & allowed
     if not wanted or wanted == allowed:
         yield
         return
@@ -42,7 +51,7 @@ def taking_turns(sys: Path | None = None) -> Callable[[], None]:
     """What each thread of a pool calls first: it then runs on the next of the nodes that this thread may use.
 
     What the pool fills is then spread evenly over the nodes, piece by piece. Every GPU reads out of all of a direct
-    update's memory, so that no node is near all readers. Does nothing where there is one node, and within `near`.
+    update's memory, so that no node is near all readers. Does nothing where there is one node, and within `on_node_of`.
     """
     allowed = os.sched_getaffinity(0)
     nodes = [mine for processors in memory_nodes(sys or _SYS).values() if (mine := processors & allowed)]
@@ -84,7 +93,7 @@ def parse_list(text: str) -> frozenset[int]:
     return frozenset(numbers)
 
 
-def _processors_near(device: Device, sys: Path) -> frozenset[int]:
+def _processors_of(device: OnBus, sys: Path) -> frozenset[int]:
     nodes = memory_nodes(sys)
     address = device.pci_address() if len(nodes) > 1 else None
     node = node_of(address, sys) if address is not None else None

@@ -7,15 +7,12 @@ MessagePack with a length in front; every wait has a deadline and can be cancell
 
 from __future__ import annotations
 
-import contextlib
 import hmac
 import os
 import secrets
 import select
-import shutil
 import socket
 import struct
-import tempfile
 from pathlib import Path
 from types import TracebackType
 from typing import Generic, TypeVar
@@ -24,9 +21,13 @@ from urllib.parse import urlsplit
 import msgspec
 from typing_extensions import Self
 
+from checkpoint_engine import limits
 from checkpoint_engine.deadline import Cancel, Deadline
 from checkpoint_engine.errors import DeadlineError, LinkClosedError, LinkError, LinkRefusedError, SettingError
 from checkpoint_engine.link.messages import PROTOCOL, FromReceiver, FromSender, Hello
+from checkpoint_engine.owned_directory import OwnedDirectory
+
+__all__ = ["Channel", "Listener", "ReceiverChannel", "SenderChannel", "connect"]
 
 _HEADER = struct.Struct("!Q")
 _CREDENTIALS = struct.Struct("3i")
@@ -37,13 +38,15 @@ _LARGEST_HELLO = 1 << 12
 _MOST_DESCRIPTORS = 253
 """The kernel takes no more in one call; a direct update sends one for each segment."""
 _POLL_MS = 100
+_MOST_CALLERS = 64
+"""Connections that are waited for at a time to say who they are."""
 _SCHEME = "ce-link"
 
-Sent = TypeVar("Sent")
+_Sent = TypeVar("_Sent")
 Received = TypeVar("Received")
 
 
-class Channel(Generic[Sent, Received]):
+class Channel(Generic[_Sent, Received]):
     """One end of a connected channel. Not for use by several threads at once."""
 
     def __init__(self, connection: socket.socket, receives: object, cancel: Cancel | None = None) -> None:
@@ -53,9 +56,10 @@ class Channel(Generic[Sent, Received]):
         self._encoder = msgspec.msgpack.Encoder()
         self.cancel = cancel or Cancel()
         self._descriptors: list[int] = []
-        _check_peer_user(connection)
+        self.peer = _check_peer(connection)
+        """Number of the process at the other end; 0 if it cannot be seen from here."""
 
-    def send(self, message: Sent, deadline: Deadline, descriptors: tuple[int, ...] = ()) -> None:
+    def send(self, message: _Sent, deadline: Deadline, descriptors: tuple[int, ...] = ()) -> None:
         """Sends one message, with open file descriptors if given; they stay open here.
 
         Raises:
@@ -96,6 +100,10 @@ class Channel(Generic[Sent, Received]):
             return self._decoder.decode(body)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise LinkError(f"not a message of protocol {PROTOCOL}: {error}") from error
+
+    def fileno(self) -> int:
+        """Descriptor of the connection."""
+        return self._socket.fileno()
 
     def ready(self) -> bool:
         """Whether `receive` would find something at once."""
@@ -172,10 +180,17 @@ class Listener:
     """Waits for one engine worker. `handle` tells the worker where to connect, and proves that we told it."""
 
     def __init__(self, directory: Path | None = None) -> None:
-        self._directory = Path(tempfile.mkdtemp(prefix="checkpoint-engine-", dir=directory))
         self._token = secrets.token_urlsafe(32)
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        path = self._directory / "link"
+        try:
+            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        except OSError as error:
+            raise SettingError(f"cannot open a link: {error.strerror}; raise the limit (ulimit -n)") from error
+        try:
+            self._directory = OwnedDirectory("link", directory)
+        except SettingError:
+            self._socket.close()
+            raise
+        path = self._directory.path / "link"
         try:
             self._socket.bind(str(path))
         except OSError as error:
@@ -193,41 +208,67 @@ class Listener:
             DeadlineError: none came in time.
             LinkRefusedError: the worker holds the token but speaks another protocol.
         """
-        while True:
-            cancel.check()
-            deadline.check(waiting_for)
-            if not _poll(self._socket, select.POLLIN, deadline.milliseconds(_POLL_MS)):
-                continue
-            connection, _ = self._socket.accept()
-            try:
-                channel = SenderChannel(connection, FromReceiver, cancel)
-            except LinkRefusedError:
-                connection.close()
-                continue
-            try:
-                hello = channel.receive(Deadline(min(5.0, deadline.remaining)), "a greeting", largest=_LARGEST_HELLO)
-            except (LinkError, DeadlineError):
+        callers: dict[SenderChannel, Deadline] = {}
+        try:
+            while True:
+                cancel.check()
+                deadline.check(waiting_for)
+                self._let_in(callers, cancel, deadline.milliseconds(_POLL_MS))
+                for channel in [channel for channel in callers if channel.ready()]:
+                    del callers[channel]
+                    hello = self._greeting(channel)
+                    if hello is not None:
+                        return channel, hello
+        finally:
+            for channel in callers:
                 channel.close()
-                continue
-            except BaseException:
-                channel.close()
-                raise
-            if isinstance(hello, Hello) and hmac.compare_digest(hello.token.encode(), self._token.encode()):
-                if hello.protocol != PROTOCOL:
-                    channel.close()
-                    raise LinkRefusedError(
-                        f"the engine worker on {hello.device} speaks link protocol {hello.protocol} ("
-                        f"checkpoint-engine-core {hello.library}), this side {PROTOCOL}; install matching versions in "
-                        "both environments"
-                    )
-                return channel, hello
+
+    def _let_in(self, callers: dict[SenderChannel, Deadline], cancel: Cancel, milliseconds: int) -> None:
+        """Waits until somebody connects or speaks; who has been silent for too long goes, so that others find room."""
+        for channel in [channel for channel, patience in callers.items() if patience.expired]:
+            del callers[channel]
             channel.close()
+        poller = select.poll()
+        for readable in (*callers, *([self._socket] if len(callers) < _MOST_CALLERS else [])):
+            poller.register(readable, select.POLLIN)
+        found = dict(poller.poll(milliseconds))
+        if self._socket.fileno() not in found:
+            return
+        connection, _ = self._socket.accept()
+        try:
+            callers[SenderChannel(connection, FromReceiver, cancel)] = Deadline(limits.GREETING)
+        except LinkRefusedError:
+            connection.close()
+
+    def _greeting(self, channel: SenderChannel) -> Hello | None:
+        """That of a worker which shows the token; None of others, which are turned away.
+
+        Raises:
+            LinkRefusedError: it holds the token but speaks another protocol.
+        """
+        try:
+            hello = channel.receive(Deadline(limits.LAST_WORD), "a greeting", largest=_LARGEST_HELLO)
+        except (LinkError, DeadlineError):
+            channel.close()
+            return None
+        except BaseException:
+            channel.close()
+            raise
+        if not isinstance(hello, Hello) or not hmac.compare_digest(hello.token.encode(), self._token.encode()):
+            channel.close()
+            return None
+        if hello.protocol == PROTOCOL:
+            return hello
+        channel.close()
+        raise LinkRefusedError(
+            f"the engine worker on {hello.device} speaks link protocol {hello.protocol} (checkpoint-engine-core "
+            f"{hello.library}), this side {PROTOCOL}; install matching versions in both environments"
+        )
 
     def close(self) -> None:
         """Stops listening and removes the socket."""
         self._socket.close()
-        with contextlib.suppress(OSError):
-            shutil.rmtree(self._directory)
+        self._directory.close()
 
 
 def connect(handle: str, deadline: Deadline, cancel: Cancel | None = None) -> tuple[ReceiverChannel, str]:
@@ -259,11 +300,12 @@ def connect(handle: str, deadline: Deadline, cancel: Cancel | None = None) -> tu
         ) from error
 
 
-def _check_peer_user(connection: socket.socket) -> None:
+def _check_peer(connection: socket.socket) -> int:
     credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    _, user, _ = _CREDENTIALS.unpack(credentials)
+    process, user, _ = _CREDENTIALS.unpack(credentials)
     if user != os.geteuid():
         raise LinkRefusedError(f"the other side of the link runs as user {user}, this one as {os.geteuid()}")
+    return process
 
 
 def _poll(connection: socket.socket, event: int, milliseconds: int) -> bool:

@@ -11,8 +11,10 @@ import socket
 
 from checkpoint_engine.deadline import Deadline
 
+__all__ = ["MappingLease"]
 
-class Lease:
+
+class MappingLease:
     """One end. `end` may be called by any thread; all other calls from one only."""
 
     def __init__(self, connection: socket.socket) -> None:

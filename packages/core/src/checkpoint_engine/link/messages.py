@@ -22,29 +22,51 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from typing import Literal
 
 import msgspec
 
-PROTOCOL = 1
+from checkpoint_engine.catalog import ShardPlace
+from checkpoint_engine.contract.modes import WireMode
+from checkpoint_engine.device.memory import Memory
+
+__all__ = [
+    "PROTOCOL",
+    "WORKER_NAME",
+    "Abort",
+    "Aborted",
+    "Accepted",
+    "Begin",
+    "Buckets",
+    "Failed",
+    "Finish",
+    "Finished",
+    "FromReceiver",
+    "FromSender",
+    "Hello",
+    "Load",
+    "Loaded",
+    "TensorSlice",
+    "Wanted",
+    "decode_buckets",
+    "encode_buckets",
+    "name_of_layout",
+]
+
+PROTOCOL = 2
 """Raised whenever a message changes its meaning; both sides must state the same."""
 
 WORKER_NAME = "worker:"
 """With its place among the engine's workers, names a worker whose device the sender does not know."""
 
-ReloadMode = Literal["auto", "plan", "loader", "verify"]
-"""How tensors get from a bucket into the engine: by the reload plan as far as it reaches (`auto`), by nothing but the
-plan (`plan`), or by the engine's own loader (`loader`). With `verify` they do not: the engine's weights are compared
-with what they would become, and nothing changes. (A receiver that does not know it refuses it.)"""
 
-
-class TensorSlice(msgspec.Struct, frozen=True, array_like=True):
-    """A whole tensor, `offset` bytes into its bucket."""
+class TensorSlice(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A tensor, or a shard of the shape that is told, `offset` bytes into its bucket."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     offset: int
+    shard: ShardPlace | None = None
 
 
 Buckets = tuple[tuple[TensorSlice, ...], ...]
@@ -72,39 +94,6 @@ def name_of_layout(buckets: msgspec.Raw) -> str:
     return hashlib.sha256(buckets).hexdigest()[:32]
 
 
-class HostMemory(msgspec.Struct, frozen=True, tag=True):
-    """Staging in host memory; its file descriptor comes with the message.
-
-    `lease` names this very allocation if the receiver may keep it mapped after the update; else it is empty.
-    """
-
-    nbytes: int
-    lease: str = ""
-
-
-class CudaMemory(msgspec.Struct, frozen=True, tag=True):
-    """Staging on the GPU that both sides share: a raw `cudaIpcMemHandle_t` of 64 bytes. `lease` as above."""
-
-    nbytes: int
-    handle: bytes
-    lease: str = ""
-
-
-class SharedSegments(msgspec.Struct, frozen=True, tag=True):
-    """Host memory of the parameter server's ranks, from which the worker copies; a file descriptor for each.
-
-    `lease` names these very segments if the receiver may keep them mapped after the update; else it is empty.
-    """
-
-    sizes: tuple[int, ...]
-    lease: str = ""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all of them."""
-        return sum(self.sizes)
-
-
 Wanted = tuple[tuple[int, int], ...] | None
 """Ranges (start, bytes) of a bucket that a receiver will read; None for all of it."""
 
@@ -120,6 +109,9 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
     pid: int
     layouts: tuple[str, ...] = ()
     """Names of buckets that it has been told of and need not be told again."""
+    holds: str | None = None
+    """Names the update that brought what it last held whole (`name_of_update`); empty for those of its start, None if
+    it does not tell."""
 
 
 class Begin(msgspec.Struct, frozen=True, tag=True):
@@ -134,9 +126,10 @@ class Begin(msgspec.Struct, frozen=True, tag=True):
     update_id: str
     checkpoint: str
     version: str
-    staging: HostMemory | CudaMemory | SharedSegments
+    staging: Memory
     buckets: msgspec.Raw
-    reload: ReloadMode = "auto"
+    reload: WireMode = "auto"
+    """A receiver that does not know it refuses it."""
     layout: str = ""
     away: tuple[int, ...] = ()
     """Buckets that are to be fetched from other hosts: the receiver says what it wants of them."""
@@ -180,7 +173,7 @@ class Loaded(msgspec.Struct, frozen=True, tag=True):
 
 
 class Finished(msgspec.Struct, frozen=True, tag=True):
-    """The engine holds exactly this version. `details` are the adapter's own figures, for people."""
+    """The engine holds exactly this version. `details` are its sink's figures; see `contract.figures`."""
 
     version: str
     seconds: float
@@ -194,6 +187,10 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     error: str
     message: str
     dirty: bool
+    complete: bool = False
+    """Whether it holds the update's weights all the same: what failed came after them."""
+    traceback: str = ""
+    """Where it failed, as Python prints it."""
 
 
 class Aborted(msgspec.Struct, frozen=True, tag=True):

@@ -6,13 +6,17 @@ split. The result is a pure function of the catalog and the bucket size: every r
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 
 import msgspec
 
 from checkpoint_engine.catalog import Catalog, Holding, TensorEntry
 from checkpoint_engine.errors import TensorTooLargeError
+from checkpoint_engine.planning.copies import choose_holders
+
+__all__ = ["ALIGNMENT", "Bucket", "BucketPlan", "align_down", "align_up", "largest_bucket_needed", "plan_buckets"]
 
 ALIGNMENT = 256
 """Bytes; device copies and vectorised kernels like addresses that are multiples of this."""
@@ -62,7 +66,7 @@ class BucketPlan(msgspec.Struct, frozen=True):
 
 
 def plan_buckets(catalog: Catalog, bucket_size: int, *, largest_allowed: int | None = None) -> BucketPlan:
-    """Cuts every segment into buckets and lets the owners take turns.
+    """Cuts every segment into buckets and lets the owners take turns; what several hold is in one bucket only.
 
     Args:
         catalog: What is to be sent.
@@ -73,11 +77,12 @@ def plan_buckets(catalog: Catalog, bucket_size: int, *, largest_allowed: int | N
         TensorTooLargeError: a tensor needs a bucket larger than `largest_allowed`.
     """
     size = align_up(bucket_size)
+    catalog = choose_holders(catalog)
     largest_bucket_needed(catalog, largest_allowed)
     per_owner = [list(_cut_holding(holding, size)) for holding in catalog.holdings]
     # Owners take turns so that all of them bring buckets to their devices at the same time.
     in_turn = tuple(bucket for turn in zip_longest(*per_owner) for bucket in turn if bucket is not None)
-    return BucketPlan(bucket_size=size, buckets=in_turn)
+    return BucketPlan(bucket_size=size, buckets=_tensor_by_tensor(in_turn))
 
 
 def largest_bucket_needed(catalog: Catalog, largest_allowed: int | None = None) -> int:
@@ -97,6 +102,24 @@ def largest_bucket_needed(catalog: Catalog, largest_allowed: int | None = None) 
             "raise PS_MAX_BUCKET_SIZE_GB or free device memory"
         )
     return needed
+
+
+def _tensor_by_tensor(buckets: Sequence[Bucket]) -> tuple[Bucket, ...]:
+    """Has buckets that hold shards of one tensor follow each other, so that few tensors are in the making at a time."""
+    holding: dict[str, list[int]] = {}
+    for index, bucket in enumerate(buckets):
+        for tensor in bucket.tensors:
+            if tensor.shard is not None:
+                holding.setdefault(tensor.name, []).append(index)
+    ordered: dict[int, None] = {}
+    for first in range(len(buckets)):
+        queue = deque([first])
+        while queue:
+            index = queue.popleft()
+            if index not in ordered:
+                ordered[index] = None
+                queue.extend(other for t in buckets[index].tensors if t.shard for other in holding.pop(t.name, ()))
+    return tuple(buckets[index] for index in ordered)
 
 
 def _cut_holding(holding: Holding, bucket_size: int) -> Iterator[Bucket]:

@@ -1,28 +1,31 @@
 """The byte runs that a GPU needs out of each segment: a reload plan, once it is known where every tensor lies.
 
 A run is a row of bytes, or rows of equal width that lie apart, as one call of a driver copies them. Pure: the columns
-are tensors on the CPU, because a hundred thousand runs are too many for a loop.
+of `Runs` are tensors on the CPU, because a hundred thousand runs are too many for a loop.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
 
 import torch
 
+__all__ = ["Box", "ByteRuns", "CopyLayout", "PlannedCopy", "Run", "Runs", "box_of", "plan_byte_runs"]
+
 _HERE = torch.device("cpu")
 """Engines plan inside a context that makes another device the default."""
-
-_SEGMENT, _SOURCE, _TARGET, _PLACE, _WIDTH, _HEIGHT, _SOURCE_PITCH, _PLACE_PITCH = range(8)
 
 _Dimension = tuple[int, int, int]
 """Size, and steps in bytes in the target and in the source."""
 
+_Found = tuple[int, int, int, int, int]
+"""Of a copy: its segment, where in it, its target, where in that, and the copy's number."""
 
-class Layout(NamedTuple):
+
+class CopyLayout(NamedTuple):
     """How the elements of a copy lie: strides in elements of `item` bytes; the same for thousands of copies."""
 
     shape: tuple[int, ...]
@@ -31,59 +34,130 @@ class Layout(NamedTuple):
     item: int
 
 
-class Copy(NamedTuple):
-    """One copy of a reload plan: from byte `source` of a segment to byte `place` of a target."""
+class PlannedCopy(NamedTuple):
+    """One copy of a reload plan: from byte `source` of a segment to byte `offset` of a target."""
 
     segment: int
     source: int
     target: int
     """A number that the caller gives it."""
-    place: int
-    layout: Layout
+    offset: int
+    layout: CopyLayout
 
 
 class Box(NamedTuple):
-    """Rows of `width` bytes, `height` at a time; each of `corners` (place, source) starts so many of them."""
+    """Rows of `width` bytes, `height` at a time; each of `corners` (offset, source) starts so many of them."""
 
     width: int
     height: int
-    place_pitch: int
+    target_pitch: int
     source_pitch: int
     corners: tuple[tuple[int, int], ...]
+
+
+class Run(NamedTuple):
+    """`height` rows of `width` bytes, from byte `source` of a segment to byte `offset` of a target.
+
+    Each row begins `source_pitch` bytes behind the one before it in the segment, and `target_pitch` in the target.
+    """
+
+    segment: int
+    source: int
+    target: int
+    offset: int
+    width: int
+    height: int
+    source_pitch: int
+    target_pitch: int
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Any number of runs by columns, each 1-D int64 on the CPU and as long as the others; see `Run`."""
+
+    segment: torch.Tensor
+    source: torch.Tensor
+    target: torch.Tensor
+    offset: torch.Tensor
+    width: torch.Tensor
+    height: torch.Tensor
+    source_pitch: torch.Tensor
+    target_pitch: torch.Tensor
+
+    @classmethod
+    def joined(cls, parts: Sequence[Runs]) -> Runs:
+        """One part after the other."""
+        return cls(*(torch.cat(columns) for columns in zip(*(part.columns for part in parts), strict=True)))
+
+    @property
+    def columns(self) -> tuple[torch.Tensor, ...]:
+        """In the order of `Run`."""
+        return (
+            self.segment,
+            self.source,
+            self.target,
+            self.offset,
+            self.width,
+            self.height,
+            self.source_pitch,
+            self.target_pitch,
+        )
+
+    def __len__(self) -> int:
+        return len(self.segment)
+
+    def __iter__(self) -> Iterator[Run]:
+        return map(Run._make, zip(*map(_numbers, self.columns), strict=True))
+
+    def __getitem__(self, chosen: torch.Tensor | slice) -> Runs:
+        """Some of them, by number or by a mask."""
+        return Runs(*(column[chosen] for column in self.columns))
+
+    def repeated(self, times: torch.Tensor) -> Runs:
+        """Each so many times in a row."""
+        return Runs(*(column.repeat_interleave(times) for column in self.columns))
+
+    @property
+    def nbytes(self) -> torch.Tensor:
+        """Of each."""
+        return self.width * self.height
+
+    @property
+    def last(self) -> torch.Tensor:
+        """Where in its segment the last byte of each lies."""
+        return self.source + (self.height - 1) * self.source_pitch + self.width - 1
 
 
 @dataclass(frozen=True)
 class ByteRuns:
     """Runs in order of segment and source."""
 
-    table: torch.Tensor
-    """int64, (runs, 8): segment, source, target, place, width, height, pitch in the source, pitch in the target."""
+    runs: Runs
     apart: tuple[int, ...] = ()
     """Numbers of the copies whose elements do not even make rows; they are in no run."""
 
     def __len__(self) -> int:
-        return len(self.table)
+        return len(self.runs)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all runs."""
-        return int(self.table[:, _WIDTH].dot(self.table[:, _HEIGHT]))
+        return int(self.runs.width.dot(self.runs.height))
 
     def by_segment(self) -> dict[int, int]:
         """Bytes of the runs out of each segment."""
-        segments = self.table[:, _SEGMENT]
-        nbytes = self.table[:, _WIDTH] * self.table[:, _HEIGHT]
+        segments, nbytes = self.runs.segment, self.runs.nbytes
         return {segment: int(nbytes[segments == segment].sum()) for segment in _distinct(segments)}
 
     def spans(self, gap: int = 1) -> list[tuple[int, int, int]]:
         """Ranges (segment, start, bytes) that hold all runs; what is less than `gap` bytes apart is taken as one."""
-        wide = self.table[:, _SOURCE_PITCH] - self.table[:, _WIDTH] >= gap
-        rows = _as_rows(self.table, (self.table[:, _HEIGHT] > 1) & wide)
-        rows = rows[_order(rows[:, _SEGMENT], rows[:, _SOURCE])]
-        starts, ends = rows[:, _SOURCE], _last_bytes(rows) + 1
+        wide = self.runs.source_pitch - self.runs.width >= gap
+        rows = _as_rows(self.runs, (self.runs.height > 1) & wide)
+        order = _order(rows.segment, rows.source)
+        segments, starts, ends = rows.segment[order], rows.source[order], rows.last[order] + 1
         spans: list[tuple[int, int, int]] = []
-        for segment in _distinct(rows[:, _SEGMENT]):
-            mine = rows[:, _SEGMENT] == segment
+        for segment in _distinct(segments):
+            mine = segments == segment
             begin, reach = starts[mine], ends[mine].cummax(0).values
             fresh = torch.ones(len(begin), dtype=torch.bool, device=_HERE)
             fresh[1:] = begin[1:] >= reach[:-1] + gap
@@ -92,31 +166,31 @@ class ByteRuns:
         return spans
 
 
-def plan_byte_runs(copies: Iterable[Copy], edge: int | None = None) -> ByteRuns:
+def plan_byte_runs(copies: Iterable[PlannedCopy], edge: int | None = None) -> ByteRuns:
     """Plans the runs of one GPU.
 
     Args:
         copies: What its reload plan copies; none of them writes what another one writes.
         edge: Segments are registered with the GPU in parts of so many bytes, which no copy may cross; None if whole.
     """
-    by_layout: dict[Layout, list[tuple[int, int, int, int, int]]] = {}
-    for number, (segment, source, target, place, layout) in enumerate(copies):
-        by_layout.setdefault(layout, []).append((segment, source, target, place, number))
-    tables = [torch.empty((0, 8), dtype=torch.int64, device=_HERE)]
+    by_layout: dict[CopyLayout, list[_Found]] = {}
+    for number, (segment, source, target, offset, layout) in enumerate(copies):
+        by_layout.setdefault(layout, []).append((segment, source, target, offset, number))
+    parts: list[Runs] = []
     apart: list[int] = []
     for layout, found in by_layout.items():
         box = box_of(layout)
         if box is None:
             apart += [number for *_, number in found]
         else:
-            tables.append(_table(torch.tensor(found, dtype=torch.int64, device=_HERE), box))
-    table = torch.cat(tables)
-    if not len(table):
-        return ByteRuns(table, tuple(sorted(apart)))
-    return ByteRuns(_merged(table if edge is None else _cut(table, edge), edge), tuple(sorted(apart)))
+            parts.append(_runs_of(found, box))
+    runs = Runs.joined(parts or [_runs_of([], Box(0, 0, 0, 0, ()))])
+    if len(runs):
+        runs = _merged(runs if edge is None else _cut(runs, edge), edge)
+    return ByteRuns(runs, tuple(sorted(apart)))
 
 
-def box_of(layout: Layout) -> Box | None:
+def box_of(layout: CopyLayout) -> Box | None:
     """The rows that make up a copy; None where neighbouring elements are apart on one side."""
     shape, item = layout.shape, layout.item
     steps = [(size, to * item, of * item) for size, of, to in zip(shape, layout.source, layout.target, strict=True)]
@@ -135,10 +209,10 @@ def box_of(layout: Layout) -> Box | None:
         height, to, of = 1, width, width
     corners = (
         (
-            sum(index * step for index, (_, step, _) in zip(place, outer, strict=True)),
-            sum(index * step for index, (_, _, step) in zip(place, outer, strict=True)),
+            sum(index * step for index, (_, step, _) in zip(indices, outer, strict=True)),
+            sum(index * step for index, (_, _, step) in zip(indices, outer, strict=True)),
         )
-        for place in itertools.product(*(range(size) for size, _, _ in outer))
+        for indices in itertools.product(*(range(size) for size, _, _ in outer))
     )
     return Box(width, height, to, of, tuple(corners))
 
@@ -154,73 +228,68 @@ def _joined(dimensions: Sequence[_Dimension]) -> list[_Dimension]:
     return joined
 
 
-def _table(found: torch.Tensor, box: Box) -> torch.Tensor:
-    """Copies (n, 5) of one layout as runs."""
+def _runs_of(found: Sequence[_Found], box: Box) -> Runs:
+    """Copies of one layout as runs."""
     corners = torch.tensor(box.corners, dtype=torch.int64, device=_HERE).reshape(-1, 2)
-    shape = torch.tensor([box.width, box.height, box.source_pitch, box.place_pitch], dtype=torch.int64, device=_HERE)
-    runs = torch.cat((found[:, :4], shape.expand(len(found), 4)), 1).repeat_interleave(len(corners), 0)
-    corners = corners.repeat(len(found), 1)
-    runs[:, _PLACE] += corners[:, 0]
-    runs[:, _SOURCE] += corners[:, 1]
-    return runs
+    copies = torch.tensor(found, dtype=torch.int64, device=_HERE).reshape(-1, 5).repeat_interleave(len(corners), 0)
+    offsets, sources = corners.repeat(len(found), 1).unbind(1)
+    segment, source, target, offset, _ = copies.unbind(1)
+    shape = (box.width, box.height, box.source_pitch, box.target_pitch)
+    columns = (torch.full_like(segment, number) for number in shape)
+    return Runs(segment, source + sources, target, offset + offsets, *columns)
 
 
-def _last_bytes(table: torch.Tensor) -> torch.Tensor:
-    """Where in its segment the last byte of each run lies."""
-    return table[:, _SOURCE] + (table[:, _HEIGHT] - 1) * table[:, _SOURCE_PITCH] + table[:, _WIDTH] - 1
-
-
-def _as_rows(table: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+def _as_rows(runs: Runs, chosen: torch.Tensor) -> Runs:
     """Every row of the chosen runs a run of its own."""
-    times = torch.where(chosen, table[:, _HEIGHT], 1)
+    times = torch.where(chosen, runs.height, 1)
     number = _count_up(times)
-    rows = table.repeat_interleave(times, 0)
-    rows[:, _SOURCE] += number * rows[:, _SOURCE_PITCH]
-    rows[:, _PLACE] += number * rows[:, _PLACE_PITCH]
-    rows[:, _HEIGHT][chosen.repeat_interleave(times)] = 1
-    return rows
+    rows = runs.repeated(times)
+    return replace(
+        rows,
+        source=rows.source + number * rows.source_pitch,
+        offset=rows.offset + number * rows.target_pitch,
+        height=torch.where(chosen.repeat_interleave(times), 1, rows.height),
+    )
 
 
-def _cut(table: torch.Tensor, edge: int) -> torch.Tensor:
+def _cut(runs: Runs, edge: int) -> Runs:
     """Runs of which none crosses a multiple of `edge` bytes of its segment."""
-    across = table[:, _SOURCE] // edge != _last_bytes(table) // edge
-    rows = _as_rows(table, (table[:, _HEIGHT] > 1) & across)
-    source, last = rows[:, _SOURCE], _last_bytes(rows)
-    times = last // edge - source // edge + 1
+    across = runs.source // edge != runs.last // edge
+    rows = _as_rows(runs, (runs.height > 1) & across)
+    times = rows.last // edge - rows.source // edge + 1
     number = _count_up(times)
-    cut = rows.repeat_interleave(times, 0)
-    source, last = source.repeat_interleave(times), last.repeat_interleave(times)
-    border = (source // edge + number) * edge
-    begin = torch.where(number > 0, border, source)
-    cut[:, _SOURCE] = begin
-    cut[:, _PLACE] += begin - source
+    cut, last = rows.repeated(times), rows.last.repeat_interleave(times)
+    border = (cut.source // edge + number) * edge
+    begin = torch.where(number > 0, border, cut.source)
     # Rows that lie apart are within one edge: they stay as they are.
     nbytes = torch.minimum(last + 1, border + edge) - begin
-    cut[:, _WIDTH] = torch.where(cut[:, _HEIGHT] > 1, cut[:, _WIDTH], nbytes)
-    return cut
+    return replace(
+        cut,
+        source=begin,
+        offset=cut.offset + begin - cut.source,
+        width=torch.where(cut.height > 1, cut.width, nbytes),
+    )
 
 
-def _merged(table: torch.Tensor, edge: int | None) -> torch.Tensor:
+def _merged(runs: Runs, edge: int | None) -> Runs:
     """In order; runs that follow each other on both sides, and not at an edge, are one."""
-    segment, source, target, place = (table[:, column] for column in (_SEGMENT, _SOURCE, _TARGET, _PLACE))
-    table = table[_order(segment, target, source - place, source)]
-    before, after = table[:-1], table[1:]
-    follows = (before[:, _HEIGHT] == 1) & (after[:, _HEIGHT] == 1)
-    for column in (_SEGMENT, _TARGET):
-        follows &= before[:, column] == after[:, column]
-    for column in (_SOURCE, _PLACE):
-        follows &= before[:, column] + before[:, _WIDTH] == after[:, column]
+    runs = runs[_order(runs.segment, runs.target, runs.source - runs.offset, runs.source)]
+    follows = (runs.height[:-1] == 1) & (runs.height[1:] == 1)
+    for column in (runs.segment, runs.target):
+        follows &= column[:-1] == column[1:]
+    for column in (runs.source, runs.offset):
+        follows &= column[:-1] + runs.width[:-1] == column[1:]
     if edge is not None:
-        follows &= after[:, _SOURCE] % edge != 0
-    fresh = torch.ones(len(table), dtype=torch.bool, device=_HERE)
+        follows &= runs.source[1:] % edge != 0
+    fresh = torch.ones(len(runs), dtype=torch.bool, device=_HERE)
     fresh[1:] = ~follows
-    merged = table[fresh]
-    merged[:, _WIDTH] = torch.zeros_like(merged[:, _WIDTH]).index_add_(0, fresh.cumsum(0) - 1, table[:, _WIDTH])
-    return merged[_order(merged[:, _SEGMENT], merged[:, _SOURCE])]
+    merged = runs[fresh]
+    width = torch.zeros_like(merged.width).index_add_(0, fresh.cumsum(0) - 1, runs.width)
+    return replace(merged, width=width)[_order(merged.segment, merged.source)]
 
 
 def _order(*keys: torch.Tensor) -> torch.Tensor:
-    """Places that sort by the first key, then by the second, and so on."""
+    """Numbers that sort by the first key, then by the second, and so on."""
     order = torch.arange(len(keys[0]), dtype=torch.int64, device=_HERE)
     for key in reversed(keys):
         order = order[key[order].argsort(stable=True)]

@@ -13,10 +13,13 @@ import msgspec
 from checkpoint_engine.catalog import Catalog, Holding, TensorEntry
 from checkpoint_engine.errors import CheckpointStateError
 from checkpoint_engine.planning.buckets import Bucket, BucketPlan, plan_buckets
-from checkpoint_engine.planning.receivers import Load, Port, assign_receivers
+from checkpoint_engine.planning.copies import Copied, box_of_entry
+from checkpoint_engine.planning.receivers import Port, ReadLoad, assign_receivers
+
+__all__ = ["PeerPlan", "ReadPiece", "Route", "check_same", "plan_peer_reads", "port_of"]
 
 
-class Piece(msgspec.Struct, frozen=True):
+class ReadPiece(msgspec.Struct, frozen=True):
     """Bytes `start` to `start + nbytes` of a holder's segment; they belong at `at` in the bucket."""
 
     holder: int
@@ -26,12 +29,12 @@ class Piece(msgspec.Struct, frozen=True):
     nbytes: int
 
 
-Route = tuple[Piece, ...]
+Route = tuple[ReadPiece, ...]
 """All pieces of one bucket, out of one parameter server."""
 
 
 class PeerPlan(msgspec.Struct, frozen=True):
-    """Buckets in the order in which they are sent; the owner of each is the place of its receiver among the receivers.
+    """Buckets in the order in which they are sent; the owner of each is the index of its receiver among the receivers.
 
     `routes[i]` are the ways to read bucket i, the best one first; pieces refer to `holders`.
     """
@@ -60,12 +63,13 @@ def plan_peer_reads(
     holders = tuple(holding for catalog in replicas for holding in catalog.holdings)
     buckets = plan_buckets(replicas[0], bucket_size)
     finders = [_Finder(catalog, base) for catalog, base in _with_base(replicas)]
-    places = {holding.rank: place for place, holding in enumerate(replicas[0].holdings)}
-    routes = [_routes(bucket, places[bucket.owner], finders) for bucket in buckets.buckets]
+    holder_indices = {holding.rank: holder_index for holder_index, holding in enumerate(replicas[0].holdings)}
+    routes = [_routes(bucket, holder_indices[bucket.owner], finders) for bucket in buckets.buckets]
     home = [(at_home or {}).get(bucket.owner) for bucket in buckets.buckets]
-    away = [index for index, receiver in enumerate(home) if receiver is None]
+    remote = [index for index, receiver in enumerate(home) if receiver is None]
     loads = [
-        Load(buckets.buckets[index].nbytes, tuple(_main_holder(route) for route in routes[index])) for index in away
+        ReadLoad(buckets.buckets[index].nbytes, tuple(_main_holder(route) for route in routes[index]))
+        for index in remote
     ]
     chosen: list[Bucket] = []
     ways: list[tuple[Route, ...]] = []
@@ -74,7 +78,7 @@ def plan_peer_reads(
             chosen.append(msgspec.structs.replace(buckets.buckets[index], owner=receiver))
             ways.append(tuple(routes[index]))
     for move in assign_receivers(loads, [port_of(holder) for holder in holders], receivers):
-        index = away[move.load]
+        index = remote[move.load]
         chosen.append(msgspec.structs.replace(buckets.buckets[index], owner=move.receiver))
         first = loads[move.load].owners.index(move.sender)
         ways.append((*routes[index][first:], *routes[index][:first]))
@@ -114,27 +118,31 @@ class _Finder:
     """Where a replica has which tensor."""
 
     def __init__(self, catalog: Catalog, base: int) -> None:
-        self._where: dict[str, tuple[int, int, TensorEntry]] = {}
+        self._where: dict[Copied, tuple[int, int, TensorEntry]] = {}
         self._sizes: dict[tuple[int, int], int] = {}
-        for place, holding in enumerate(catalog.holdings):
+        for holder_index, holding in enumerate(catalog.holdings):
             for index, segment in enumerate(holding.segments):
-                self._sizes[base + place, index] = segment.nbytes
+                self._sizes[base + holder_index, index] = segment.nbytes
                 for tensor in segment.tensors:
-                    self._where[tensor.name] = base + place, index, tensor
+                    self._where[box_of_entry(tensor)] = base + holder_index, index, tensor
 
     def route(self, bucket: Bucket) -> Route:
         """As few pieces as this replica's layout allows."""
-        pieces: list[Piece] = []
+        pieces: list[ReadPiece] = []
         for tensor in bucket.tensors:
-            if tensor.name not in self._where:
-                raise CheckpointStateError(f"tensor {tensor.name!r} is in one catalog only")
-            holder, segment, found = self._where[tensor.name]
+            box = box_of_entry(tensor)
+            if box not in self._where or self._where[box][2].shape != tensor.shape:
+                raise CheckpointStateError(
+                    f"tensor {tensor.label!r} is in one catalog only; where parameter servers cut tensors "
+                    "otherwise, give the metas of one of them"
+                )
+            holder, segment, found = self._where[box]
             at = tensor.offset - bucket.start
-            _append(pieces, Piece(holder, segment, found.offset, at, tensor.nbytes), self._sizes[holder, segment])
+            _append(pieces, ReadPiece(holder, segment, found.offset, at, tensor.nbytes), self._sizes[holder, segment])
         return tuple(pieces)
 
 
-def _append(pieces: list[Piece], piece: Piece, segment_nbytes: int) -> None:
+def _append(pieces: list[ReadPiece], piece: ReadPiece, segment_nbytes: int) -> None:
     """Adds a piece, to the one before if both lie as far from each other there as here."""
     if not piece.nbytes:
         return
@@ -153,7 +161,7 @@ def _append(pieces: list[Piece], piece: Piece, segment_nbytes: int) -> None:
 
 
 def _routes(bucket: Bucket, owner: int, finders: Sequence[_Finder]) -> list[Route]:
-    own: Route = (Piece(owner, bucket.segment, bucket.start, 0, bucket.nbytes),)
+    own: Route = (ReadPiece(owner, bucket.segment, bucket.start, 0, bucket.nbytes),)
     return [own, *(finder.route(bucket) for finder in finders[1:])]
 
 

@@ -15,6 +15,8 @@ import msgspec
 
 from checkpoint_engine.errors import SettingError
 
+__all__ = ["Assignment", "Port", "ReadLoad", "assign_receivers", "lower_bound"]
+
 
 class Port(msgspec.Struct, frozen=True):
     """What connects a sender or receiver to the network. Those with the same `nic` share it.
@@ -26,14 +28,14 @@ class Port(msgspec.Struct, frozen=True):
     rate: float = 1.0
 
 
-class Load(msgspec.Struct, frozen=True):
+class ReadLoad(msgspec.Struct, frozen=True):
     """Bytes that must travel, and the senders that hold them, as places in the list of senders."""
 
     nbytes: int
     owners: tuple[int, ...]
 
 
-class Move(msgspec.Struct, frozen=True):
+class Assignment(msgspec.Struct, frozen=True):
     """One load on its way: places in the lists of loads, senders and receivers."""
 
     load: int
@@ -41,7 +43,7 @@ class Move(msgspec.Struct, frozen=True):
     receiver: int
 
 
-def assign_receivers(loads: Sequence[Load], senders: Sequence[Port], receivers: Sequence[Port]) -> list[Move]:
+def assign_receivers(loads: Sequence[ReadLoad], senders: Sequence[Port], receivers: Sequence[Port]) -> list[Assignment]:
     """Chooses for every load the owner that sends it and the receiver that reads it.
 
     Returns:
@@ -54,7 +56,7 @@ def assign_receivers(loads: Sequence[Load], senders: Sequence[Port], receivers: 
     return _Timetable(loads, _choose_senders(loads, senders), senders, receivers).moves()
 
 
-def lower_bound(loads: Sequence[Load], senders: Sequence[Port], receivers: Sequence[Port]) -> float:
+def lower_bound(loads: Sequence[ReadLoad], senders: Sequence[Port], receivers: Sequence[Port]) -> float:
     """Seconds that no assignment can beat: every card at its rate, all the time.
 
     It looks at all receivers together, and at the bytes that only the cards of one set of owners can send.
@@ -78,8 +80,8 @@ def lower_bound(loads: Sequence[Load], senders: Sequence[Port], receivers: Seque
 class _Card:
     """A network card in the timetable: what it has to do, and how much of its rate nobody uses at the moment."""
 
-    def __init__(self, place: int, rate: float) -> None:
-        self.place = place
+    def __init__(self, index: int, rate: float) -> None:
+        self.index = index
         self.rate = rate
         self.free = rate
         self.enough = 0.0
@@ -100,12 +102,12 @@ class _Timetable:
     """
 
     def __init__(
-        self, loads: Sequence[Load], chosen: Sequence[int], senders: Sequence[Port], receivers: Sequence[Port]
+        self, loads: Sequence[ReadLoad], chosen: Sequence[int], senders: Sequence[Port], receivers: Sequence[Port]
     ) -> None:
         self._loads = loads
         self._chosen = chosen
-        self._out = {nic: _Card(place, rate) for place, (nic, rate) in enumerate(_rates(senders).items())}
-        self._in = {nic: _Card(place, rate) for place, (nic, rate) in enumerate(_rates(receivers).items())}
+        self._out = {nic: _Card(index, rate) for index, (nic, rate) in enumerate(_rates(senders).items())}
+        self._in = {nic: _Card(index, rate) for index, (nic, rate) in enumerate(_rates(receivers).items())}
         _set_thresholds(self._out.values(), self._in.values())
         _set_thresholds(self._in.values(), self._out.values())
         # Small loads last, so that all cards end at about the same time; taken from the end of the list.
@@ -113,15 +115,15 @@ class _Timetable:
             card = self._out[senders[chosen[index]].nic]
             card.loads.append(index)
             card.seconds += loads[index].nbytes / card.rate
-        self._behind: dict[int, list[tuple[int, int]]] = {card.place: [] for card in self._in.values()}
-        for place, port in enumerate(receivers):
-            heapq.heappush(self._behind[self._in[port.nic].place], (0, place))
+        self._behind: dict[int, list[tuple[int, int]]] = {card.index: [] for card in self._in.values()}
+        for index, port in enumerate(receivers):
+            heapq.heappush(self._behind[self._in[port.nic].index], (0, index))
         self._sending: list[tuple[float, int, _Card]] = []
         self._receiving: list[tuple[float, int, _Card]] = []
         self._running: list[tuple[float, int, float, _Card, _Card]] = []
-        self._moves: list[Move] = []
+        self._moves: list[Assignment] = []
 
-    def moves(self) -> list[Move]:
+    def moves(self) -> list[Assignment]:
         for card in self._out.values():
             self._offer_sender(card)
         for card in self._in.values():
@@ -139,12 +141,12 @@ class _Timetable:
     def _offer_sender(self, card: _Card) -> None:
         if card.loads and card.has_room() and not card.waits:
             card.waits = True
-            heapq.heappush(self._sending, (-card.seconds, card.place, card))
+            heapq.heappush(self._sending, (-card.seconds, card.index, card))
 
     def _offer_receiver(self, card: _Card) -> None:
         if card.has_room() and not card.waits:
             card.waits = True
-            heapq.heappush(self._receiving, (card.seconds, card.place, card))
+            heapq.heappush(self._receiving, (card.seconds, card.index, card))
 
     def _start_all(self, now: float) -> None:
         while self._sending and self._receiving:
@@ -162,11 +164,11 @@ class _Timetable:
         receiver.seconds += nbytes / receiver.rate
         sender.free -= rate
         receiver.free -= rate
-        behind = self._behind[receiver.place]
+        behind = self._behind[receiver.index]
         carried, rank = behind[0]
         heapq.heapreplace(behind, (carried + nbytes, rank))
         heapq.heappush(self._running, (now + nbytes / rate, len(self._moves), rate, sender, receiver))
-        self._moves.append(Move(index, self._chosen[index], rank))
+        self._moves.append(Assignment(index, self._chosen[index], rank))
 
 
 def _set_thresholds(cards: Iterable[_Card], partners: Iterable[_Card]) -> None:
@@ -175,7 +177,7 @@ def _set_thresholds(cards: Iterable[_Card], partners: Iterable[_Card]) -> None:
         card.enough = min(card.rate, fastest) / 2
 
 
-def _choose_senders(loads: Sequence[Load], senders: Sequence[Port]) -> list[int]:
+def _choose_senders(loads: Sequence[ReadLoad], senders: Sequence[Port]) -> list[int]:
     """Loads with the fewest owners first, for they have the least choice; large ones before small ones."""
     rates = _rates(senders)
     seconds = dict.fromkeys(rates, 0.0)
@@ -200,7 +202,7 @@ def _rates(ports: Iterable[Port]) -> dict[str, float]:
     return {port.nic: port.rate for port in ports}
 
 
-def _check(loads: Sequence[Load], senders: Sequence[Port], receivers: Sequence[Port]) -> None:
+def _check(loads: Sequence[ReadLoad], senders: Sequence[Port], receivers: Sequence[Port]) -> None:
     if not receivers:
         raise SettingError("nobody is there to receive the checkpoint")
     for port in (*senders, *receivers):

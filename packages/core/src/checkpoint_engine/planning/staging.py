@@ -1,6 +1,6 @@
-"""Where in the staging memory each bucket goes, and when its place is free.
+"""Where in the staging memory each bucket goes, and when that is free.
 
-Staging is used as rings: places are given out in the order of the buckets and wrap around at the end, so a huge
+Staging is used as rings: ranges are given out in the order of the buckets and wrap around at the end, so a huge
 embedding and a thousand small buckets share the same memory. A rank that owns buckets fills them into one ring ahead
 of time, and receives the others' into a second, so a bucket that waits for its turn never blocks one that has it.
 """
@@ -14,11 +14,13 @@ import msgspec
 from checkpoint_engine.errors import DeviceMemoryError
 from checkpoint_engine.planning.buckets import BucketPlan, align_down, align_up
 
-BUCKETS_AHEAD = 2
+__all__ = ["StagingLayout", "StagingRange", "choose_layout", "place_buckets"]
+
+_BUCKETS_AHEAD = 2
 """Buckets of regular size that a ring holds: one is loaded while the next one arrives."""
 
 
-class Place(msgspec.Struct, frozen=True):
+class StagingRange(msgspec.Struct, frozen=True):
     """Bytes `offset` to `offset + nbytes` of the staging memory; free once bucket `after` and all before are done."""
 
     offset: int
@@ -49,7 +51,7 @@ def choose_layout(plan: BucketPlan, world_size: int, available: int) -> StagingL
     Two rings let the bus and the collective work at the same time. One ring still works, bucket after bucket.
     """
     largest = align_up(plan.largest)
-    ring = min(max(largest, BUCKETS_AHEAD * plan.bucket_size), align_up(plan.nbytes))
+    ring = min(max(largest, _BUCKETS_AHEAD * plan.bucket_size), align_up(plan.nbytes))
     available = align_down(available)
     rings = 1 if world_size == 1 else 2
     if available >= rings * ring:
@@ -61,25 +63,27 @@ def choose_layout(plan: BucketPlan, world_size: int, available: int) -> StagingL
     return None
 
 
-def place_buckets(plan: BucketPlan, layout: StagingLayout, rank: int) -> tuple[Place, ...]:
-    """The place of every bucket of the plan in the staging memory of `rank`.
+def place_buckets(plan: BucketPlan, layout: StagingLayout, rank: int) -> tuple[StagingRange, ...]:
+    """The range of every bucket of the plan in the staging memory of `rank`.
 
     Raises:
         DeviceMemoryError: a bucket is larger than its ring.
     """
     own = [bucket.owner == rank for bucket in plan.buckets]
-    places: list[Place | None] = [None] * len(own)
+    ranges: list[StagingRange | None] = [None] * len(own)
     if layout.shared:
-        _fill_ring(plan, range(len(own)), 0, layout.own_nbytes, places)
+        _fill_ring(plan, range(len(own)), 0, layout.own_nbytes, ranges)
     else:
-        _fill_ring(plan, (i for i, mine in enumerate(own) if mine), 0, layout.own_nbytes, places)
+        _fill_ring(plan, (i for i, mine in enumerate(own) if mine), 0, layout.own_nbytes, ranges)
         others = (i for i, mine in enumerate(own) if not mine)
-        _fill_ring(plan, others, layout.own_nbytes, layout.received_nbytes, places)
-    return tuple(place for place in places if place is not None)
+        _fill_ring(plan, others, layout.own_nbytes, layout.received_nbytes, ranges)
+    return tuple(each for each in ranges if each is not None)
 
 
-def _fill_ring(plan: BucketPlan, members: Iterable[int], base: int, capacity: int, places: list[Place | None]) -> None:
-    """Gives out places of one ring; `held` are those not yet known to be free, oldest first."""
+def _fill_ring(
+    plan: BucketPlan, members: Iterable[int], base: int, capacity: int, ranges: list[StagingRange | None]
+) -> None:
+    """Gives out ranges of one ring; `held` are those not yet known to be free, oldest first."""
     held: list[tuple[int, int, int]] = []  # (bucket, begin, end)
     cursor, freed = 0, None
     for index in members:
@@ -94,7 +98,7 @@ def _fill_ring(plan: BucketPlan, members: Iterable[int], base: int, capacity: in
         if last is not None:
             freed = held[last][0]
             del held[: last + 1]
-        places[index] = Place(base + begin, plan.buckets[index].nbytes, freed)
+        ranges[index] = StagingRange(base + begin, plan.buckets[index].nbytes, freed)
         held.append((index, begin, end))
         cursor = end
 

@@ -10,9 +10,11 @@ from typing import Any, cast
 
 import torch
 
+__all__ = ["deferred_garbage", "without_functions"]
+
 
 @contextlib.contextmanager
-def kept_garbage() -> Generator[None]:
+def deferred_garbage() -> Generator[None]:
     """Puts off the collection of garbage: it would go, again and again, through all that an engine's process holds."""
     collecting = gc.isenabled()
     gc.disable()

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import msgspec
 import torch
 
-from checkpoint_engine.reload.overheads import kept_garbage
+from checkpoint_engine.reload.overheads import deferred_garbage
 from checkpoint_engine.reload.regions import Region, find_flaws
+
+__all__ = ["Fill", "Piece", "Recording", "ReloadPlan", "make_plan"]
 
 
 class Piece(msgspec.Struct, frozen=True, gc=False):
@@ -23,7 +27,7 @@ class Piece(msgspec.Struct, frozen=True, gc=False):
     target: str
     target_dtype: torch.dtype
     """As what the target's memory is written. Where it is not the source's, the copy casts."""
-    place: Region
+    target_region: Region
     """Counted from the target's first element."""
 
     @property
@@ -40,7 +44,7 @@ class Fill:
     """The tensor at which it did so."""
     target: str
     target_dtype: torch.dtype
-    place: Region
+    target_region: Region
     value: float
 
 
@@ -59,10 +63,13 @@ class Recording:
     """Target -> every tensor that something in it comes from, be it by copies or not."""
     written: dict[str, int] = field(default_factory=dict[str, int])
     """Target -> elements written in all."""
-    taken: dict[str, int] = field(default_factory=dict[str, int])
-    """Tensor -> elements of targets that come from it."""
+    shares: dict[tuple[str, str], int] = field(default_factory=dict[tuple[str, str], int])
+    """Tensor and target -> elements of the target that this tensor decides on: that come from it, or that its loader
+    fills up behind it."""
     joined: dict[str, frozenset[str]] = field(default_factory=dict[str, frozenset[str]])
     """Tensor -> tensors, itself among them, that the loader puts together, and so must be given in one call."""
+    computed_with: set[str] = field(default_factory=set[str])
+    """Tensors that the loader computes with before it writes, wherever they then lie."""
     complete: bool = True
     """Whether the loader was given all tensors."""
 
@@ -70,11 +77,31 @@ class Recording:
         """Counts a write of any kind."""
         self.written[target] = self.written.get(target, 0) + elements
         self.origins.setdefault(target, set()).update(sources)
+        self.note_joined(sources)
+        for name in sources:
+            self.shares[name, target] = self.shares.get((name, target), 0) + elements
+
+    def note_joined(self, sources: Collection[str]) -> None:
+        """The loader has put these together."""
         if len(sources) > 1:
             group = frozenset(sources).union(*(self.joined.get(name, ()) for name in sources))
             self.joined.update(dict.fromkeys(group, group))
-        for name in sources:
-            self.taken[name] = self.taken.get(name, 0) + elements
+
+    def note_fill(self, fill: Fill) -> None:
+        """Counts a constant that the loader wrote."""
+        self.fills.append(fill)
+        self.note_write(fill.target, fill.target_region.elements, ())
+        key = (fill.source, fill.target)
+        if fill.source:
+            self.shares[key] = self.shares.get(key, 0) + fill.target_region.elements
+
+    @property
+    def taken(self) -> dict[str, int]:
+        """Tensor -> elements of targets that it decides on."""
+        found: dict[str, int] = {}
+        for (name, _), elements in self.shares.items():
+            found[name] = found.get(name, 0) + elements
+        return found
 
     def drop(self, source: str) -> None:
         """Forgets the copies of a tensor."""
@@ -100,24 +127,41 @@ class ReloadPlan:
         """Everything that is written in any way."""
         return set(self.recording.origins) | set(self.flaws)
 
+    @cached_property
+    def digest(self) -> str:
+        """Stands for all that was recorded: two loaders that have the same do the same to every tensor."""
+        seen = self.recording
+        tables = (self.pieces, self.fills, self.flaws, self.loader_only, seen.shares, seen.written)
+        groups = (seen.origins, seen.joined)
+        everything = (
+            [sorted(table.items()) for table in tables],
+            [sorted((name, sorted(names)) for name, names in group.items()) for group in groups],
+            sorted(seen.computed_with),
+            seen.complete,
+        )
+        return hashlib.sha256(msgspec.msgpack.encode(everything, enc_hook=str)).hexdigest()
+
     def covered(self, targets: Collection[str]) -> tuple[set[str], set[str]]:
         """Those of `targets` that share no tensor with what the loader must do, and the tensors that only they need."""
-        kept, origins, loaded = set(targets), self.recording.origins, set(self.loader_only)
+        covered_targets, origins, loaded = set(targets), self.recording.origins, set(self.loader_only)
         while True:
-            loaded |= {name for target in self.targets - kept for name in origins.get(target, ())}
-            fewer = {target for target in kept if loaded.isdisjoint(origins.get(target, ()))}
-            if fewer == kept:
-                return kept, self.pieces.keys() - loaded
-            kept = fewer
+            loaded |= {name for target in self.targets - covered_targets for name in origins.get(target, ())}
+            fewer = {target for target in covered_targets if loaded.isdisjoint(origins.get(target, ()))}
+            if fewer == covered_targets:
+                return covered_targets, self.pieces.keys() - loaded
+            covered_targets = fewer
 
     def is_traced(self) -> bool:
         """Whether for every tensor it is known where it goes to."""
-        return self.recording.complete and all(
-            any(name in sources for sources in self.recording.origins.values()) for name in self.loader_only
-        )
+        return self.recording.complete and not self.untraced()
+
+    def untraced(self) -> dict[str, str]:
+        """Tensors of which it is not known where they go to, and why."""
+        traced = set[str]().union(*self.recording.origins.values()) if self.loader_only else set[str]()
+        return {name: why for name, why in self.loader_only.items() if name not in traced}
 
 
-@kept_garbage()
+@deferred_garbage()
 def make_plan(recording: Recording, targets: Mapping[str, torch.Tensor]) -> ReloadPlan:
     """Orders a recording, and finds the targets that it covers only in part, or writes twice.
 
@@ -131,12 +175,12 @@ def make_plan(recording: Recording, targets: Mapping[str, torch.Tensor]) -> Relo
     fills: dict[str, list[Fill]] = {}
     for piece in recording.pieces:
         by_source.setdefault(piece.source, []).append(piece)
-        by_target.setdefault(piece.target, []).append(piece.place)
+        by_target.setdefault(piece.target, []).append(piece.target_region)
     for fill in recording.fills:
         fills.setdefault(fill.target, []).append(fill)
-        by_target.setdefault(fill.target, []).append(fill.place)
+        by_target.setdefault(fill.target, []).append(fill.target_region)
     flaws = dict(recording.flaws)
-    for name, places in by_target.items():
+    for name, target_regions in by_target.items():
         tensor = targets.get(name)
         if name in flaws:
             continue
@@ -144,7 +188,7 @@ def make_plan(recording: Recording, targets: Mapping[str, torch.Tensor]) -> Relo
             flaws[name] = "replaced by its loader"
         else:
             whole = Region.of(tensor).moved(-int(tensor.storage_offset()))
-            found = find_flaws(whole, places)
+            found = find_flaws(whole, target_regions)
             if found:
                 flaws[name] = found
     return ReloadPlan(

@@ -8,8 +8,10 @@ from typing import Any, cast
 import torch
 
 from checkpoint_engine.reload.overheads import without_functions
-from checkpoint_engine.reload.plan import Piece, ReloadPlan
+from checkpoint_engine.reload.plan import Fill, Piece, ReloadPlan
 from checkpoint_engine.reload.replay import view_of
+
+__all__ = ["Checksums", "Numbered", "Proof"]
 
 _CHUNK = 1 << 20
 """Words that have weights of their own; what is longer is summed in chunks."""
@@ -113,19 +115,27 @@ class _Sums:
 
 
 class Proof:
-    """What pieces should hold, taken from the tensors as they come, against what the targets do hold."""
+    """What targets should hold, in every element, against what they do hold.
+
+    What pieces should hold is taken from the tensors as they come; constants are known; and a plan that has neither for
+    some elements of a target has lost them.
+    """
 
     def __init__(self, plan: ReloadPlan, device: torch.device) -> None:
         """Makes an empty one; `device` is where the targets lie, and where the sums are taken."""
         self._device = device
         self.checksums = Checksums()
-        self._pieces = [piece for pieces in plan.pieces.values() for piece in pieces]
+        pieces = [piece for pieces in plan.pieces.values() for piece in pieces]
+        self._writes: list[Piece | Fill] = [*pieces, *(fill for fills in plan.fills.values() for fill in fills)]
         self._of_source: dict[str, list[tuple[int, Piece]]] = {}
-        self._of_target: dict[str, list[tuple[int, Piece]]] = {}
-        for number, piece in enumerate(self._pieces):
+        self._of_target: dict[str, list[tuple[int, Piece | Fill]]] = {}
+        for number, piece in enumerate(pieces):
             self._of_source.setdefault(piece.source, []).append((number, piece))
-            self._of_target.setdefault(piece.target, []).append((number, piece))
+        for number, write in enumerate(self._writes):
+            self._of_target.setdefault(write.target, []).append((number, write))
         self._expected, self._found = _Sums(self.checksums), _Sums(self.checksums)
+        self._short: dict[str, str] = {}
+        """Targets in which something is not written, and a tensor that comes into them."""
 
     def expect(self, tensors: Sequence[tuple[str, torch.Tensor]], targets: Iterable[str]) -> None:
         """Takes the checksums of what these tensors bring to `targets`."""
@@ -133,19 +143,24 @@ class Proof:
 
     def find(self, target: str, memory: torch.Tensor) -> None:
         """Takes the checksums of what a target holds; the last call counts."""
-        self._found.take(
-            (number, view_of(memory, piece.place, piece.target_dtype))
-            for number, piece in self._of_target.get(target, ())
+        writes = self._of_target.get(target, ())
+        self._found.take((number, view_of(memory, each.target_region, each.target_dtype)) for number, each in writes)
+        self._expected.take(
+            (number, torch.full(fill.target_region.shape, fill.value, dtype=fill.target_dtype, device=memory.device))
+            for number, fill in writes
+            if isinstance(fill, Fill)
         )
+        if writes and sum(each.target_region.elements for _, each in writes) != memory.numel():
+            self._short[target] = writes[0][1].source
 
     def differing(self, targets: Iterable[str]) -> Mapping[str, str]:
         """Target -> the first tensor that is not in it as planned, of those whose checksums were taken."""
         wanted, found = set(targets), self._found.known()
-        result: dict[str, str] = {}
+        result = {target: source for target, source in self._short.items() if target in wanted}
         for number, expected in self._expected.known().items():
-            piece = self._pieces[number]
-            if piece.target in wanted and found.get(number) != expected:
-                result.setdefault(piece.target, piece.source)
+            write = self._writes[number]
+            if write.target in wanted and found.get(number) != expected:
+                result.setdefault(write.target, write.source)
         return result
 
     def _parts(self, tensors: Sequence[tuple[str, torch.Tensor]], targets: set[str]) -> Numbered:

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 import msgspec
 import torch
 
+__all__ = ["Region", "Shape", "Splits", "contiguous", "find_flaws", "trace_back"]
+
 Shape = tuple[int, ...]
 
 Splits = tuple[tuple[int, int], ...]
@@ -16,7 +18,7 @@ Splits = tuple[tuple[int, int], ...]
 _Radix = Sequence[tuple[int, int, int]]
 """For each dimension of a copy, outermost first: its step there, its size, and its step in the source."""
 
-LARGEST_COVER = 1 << 26
+_LARGEST_COVER = 1 << 26
 """Runs of elements that `find_flaws` is ready to sort; a parameter in more pieces than that is not checked."""
 
 
@@ -151,7 +153,7 @@ def find_flaws(whole: Region, pieces: Iterable[Region]) -> str:
         return f"{elements - whole.elements} elements written twice"
     if not elements:
         return ""
-    if sum(piece.runs() for piece in pieces) + whole.runs() > LARGEST_COVER:
+    if sum(piece.runs() for piece in pieces) + whole.runs() > _LARGEST_COVER:
         return "written in too many small pieces to be checked"
     return "" if torch.equal(_union(pieces), _union([whole])) else "some elements written twice, others not at all"
 

@@ -12,12 +12,15 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from checkpoint_engine.device.prepared_copies import PreparedCopies, prepare_copies
-from checkpoint_engine.planning.byte_runs import Copy, Layout, box_of, plan_byte_runs
-from checkpoint_engine.reload.delivery import Delivery
+from checkpoint_engine.contract.delivery import Delivery, Place
+from checkpoint_engine.device import PreparedCopies, prepare_copies
+from checkpoint_engine.planning.byte_runs import CopyLayout, PlannedCopy, box_of, plan_byte_runs
+from checkpoint_engine.reload.cutting import cut_copy
 from checkpoint_engine.reload.overheads import without_functions
 from checkpoint_engine.reload.plan import Fill, Piece, ReloadPlan
 from checkpoint_engine.reload.regions import Region, contiguous
+
+__all__ = ["Replay", "view_of"]
 
 _GAP = 16 << 10
 """Bytes that are fetched from another host although nobody reads them, rather than in two reads."""
@@ -32,6 +35,10 @@ class _Step:
     """Whether it can be one of many copies of a launch: dense on both sides, without a cast."""
     target: torch.Tensor | None
     """Where it goes; None if that is another place in every update."""
+
+
+_Found = tuple[int, tuple[Place, ...], _Step]
+"""Number of a tensor in its bucket, where it lies, and a piece of it."""
 
 
 class Replay:
@@ -86,7 +93,7 @@ class Replay:
             for step in self._steps.get(name, ()):
                 target = step.target
                 if target is None:
-                    target = view_of(moving[step.piece.target], step.piece.place, step.piece.target_dtype)
+                    target = view_of(moving[step.piece.target], step.piece.target_region, step.piece.target_dtype)
                 source = view_of(tensor, step.piece.region, step.piece.source_dtype)
                 if step.batched:
                     targets, sources = batches.setdefault(step.piece.source_dtype, ([], []))
@@ -103,6 +110,10 @@ class Replay:
             _read_of(step.piece, at) for name, at in bucket for step in self._steps.get(name, ()) if step.piece.nbytes
         )
         return tuple((start, nbytes) for _, start, nbytes in plan_byte_runs(copies).spans(_GAP))
+
+    def reads(self, delivery: Delivery) -> int:
+        """Bytes of it that `load` copies by runs; the rest goes tensor by tensor."""
+        return self._program_for(delivery).nbytes
 
     def _program_for(self, delivery: Delivery) -> _Program:
         # Memory that stays mapped has a program of its own, which goes with it.
@@ -129,14 +140,19 @@ class _Program:
 
     def __init__(self, steps: Mapping[str, Sequence[_Step]], delivery: Delivery) -> None:
         found = [
-            (number, delivery.place_of(tensor), step)
-            for number, (name, tensor) in enumerate(delivery)
+            (number, places, step)
+            for number, (name, places) in enumerate(zip(delivery.names, delivery.places(), strict=True))
             for step in steps.get(name, ())
         ]
         fixed = [part for part in found if part[2].target is not None]
         moving = [part for part in found if part[2].target is None]
         self._fixed = _Runs(fixed, source_stays=delivery.stays, targets_stay=True)
         self._moving = _Runs(moving, source_stays=delivery.stays, targets_stay=False)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its runs."""
+        return self._fixed.nbytes + self._moving.nbytes
 
     def run(self, delivery: Delivery, fixed: Mapping[str, torch.Tensor], moving: Mapping[str, torch.Tensor]) -> None:
         """Copies, on the current stream."""
@@ -147,17 +163,30 @@ class _Program:
 class _Runs:
     """Copies into targets of one kind: those that stay where they are, or those that do not."""
 
-    def __init__(self, found: Sequence[tuple[int, int, _Step]], *, source_stays: bool, targets_stay: bool) -> None:
-        """Takes pieces, each of the tensor of that number, which begins at that byte of the bucket."""
+    def __init__(self, found: Sequence[_Found], *, source_stays: bool, targets_stay: bool) -> None:
+        """Takes pieces, each of the tensor of that number, which lies in those places."""
         self._source_stays, self._targets_stay = source_stays, targets_stay
         self._numbers: dict[str, int] = {}
         """Target -> its number; each of them in this order."""
-        same = [part for part in found if part[2].piece.source_dtype == part[2].piece.target_dtype]
-        self._runs = plan_byte_runs(self._copy(step.piece, at) for _, at, step in same)
-        apart = [same[number] for number in self._runs.apart]
-        casts = [part for part in found if part[2].piece.source_dtype != part[2].piece.target_dtype]
-        self._others = [(number, step.piece) for number, _, step in (*casts, *apart)]
+        copies: list[PlannedCopy] = []
+        of: list[tuple[int, Piece]] = []
+        others: dict[tuple[int, Piece], None] = {}
+        """What is copied by itself, out of the whole tensor: casts, and what no rows make up."""
+        for number, places, step in found:
+            planned = self._copies_of(step.piece, places)
+            if planned is None:
+                others[number, step.piece] = None
+            else:
+                copies += planned
+                of += [(number, step.piece)] * len(planned)
+        self._runs = plan_byte_runs(copies)
+        self._others = list(others | dict.fromkeys(of[copy] for copy in self._runs.apart))
         self._copies: PreparedCopies | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the runs."""
+        return self._runs.nbytes
 
     def run(self, delivery: Delivery, targets: Mapping[str, torch.Tensor]) -> None:
         """Copies into these targets."""
@@ -167,26 +196,40 @@ class _Runs:
                 self._copies = prepare_copies(
                     self._runs, chosen[0].device, source_stays=self._source_stays, targets_stay=self._targets_stay
                 )
-            self._copies.start(delivery.memory[delivery.start :], chosen)
+            self._copies.start(delivery.blocks, chosen)
         for number, piece in self._others:
-            target = view_of(targets[piece.target], piece.place, piece.target_dtype)
+            target = view_of(targets[piece.target], piece.target_region, piece.target_dtype)
             _copy(target, view_of(delivery[number][1], piece.region, piece.source_dtype))
 
-    def _copy(self, piece: Piece, at: int) -> Copy:
-        item = piece.source_dtype.itemsize
+    def _copies_of(self, piece: Piece, places: Sequence[Place]) -> list[PlannedCopy] | None:
+        """A piece as copies out of the places of its tensor; None if it casts, or boxes cut it into too many."""
+        if piece.source_dtype != piece.target_dtype:
+            return None
+        found: list[tuple[Place, Region, Region]] = []
+        for place in places:
+            parts = ((piece.region, piece.target_region),)
+            if place.box is not None:
+                parts = cut_copy(piece.region, piece.target_region, place.whole, place.box)
+            if parts is None:
+                return None
+            found += ((place, source, into) for source, into in parts)
         target = self._numbers.setdefault(piece.target, len(self._numbers))
-        layout = Layout(piece.region.shape, piece.region.stride, piece.place.stride, item)
-        return Copy(0, at + piece.region.offset * item, target, piece.place.offset * item, layout)
+        return [_planned(place, source, target, into, piece.source_dtype.itemsize) for place, source, into in found]
 
 
-def _read_of(piece: Piece, at: int) -> Copy:
+def _planned(place: Place, source: Region, target: int, into: Region, item: int) -> PlannedCopy:
+    layout = CopyLayout(source.shape, source.stride, into.stride, item)
+    return PlannedCopy(place.block, place.at + source.offset * item, target, into.offset * item, layout)
+
+
+def _read_of(piece: Piece, at: int) -> PlannedCopy:
     """What a piece reads, as if it were copied to a place of its own; as one row where its elements lie apart."""
     item, region = piece.source_dtype.itemsize, piece.region
-    layout = Layout(region.shape, region.stride, contiguous(region.shape), item)
+    layout = CopyLayout(region.shape, region.stride, contiguous(region.shape), item)
     if box_of(layout) is None:
         last = sum((size - 1) * step for size, step in zip(region.shape, region.stride, strict=True))
-        layout = Layout((last + 1,), (1,), (1,), item)
-    return Copy(0, at + region.offset * item, 0, 0, layout)
+        layout = CopyLayout((last + 1,), (1,), (1,), item)
+    return PlannedCopy(0, at + region.offset * item, 0, 0, layout)
 
 
 def view_of(memory: torch.Tensor, region: Region, dtype: torch.dtype) -> torch.Tensor:
@@ -207,8 +250,8 @@ def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
 def _make_step(piece: Piece, target: torch.Tensor | None) -> _Step:
     return _Step(
         piece,
-        batched=piece.source_dtype == piece.target_dtype and _is_dense(piece.region) and _is_dense(piece.place),
-        target=None if target is None else view_of(target, piece.place, piece.target_dtype),
+        batched=piece.source_dtype == piece.target_dtype and _is_dense(piece.region) and _is_dense(piece.target_region),
+        target=None if target is None else view_of(target, piece.target_region, piece.target_dtype),
     )
 
 
@@ -217,4 +260,4 @@ def _is_dense(region: Region) -> bool:
 
 
 def _fill(fill: Fill, memory: torch.Tensor) -> None:
-    view_of(memory, fill.place, fill.target_dtype).fill_(fill.value)
+    view_of(memory, fill.target_region, fill.target_dtype).fill_(fill.value)

@@ -1,4 +1,4 @@
-"""The plan of an update and what workers are told of it, kept: the next checkpoint mostly lies as the last one did."""
+"""The plan of an update and what workers are told of it, cached: the next checkpoint mostly lies like the last."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from checkpoint_engine.catalog import Catalog
 from checkpoint_engine.link.messages import TensorSlice, encode_buckets, name_of_layout
 from checkpoint_engine.planning.buckets import BucketPlan, plan_buckets
 
+__all__ = ["Announcement", "PlanCache"]
+
 
 @dataclass(frozen=True)
 class Announcement:
@@ -19,19 +21,22 @@ class Announcement:
     layout: str
     nbytes: int
     """Bytes of the tensors."""
+    tensors: int
+    """How many they are, each counted once, in however many shards it comes."""
 
     @classmethod
     def of(cls, plan: BucketPlan) -> Announcement:
         """Writes it down."""
         buckets = encode_buckets(
-            tuple(TensorSlice(t.name, t.dtype, t.shape, t.offset - bucket.start) for t in bucket.tensors)
+            tuple(TensorSlice(t.name, t.dtype, t.shape, t.offset - bucket.start, t.shard) for t in bucket.tensors)
             for bucket in plan.buckets
         )
         nbytes = sum(tensor.nbytes for bucket in plan.buckets for tensor in bucket.tensors)
-        return cls(buckets, name_of_layout(buckets), nbytes)
+        tensors = len({tensor.name for bucket in plan.buckets for tensor in bucket.tensors})
+        return cls(buckets, name_of_layout(buckets), nbytes, tensors)
 
 
-class PlanKeeper:
+class PlanCache:
     """Remembers the last plan, and the last announcement."""
 
     def __init__(self) -> None:

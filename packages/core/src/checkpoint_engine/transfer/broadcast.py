@@ -1,193 +1,140 @@
-"""The broadcast pipeline: host to device, device to all devices, device to engine.
+"""Broadcast: what the ranks hold goes to all of their GPUs, bucket by bucket, and from there into the engines.
 
-Every rank walks through the same buckets in the same order. The owner of a bucket copies it to its device ahead of
-time, as soon as its source has it and its place in the staging memory is free; then all ranks take part in one
-broadcast of it; then each rank's engine worker loads it. While bucket k is loaded, k+1 is broadcast and k+2 comes over
-the bus. No stage waits for another: whatever can go on does, so that the bus, the slowest of them, has work to do.
+How the three stages overlap, see `pipeline`.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
-import torch
+from msgspec.structs import replace
 
 from checkpoint_engine.collective import Communicator
-from checkpoint_engine.deadline import Cancel
-from checkpoint_engine.device import Device, Event, Staging
+from checkpoint_engine.contract.phase import Phase
+from checkpoint_engine.device import Device
+from checkpoint_engine.errors import CheckpointStateError
 from checkpoint_engine.planning.buckets import BucketPlan
-from checkpoint_engine.planning.staging import Place
-from checkpoint_engine.transfer.gate import Gate
-from checkpoint_engine.transfer.report import Progress, StageClock
-from checkpoint_engine.transfer.sources import BucketSource
-from checkpoint_engine.transfer.trace import DeviceClock, Span, covered
-from checkpoint_engine.transfer.worker_link import WorkerLink
+from checkpoint_engine.planning.staging import place_buckets
+from checkpoint_engine.transfer.gate import BroadcastGate
+from checkpoint_engine.transfer.introduction import Introduction, agreed_generation
+from checkpoint_engine.transfer.methods import Method
+from checkpoint_engine.transfer.pipeline import BroadcastPipeline
+from checkpoint_engine.transfer.sources import BucketSource, HostSource, find_bucket, is_there
+from checkpoint_engine.transfer.staging import choose_staging
+from checkpoint_engine.transfer.transport import Prepared, Transport, UpdateContext
+from checkpoint_engine.transfer.worker_links import WorkerLinks
 
-_SHORTEST_PAUSE = 20e-6
-_LONGEST_PAUSE = 1e-4
-"""Seconds between two looks at what is under way; the longer nothing has happened, the more."""
-
-
-@dataclass(frozen=True)
-class _Span:
-    """Work on a stream, between two events."""
-
-    begin: Event
-    end: Event
-
-    def seconds(self) -> float:
-        return self.end.seconds_since(self.begin)
+__all__ = ["Broadcast"]
 
 
-class BroadcastPipeline:
-    """One rank's part in sending all buckets of a plan to all ranks' engine workers."""
+class Broadcast(Transport):
+    """All ranks are updated, and what they hold is all there is."""
 
-    def __init__(
-        self,
-        *,
-        rank: int,
-        plan: BucketPlan,
-        places: Sequence[Place],
-        staging: Staging,
-        device: Device,
-        communicator: Communicator | None,
-        gate: Gate,
-        link: WorkerLink,
-        source: BucketSource,
-        cancel: Cancel,
-        progress: Progress,
-        clock: StageClock,
-    ) -> None:
-        """Prepares.
+    method = Method.BROADCAST
+    yields_to_p2p = True
 
-        Args:
-            rank: Place of this rank among those that are connected; buckets name their owner by it.
-            plan: What is sent, the same on every rank.
-            places: Where each bucket goes in this rank's staging memory.
-            staging: The staging memory, which the engine worker has mapped.
-            device: Where the staging memory lies.
-            communicator: Connects the ranks; None if there is only one.
-            gate: Has the ranks of a host begin broadcasts together.
-            link: To this rank's engine worker.
-            source: Gives the bytes of the buckets that this rank owns.
-            cancel: Thrown when another rank or the engine has failed.
-            progress: Kept up to date.
-            clock: Gets the seconds of each stage.
-        """
-        self._rank = rank
-        self._plan = plan
-        self._places = places
-        self._staging = staging.tensor
-        self._communicator = communicator
-        self._gate = gate
-        self._link = link
-        self._source = source
-        self._cancel = cancel
-        self._progress = progress
-        self._clock = clock
-        self._copies = device.stream()
-        self._broadcasts = device.stream()
-        self._own = [index for index, bucket in enumerate(plan.buckets) if bucket.owner == rank]
-        self._copied: dict[int, _Span] = {}
-        self._sent: dict[int, _Span] = {}
-        self._next_copy = self._next_broadcast = self._next_load = 0
-        self._device_clock = None if clock.trace is None else DeviceClock(self._copies)
+    def __init__(self, update: UpdateContext) -> None:
+        super().__init__(update)
+        self._gate: BroadcastGate | None = None
+        self._source: BucketSource | None = None
+        self._pipeline: BroadcastPipeline | None = None
 
-    def run(self) -> None:
-        """Sends everything and returns once this rank's worker has loaded all of it.
+    @property
+    def _index(self) -> int:
+        """This rank's among the receivers; buckets name their owner by it."""
+        return self._order.receivers.index(self._update.number)
+
+    @property
+    def sends_as_it_comes(self) -> bool:
+        """Only this rank reads its memory, bucket by bucket."""
+        return True
+
+    def introduce(self, mine: Introduction) -> Introduction:
+        """With the memory that staging may take, and where this rank counts broadcasts."""
+        if not self._update.receives:
+            return mine
+        held = self._update.held
+        # A trainer that lives in this process needs what its allocator has cached for its next step.
+        free, _ = self._rank.device.memory(reclaim=held is None or not held.is_of_others)
+        free += self._rank.stagings.held(self._rank.device)
+        self._gate = BroadcastGate()
+        return replace(
+            mine,
+            available=int(free * self._rank.settings.mem_fraction),
+            generation=self._rank.group.generation_of(self._order.receivers),
+            gate=self._gate.exported,
+        )
+
+    def prepare(self, ranks: Sequence[Introduction], plan: BucketPlan) -> Prepared:
+        """Staging, which begins to be filled, and a communicator among the receivers.
 
         Raises:
-            CheckpointEngineError: this rank's worker failed, another rank did, or the deadline is over.
+            CheckpointStateError: this rank has introduced itself to nobody.
         """
-        last, pause = len(self._plan.buckets) - 1, _SHORTEST_PAUSE
-        while self._link.done < last:
-            self._cancel.check()
-            self._link.poll()
-            if any([self._load_next(), self._copy_next(), self._broadcast_next()]):
-                pause = _SHORTEST_PAUSE
-            else:
-                time.sleep(pause)
-                pause = min(2 * pause, _LONGEST_PAUSE)
-            self._note_progress()
-        self._add_up()
+        if self._gate is None:
+            raise CheckpointStateError("ranks introduce themselves before a broadcast is prepared")
+        receivers, clock = self._order.receivers, self._update.clock
+        self._source = self.open_source(plan)
+        available = min(ranks[rank].available for rank in receivers)
+        device, layout = choose_staging(plan, len(receivers), self._rank.device, available, self._update.number)
+        with clock.step("communicator"):
+            communicator = self._connect(ranks, device)
+        with clock.step("staging"):
+            staging = self._rank.stagings.take(device, layout.nbytes)
+        self._pipeline = BroadcastPipeline(
+            rank=self._index,
+            plan=plan,
+            ranges=place_buckets(plan, layout, self._index),
+            staging=staging,
+            device=device,
+            communicator=communicator,
+            gate=self._gate,
+            source=self._source,
+            cancel=self._update.cancel,
+            progress=self._rank.progress,
+            clock=clock,
+        )
+        progress = self._rank.progress
+        before, progress.phase = progress.phase, Phase.LOAD  # what fails here fails to be loaded, only earlier
+        with clock.step("fill staging"):
+            self._pipeline.fill()
+        progress.phase = before
+        where = "host" if device is not self._rank.device else device.torch_device.type
+        self.staging = f"{layout.nbytes / 1e6:.1f} MB on {where}, {'one ring' if layout.shared else 'two rings'}"
+        return Prepared(staging)
 
-    def _copy_next(self) -> bool:
-        """Copies this rank's next bucket if its place is free and its bytes are there."""
-        if self._next_copy == len(self._own):
-            return False
-        index = self._own[self._next_copy]
-        if not self._is_free(index) or not self._source.ready(index):
-            return False
-        source = self._source.read(index)
-        begin = self._copies.record()
-        self._copies.copy(self._view(index), source)
-        self._copied[index] = _Span(begin, self._copies.record())
-        self._next_copy += 1
-        return True
+    def open_source(self, plan: BucketPlan) -> BucketSource:
+        """Where this rank's own buckets come from."""
+        held, name = self._update.held, self._order.catalog.name
+        return HostSource(
+            lambda index: find_bucket(held, plan.buckets[index], name),
+            lambda index: is_there(held, plan.buckets[index]),
+            self._update.cancel,
+        )
 
-    def _broadcast_next(self) -> bool:
-        """Broadcasts the next bucket if all ranks are ready for it."""
-        index = self._next_broadcast
-        if index == len(self._plan.buckets) or not self._is_here(index) or not self._gate.passed(index):
-            return False
-        begin = self._broadcasts.record()
-        if self._communicator is not None:
-            with self._broadcasts.active():
-                self._communicator.broadcast(self._view(index), self._plan.buckets[index].owner)
-        self._sent[index] = _Span(begin, self._broadcasts.record())
-        self._next_broadcast += 1
-        return True
+    def run(self, workers: WorkerLinks) -> None:
+        """Bucket by bucket."""
+        if self._pipeline is None:
+            raise CheckpointStateError("a broadcast is prepared before it runs")
+        self._pipeline.run(workers.links[0])
 
-    def _load_next(self) -> bool:
-        """Hands the next bucket to the engine worker if it has arrived."""
-        index = self._next_load
-        if index == self._next_broadcast or not self._sent[index].end.done():
-            return False
-        self._cancel.check()  # a broadcast that was cut off leaves rubbish behind
-        if index in self._copied:
-            self._source.release(index)
-        self._link.load(index, self._places[index].offset)
-        self._next_load += 1
-        return True
+    def close(self) -> None:
+        """Stops fetching, if there is anything to fetch."""
+        for each in (self._source, self._gate):
+            if each is not None:
+                each.close()
 
-    def _is_here(self, index: int) -> bool:
-        """Whether a bucket of this rank's own lies on the device, or there is room for another rank's."""
-        if self._plan.buckets[index].owner != self._rank:
-            return self._is_free(index)
-        return index in self._copied and self._copied[index].end.done()
-
-    def _is_free(self, index: int) -> bool:
-        after = self._places[index].after
-        return after is None or self._link.done >= after
-
-    def _view(self, index: int) -> torch.Tensor:
-        place = self._places[index]
-        return self._staging[place.offset : place.offset + place.nbytes]
-
-    def _note_progress(self) -> None:
-        done = self._link.done + 1
-        self._progress.bytes_done += sum(b.nbytes for b in self._plan.buckets[self._progress.buckets_done : done])
-        self._progress.buckets_done = done
-
-    def _add_up(self) -> None:
-        self._clock.add("copy", sum(span.seconds() for span in self._copied.values()))
-        fetched = self._source.spans()
-        if fetched:
-            self._clock.add("fetch", covered(fetched))
-        self._clock.add("broadcast", sum(span.seconds() for span in self._sent.values()))
-        self._clock.add("load", sum(seconds for _, seconds in self._link.loads.values()))
-        if self._clock.trace is not None and self._device_clock is not None:
-            self._clock.trace.spans += [*fetched, *self._trace(self._device_clock)]
-
-    def _trace(self, clock: DeviceClock) -> Iterator[Span]:
-        def span(lane: str, index: int, begin: float, end: float) -> Span:
-            return Span(lane, f"bucket {index}", begin, end, index, self._plan.buckets[index].nbytes)
-
-        for index, copied in self._copied.items():
-            yield span("copy", index, clock.at(copied.begin), clock.at(copied.end))
-        for index, sent in self._sent.items():
-            if self._communicator is not None:
-                yield span("broadcast", index, clock.at(sent.begin), clock.at(sent.end))
-        yield from self._link.spans(self._plan)
+    def _connect(self, ranks: Sequence[Introduction], device: Device) -> Communicator | None:
+        receivers, own = self._order.receivers, self._update.number
+        chosen = self._rank.collective if device is self._rank.device else ""
+        communicator = self._rank.group.communicator(
+            chosen or device.backend,
+            device.torch_device,
+            agreed_generation(ranks, receivers, self._update.key),
+            self._update.deadline,
+            receivers,
+        )
+        if communicator is not None and self._gate is not None:
+            self._update.cancel.on_set(communicator.abort)
+            self._gate.meet({rank: gate for rank in receivers if (gate := ranks[rank].gate) and rank != own})
+        return communicator

@@ -1,36 +1,167 @@
-"""Direct: each engine worker takes its own slices out of host memory; nothing is staged and nothing broadcast.
+"""Direct: each engine worker takes its own slices out of the ranks' memory; nothing is staged and nothing broadcast.
 
-The ranks of one host lend their segments to the worker of each of them, as file descriptors (see `offers`).
+The ranks of one host export their segments to the worker of each of them, as file descriptors (see `exports`). What
+ranks of other hosts hold is fetched, as far as the workers of this one want it (see `remote`).
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Sequence
+
+from msgspec.structs import replace
 
 from checkpoint_engine.catalog import Catalog
 from checkpoint_engine.deadline import Cancel
-from checkpoint_engine.device.base import Memory
-from checkpoint_engine.link.messages import SharedSegments
+from checkpoint_engine.errors import CheckpointStateError, RankError, SettingError
 from checkpoint_engine.planning.buckets import BucketPlan
-from checkpoint_engine.transfer.offers import Offer, open_lent
-from checkpoint_engine.transfer.remote import RemoteBuckets
+from checkpoint_engine.source.store import Registered
+from checkpoint_engine.transfer.exports import RING, Export, ExportedSegments, export_segments
+from checkpoint_engine.transfer.introduction import Introduction
+from checkpoint_engine.transfer.methods import Method
+from checkpoint_engine.transfer.order import UpdateOrder
+from checkpoint_engine.transfer.remote import RemoteBuckets, unite
 from checkpoint_engine.transfer.report import Progress, StageClock
+from checkpoint_engine.transfer.transport import Prepared, Transport, UpdateContext
 from checkpoint_engine.transfer.worker_link import WorkerLink
+from checkpoint_engine.transfer.worker_links import WorkerLinks
 
-MOST_SEGMENTS = 200
+__all__ = ["Direct", "DirectPipeline", "find_obstacle", "in_turn"]
+
+_MOST_SEGMENTS = 200
 """File descriptors that one message may carry, with room to spare (the kernel's limit is 253)."""
 
-RING = -1
-"""Stands for a rank where the ring's number is asked for."""
+_DEVICE_BUCKETS = 4
+"""How many times as much a bucket of device memory holds: its bytes take less time than a worker's hearing of it."""
 
 _BUCKETS_AHEAD = 8
 """Buckets that a worker is told of before it has answered; more would only fill the socket."""
 
 
-def find_obstacle(offers: Sequence[Offer], catalog: Catalog) -> str:
-    """What keeps these ranks from a direct update; empty if nothing does. Alike on all ranks.
+class Direct(Transport):
+    """All ranks are updated out of their own memory, and a rank may feed several workers."""
+
+    method = Method.DIRECT
+
+    def __init__(self, update: UpdateContext) -> None:
+        super().__init__(update)
+        self._plan: BucketPlan | None = None
+        self._exported: ExportedSegments | None = None
+        self._remote: RemoteBuckets | None = None
+
+    @classmethod
+    def check(cls, order: UpdateOrder) -> None:
+        """Workers map memory of all ranks of their host, and of nobody else."""
+        if not order.everywhere:
+            raise SettingError("a direct update goes to all ranks, out of their own memory; leave ranks and metas out")
+
+    @property
+    def numbers_workers(self) -> bool:
+        """Where it was asked for, a rank may have no device, or several workers."""
+        without_device = not self._rank.device.known_by_identity or self._order.workers > 1
+        return self._order.method is Method.DIRECT and without_device
+
+    @property
+    def sends_as_it_comes(self) -> bool:
+        """Where no other rank's workers read this one's memory."""
+        return self._rank.group.board.world_size == 1
+
+    def introduce(self, mine: Introduction) -> Introduction:
+        """With what this rank exports."""
+        return replace(mine, export=export_segments(self._update.held.segments if self._update.held else ()))
+
+    def settle(self, ranks: Sequence[Introduction]) -> Transport:
+        """This one.
+
+        Raises:
+            RankError: it is not possible.
+        """
+        obstacle = self.find_obstacle(ranks)
+        if obstacle:
+            raise RankError(f"a direct update is not possible: {obstacle}; --method broadcast does without")
+        return self
+
+    def find_obstacle(self, ranks: Sequence[Introduction]) -> str:
+        """What keeps these ranks from a direct update; empty if nothing does. Alike on all ranks."""
+        exports = [rank.export for rank in ranks if rank.export is not None]
+        if len(exports) < len(ranks):
+            silent = next(number for number, rank in enumerate(ranks) if rank.export is None)
+            return f"rank {silent} exports nothing, since it was asked for another method"
+        return find_obstacle(exports, self._order.catalog)
+
+    def plan(self, ranks: Sequence[Introduction]) -> BucketPlan:
+        """Larger buckets where no byte of them comes over a bus."""
+        del ranks
+        catalog, size = self._order.catalog, self._rank.settings.bucket_size
+        kinds = {segment.kind for holding in catalog.holdings for segment in holding.segments}
+        return self._rank.plans.plan(catalog, size * _DEVICE_BUCKETS if kinds == {"device"} else size)
+
+    def prepare(self, ranks: Sequence[Introduction], plan: BucketPlan) -> Prepared:
+        """Exports this host's segments, and a ring for what is fetched from others."""
+        with self._update.clock.step("export"):
+            exports = {number: rank.export for number, rank in enumerate(ranks) if rank.export is not None}
+            host = exports[self._update.number].host
+            local = {number: export for number, export in exports.items() if export.host == host}
+            remote = in_turn(plan, self._update.number, [rank.export.host if rank.export else "" for rank in ranks])
+            if remote:
+                self._remote = RemoteBuckets(plan, self._order.catalog, remote, self._rank.rings)
+                local[RING] = export_segments([self._remote.ring])
+            self._exported = ExportedSegments(local)
+            self._rank.stagings.export(self._exported)
+        self._plan = plan
+        self.staging = f"none: workers read {len(self._exported.descriptors)} segments"
+        return Prepared(self._exported, remote)
+
+    def run(self, workers: WorkerLinks) -> None:
+        """Tells the workers where every bucket lies."""
+        if self._plan is None or self._exported is None:
+            raise CheckpointStateError("a direct update is prepared before it runs")
+        if self._remote is not None:
+            self._remote.start(unite(workers.wanted), self._update.cancel)
+        DirectPipeline(
+            plan=self._plan,
+            exported=self._exported,
+            links=workers.links,
+            remote=self._remote,
+            held=self._update.held,
+            cancel=self._update.cancel,
+            progress=self._rank.progress,
+            clock=self._update.clock,
+        ).run()
+        if self._remote is not None:
+            self._remote.complete = True
+
+    def close(self) -> None:
+        """Stops fetching. What is exported stays, and with it what workers have mapped."""
+        if self._remote is not None:
+            self._remote.close()
+
+
+def in_turn(plan: BucketPlan, rank: int, hosts: Sequence[str]) -> list[int]:
+    """The buckets that ranks of other hosts own, in the order in which `rank` reads them; `hosts[r]` is that of rank r.
+
+    All ranks read at once: each goes from host to host, beginning with the next, and on each from rank to rank,
+    beginning with that of its own place; so no two ask the same one. The first buckets of all owners come before the
+    second ones, since those may hold shards of the same tensors.
+    """
+    of_host: dict[str, list[int]] = {}
+    for other, host in enumerate(hosts):
+        of_host.setdefault(host, []).append(other)
+    numbers = {host: number for number, host in enumerate(of_host)}
+    places = {other: place for ranks in of_host.values() for place, other in enumerate(ranks)}
+    turns: Counter[int] = Counter()
+    keys: dict[int, tuple[int, int, int]] = {}
+    for index, bucket in enumerate(plan.buckets):
+        owner, host = bucket.owner, hosts[bucket.owner]
+        if host != hosts[rank]:
+            onward = (numbers[host] - numbers[hosts[rank]]) % len(numbers)
+            keys[index] = turns[owner], onward, (places[owner] - places[rank]) % len(of_host[host])
+            turns[owner] += 1
+    return sorted(keys, key=keys.__getitem__)
+
+
+def find_obstacle(exports: Sequence[Export], catalog: Catalog) -> str:
+    """What keeps ranks that export this from a direct update; empty if nothing does.
 
     Between hosts, ranks fetch what their workers lack; `catalog` says whether the others' memory can be read.
     """
@@ -39,75 +170,43 @@ def find_obstacle(offers: Sequence[Offer], catalog: Catalog) -> str:
         for holding in catalog.holdings
         if any(segment.tensors for segment in holding.segments) and not (holding.p2p_address and holding.generation)
     ]
-    for rank, offer in enumerate(offers):
-        if offer.obstacle:
-            return f"rank {rank}: {offer.obstacle}"
-        if offer.host != offers[0].host and silent:
+    for rank, export in enumerate(exports):
+        if export.obstacle:
+            return f"rank {rank}: {export.obstacle}"
+        if export.host != exports[0].host and silent:
             return (
                 f"ranks 0 and {rank} are on different hosts, or in containers that do not see each other's processes, "
                 f"and rank {silent[0]} does not let others read its memory (CHECKPOINT_ENGINE_P2P=1, or --share)"
             )
     of_host: dict[str, int] = {}
-    for offer in offers:
-        of_host[offer.host] = of_host.get(offer.host, 1) + len(offer.segments)
+    for export in exports:
+        of_host[export.host] = of_host.get(export.host, 1) + sum(segment.descriptors for segment in export.segments)
     count = max(of_host.values(), default=0)
-    return f"{count} segments are more than the {MOST_SEGMENTS} that can be lent" if count > MOST_SEGMENTS else ""
+    most = _MOST_SEGMENTS
+    return f"{count} blocks of memory are more than the {most} that can be exported" if count > most else ""
 
 
-class LentSegments:
-    """All segments of all ranks of this host, ready to go over a link; behaves like staging memory."""
-
-    def __init__(self, offers: Mapping[int, Offer]) -> None:
-        """Opens them; `offers` are by rank, and by `RING` what others' buckets are fetched into.
-
-        Raises:
-            RankError: another rank's memory cannot be opened.
-        """
-        opened: list[int] = []
-        self.descriptors: tuple[int, ...] = ()
-        self._numbers: dict[tuple[int, int], int] = {}
-        # In the order in which workers will need them: the ranks take turns, and each sends segment by segment.
-        places = sorted((index, rank) for rank, offer in offers.items() for index in range(len(offer.segments)))
-        try:
-            for index, rank in places:
-                self._numbers[rank, index] = len(opened)
-                opened.append(open_lent(rank, offers[rank], offers[rank].segments[index]))
-        finally:
-            self.descriptors = tuple(opened)
-            if len(self._numbers) > len(opened):
-                self.close()
-        sizes = tuple(offers[rank].segments[index].nbytes for index, rank in places)
-        self.memory: Memory = SharedSegments(sizes, _lease(offers.values()))
-
-    def number(self, rank: int, segment: int) -> int:
-        """Which of the lent segments a rank's own segment is."""
-        return self._numbers[rank, segment]
-
-    def close(self) -> None:
-        """Closes this process's descriptors of them."""
-        for descriptor in self.descriptors:
-            os.close(descriptor)
-        self.descriptors = ()
-
-
-class DirectTransfer:
+class DirectPipeline:
     """One rank's part: tells its workers where every bucket lies, and waits until they have taken them."""
 
     def __init__(
         self,
         *,
         plan: BucketPlan,
-        lent: LentSegments,
+        exported: ExportedSegments,
         links: Sequence[WorkerLink],
         remote: RemoteBuckets | None,
+        held: Registered | None,
         cancel: Cancel,
         progress: Progress,
         clock: StageClock,
     ) -> None:
         self._plan = plan
-        self._lent = lent
+        self._exported = exported
         self._links = links
         self._remote = remote
+        self._fetched = frozenset(remote.indexes if remote is not None else ())
+        self._refill = held.refill if held is not None else None
         self._sent: list[int] = []
         """Buckets in the order in which the workers were told of them."""
         self._released = 0
@@ -121,16 +220,16 @@ class DirectTransfer:
         Raises:
             CheckpointEngineError: a worker failed, another rank did, or the deadline is over.
         """
-        away = list(self._remote.away) if self._remote is not None else []
-        near = [index for index in range(len(self._plan.buckets)) if index not in set(away)]
-        while away or near:
+        remote = deque(self._remote.indexes if self._remote is not None else ())
+        local = deque(index for index in range(len(self._plan.buckets)) if index not in self._fetched)
+        while remote or local:
             self._cancel.check()
             self._settle(len(self._sent) - _BUCKETS_AHEAD)
             # Whatever comes from other hosts is passed on as it comes; in between, what lies here.
-            if away and self._remote is not None and (not near or self._remote.source.ready(away[0])):
-                self._pass_on(self._remote, away.pop(0))
+            if remote and self._remote is not None and (not local or self._remote.source.ready(remote[0])):
+                self._pass_on(self._remote, remote.popleft())
             else:
-                self._send(near.pop(0))
+                self._send(local.popleft())
         self._settle(len(self._sent))
         self._clock.add("load", max(sum(seconds for _, seconds in link.loads.values()) for link in self._links))
         if self._clock.trace is not None:
@@ -140,16 +239,18 @@ class DirectTransfer:
 
     def _send(self, index: int) -> None:
         bucket = self._plan.buckets[index]
+        if self._refill is not None:
+            self._refill.wait(bucket.segment, bucket.start + bucket.nbytes, self._cancel.check)
         for link in self._links:
-            link.load(index, bucket.start, self._lent.number(bucket.owner, bucket.segment))
+            link.load(index, bucket.start, self._exported.number(bucket.owner, bucket.segment))
         self._sent.append(index)
 
     def _pass_on(self, remote: RemoteBuckets, index: int) -> None:
         if not remote.source.ready(index):
             self._settle(len(self._sent))  # it may wait for memory that the workers hold
-        place = remote.place_of(index)
+        offset = remote.offset_of(index)
         for link in self._links:
-            link.load(index, place, self._lent.number(RING, 0), again=True)
+            link.load(index, offset, self._exported.number(RING, 0), again=True)
         self._sent.append(index)
 
     def _settle(self, count: int) -> None:
@@ -159,15 +260,7 @@ class DirectTransfer:
         done = self._sent[self._released : min(len(link.loads) for link in self._links)]
         for index in done:
             self._progress.bytes_done += self._plan.buckets[index].nbytes
-            if self._remote is not None and index in self._remote.away:
+            if self._remote is not None and index in self._fetched:
                 self._remote.source.release(index)
         self._released += len(done)
         self._progress.buckets_done = self._released
-
-
-def _lease(offers: Iterable[Offer]) -> str:
-    """Names these very segments: an inode number is not given out again while somebody holds the inode."""
-    digest = hashlib.sha256()
-    for offer in offers:
-        digest.update(repr((offer.host, [(segment.inode, segment.nbytes) for segment in offer.segments])).encode())
-    return digest.hexdigest()[:32]

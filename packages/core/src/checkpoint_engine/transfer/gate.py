@@ -12,29 +12,31 @@ import mmap
 from collections.abc import Mapping
 
 from checkpoint_engine.errors import RankError
-from checkpoint_engine.host.segment import Segment
-from checkpoint_engine.transfer.offers import Offer, make_offer, open_lent, this_host
+from checkpoint_engine.source.segment import Segment
+from checkpoint_engine.transfer.exports import Export, export_segments, open_exported, this_host
+
+__all__ = ["BroadcastGate"]
 
 logger = logging.getLogger(__name__)
 
 _WORD = 8
 
 
-class Gate:
+class BroadcastGate:
     """One rank's side, for one update."""
 
     def __init__(self) -> None:
         self._own = Segment.create(mmap.PAGESIZE)
         self._others: list[Segment] = []
-        self.offer = make_offer([self._own])
+        self.exported = export_segments([self._own])
 
-    def meet(self, offers: Mapping[int, Offer]) -> None:
+    def meet(self, exports: Mapping[int, Export]) -> None:
         """Learns where the other ranks count; those of other hosts, or that cannot be looked at, are not waited for."""
-        for rank, offer in offers.items():
-            if offer.host != this_host():
+        for rank, export in exports.items():
+            if export.host != this_host():
                 continue
             try:
-                descriptor = open_lent(rank, offer, offer.segments[0])
+                descriptor = open_exported(rank, export, export.segments[0].descriptor, export.segments[0].inode)
             except RankError as error:
                 logger.info("broadcasts do not wait for rank %d: %s", rank, error)
                 continue

@@ -9,7 +9,9 @@ import msgspec
 from checkpoint_engine.catalog import Holding
 from checkpoint_engine.errors import RankError
 from checkpoint_engine.link.messages import WORKER_NAME
-from checkpoint_engine.transfer.offers import Offer
+from checkpoint_engine.transfer.exports import Export
+
+__all__ = ["Introduction", "addresses_of", "agreed_generation", "decode_introductions"]
 
 
 class Introduction(msgspec.Struct, frozen=True):
@@ -18,14 +20,16 @@ class Introduction(msgspec.Struct, frozen=True):
     device: str
     handles: tuple[str, ...]
     """Where the workers that it feeds are to connect."""
-    available: int
     digest: str
-    generation: str
-    access: Holding | None
+    available: int = 0
+    """Bytes of its device that staging may take."""
+    generation: str = ""
+    """Of the communicators among the receivers that it holds."""
+    access: Holding | None = None
     """How this rank's host memory is read; None where nobody needs to."""
-    offer: Offer | None = None
-    """What this rank could lend to the workers of its host; None for a broadcast."""
-    gate: Offer | None = None
+    export: Export | None = msgspec.field(name="offer", default=None)
+    """What this rank exports to the workers of its host; None for a broadcast."""
+    gate: Export | None = None
     """Where this rank counts the broadcasts that it is ready for; None if it receives none."""
     refusal: str = ""
     """Why this rank cannot take part. It says so here because the others may not have begun yet."""
@@ -52,14 +56,14 @@ def decode_introductions(texts: Sequence[bytes], rank: int, checkpoint: str) -> 
     return ranks
 
 
-def addresses_of(ranks: Sequence[Introduction], *, by_place: bool) -> list[tuple[str, str]]:
+def addresses_of(ranks: Sequence[Introduction], *, by_number: bool) -> list[tuple[str, str]]:
     """What every worker is called, and where it is to connect; in the order of the workers.
 
-    A rank without a device cannot name a worker by it, so there (`by_place`) workers are numbered.
+    With `by_number` workers are numbered: a rank without a device cannot name a worker by it.
     """
-    if by_place:
+    if by_number:
         handles = [handle for rank in ranks for handle in rank.handles]
-        return [(f"{WORKER_NAME}{place}", handle) for place, handle in enumerate(handles)]
+        return [(f"{WORKER_NAME}{number}", handle) for number, handle in enumerate(handles)]
     return [(rank.device, handle) for rank in ranks for handle in rank.handles]
 
 

@@ -13,20 +13,22 @@ from checkpoint_engine.catalog import Catalog
 from checkpoint_engine.deadline import Cancel
 from checkpoint_engine.device import CpuDevice
 from checkpoint_engine.errors import CheckpointStateError
-from checkpoint_engine.host.p2p_store import P2PStore
-from checkpoint_engine.host.segment import Segment
 from checkpoint_engine.link.messages import Wanted
+from checkpoint_engine.p2p.store import P2PStore
 from checkpoint_engine.planning.buckets import BucketPlan, align_up
-from checkpoint_engine.planning.peers import PeerPlan, Piece, Route
-from checkpoint_engine.transfer.feeds import peers_of
+from checkpoint_engine.planning.peers import PeerPlan, ReadPiece, Route
+from checkpoint_engine.source.segment import Segment
 from checkpoint_engine.transfer.fetching import READS_AHEAD, PeerSource
+from checkpoint_engine.transfer.peers import peers_of
 from checkpoint_engine.transfer.trace import Span
 
-_HERE, _ELSEWHERE = 0, 1
+__all__ = ["RemoteBuckets", "RingCache", "unite"]
+
+_LOCAL, _REMOTE = 0, 1
 
 
-class RingKeeper:
-    """The ring of a rank; kept, because workers keep what they have mapped and registered."""
+class RingCache:
+    """The ring of a rank; cached, because workers cache what they have mapped and registered."""
 
     def __init__(self, store: Callable[[], P2PStore]) -> None:
         """Takes how to open this rank's end of transfers."""
@@ -68,52 +70,52 @@ class RingKeeper:
 class RemoteBuckets:
     """The buckets of one update that ranks of other hosts hold."""
 
-    def __init__(self, plan: BucketPlan, catalog: Catalog, away: Sequence[int], rings: RingKeeper) -> None:
+    def __init__(self, plan: BucketPlan, catalog: Catalog, indexes: Sequence[int], rings: RingCache) -> None:
         """Makes the ring ready; nothing is fetched before `start`.
 
         Args:
             plan: All buckets.
             catalog: Who holds them, and how that is reached.
-            away: Places of the buckets that are to be fetched, ascending.
+            indexes: Of the buckets that are to be fetched, in the order in which they are.
             rings: Of this rank.
 
         Raises:
             HostMemoryError: there is no room for the ring.
         """
-        self.away = tuple(away)
+        self.indexes = tuple(indexes)
         self._plan = plan
         self._catalog = catalog
         self._rings = rings
-        largest = max(align_up(plan.buckets[index].nbytes) for index in away)
-        self.ring = rings.take(largest * min(READS_AHEAD, len(away)))
+        largest = max(align_up(plan.buckets[index].nbytes) for index in indexes)
+        self.ring = rings.take(largest * min(READS_AHEAD, len(indexes)))
         self._source: PeerSource | None = None
         self.complete = False
         """Whether everything has come, and been copied."""
 
     def start(self, wanted: Sequence[Wanted], cancel: Cancel) -> None:
-        """Begins to fetch; `wanted[i]` are the bytes that are needed of bucket `away[i]`.
+        """Begins to fetch; `wanted[i]` are the bytes that are needed of bucket `indexes[i]`.
 
         Raises:
             PeerError: a holder does not share its memory.
         """
-        places = {holding.rank: place for place, holding in enumerate(self._catalog.holdings)}
-        needed = dict(zip(self.away, wanted, strict=True))
+        holders = {holding.rank: index for index, holding in enumerate(self._catalog.holdings)}
+        needed = dict(zip(self.indexes, wanted, strict=True))
         routes: list[tuple[Route, ...]] = []
         for index, bucket in enumerate(self._plan.buckets):
             ranges = ((0, bucket.nbytes),) if (found := needed.get(index, ())) is None else found
             pieces = (
-                Piece(places[bucket.owner], bucket.segment, bucket.start + start, start, nbytes)
+                ReadPiece(holders[bucket.owner], bucket.segment, bucket.start + start, start, nbytes)
                 for start, nbytes in ranges
             )
             routes.append((tuple(pieces),))
         buckets = tuple(
-            msgspec.structs.replace(bucket, owner=_HERE if index in needed else _ELSEWHERE)
+            msgspec.structs.replace(bucket, owner=_LOCAL if index in needed else _REMOTE)
             for index, bucket in enumerate(self._plan.buckets)
         )
         plan = PeerPlan(msgspec.structs.replace(self._plan, buckets=buckets), self._catalog.holdings, tuple(routes))
         self._source = PeerSource(
             plan,
-            _HERE,
+            _LOCAL,
             peers=peers_of(plan),
             local=lambda _bucket, _route: None,
             store=self._rings.store(),
@@ -121,6 +123,7 @@ class RemoteBuckets:
             cancel=cancel,
             keep=False,
             ring=self.ring,
+            order=self.indexes,
         )
 
     @property
@@ -130,7 +133,7 @@ class RemoteBuckets:
             raise CheckpointStateError("buckets are fetched once it is known what is wanted of them")
         return self._source
 
-    def place_of(self, index: int) -> int:
+    def offset_of(self, index: int) -> int:
         """Where in the ring a bucket is, once it has come; waits for it.
 
         Raises:

@@ -7,19 +7,19 @@ import time
 from collections import defaultdict
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Literal
 
+from checkpoint_engine.contract.figures import ComparisonFigures, UpdateFigures
+from checkpoint_engine.contract.phase import Phase
 from checkpoint_engine.transfer.trace import PHASES, RankTrace, Span, Trace
 
-Method = Literal["broadcast", "direct", "auto"]
-"""How bytes get from the ranks to the engines' workers; `auto` is direct where that is possible."""
+__all__ = ["Progress", "StageClock", "UpdateReport"]
 
 
 @dataclass
 class Progress:
     """How far an update is; written by the thread that runs it, read by any other."""
 
-    phase: str = "idle"
+    phase: Phase = Phase.IDLE
     buckets_done: int = 0
     buckets: int = 0
     bytes_done: int = 0
@@ -32,8 +32,10 @@ class UpdateReport:
 
     `seconds` holds `total` and a figure for each stage: `connect` (until the engine's workers are there), `copy`
     (host to device), `broadcast`, `load` (in the engine's loader) and `finish`. Stages overlap, so they add up to more
-    than the total. `staging_kept` is how many bytes of staging outlive the update. `engine` holds what this rank's
-    engine worker tells of itself; `trace` says when all that was, if it was asked for.
+    than the total. `paused` is what the engine's users feel: from asking it to pause to its answer that it runs again;
+    it is there on the rank that asked, if that went through one of our clients. `staging_kept` is how many bytes of
+    staging outlive the update. `engine` holds what this rank's engine worker tells of itself; `trace` says when all
+    that was, if it was asked for.
     """
 
     version: str
@@ -47,6 +49,16 @@ class UpdateReport:
     seconds: dict[str, float]
     engine: dict[str, str | int | float] = field(default_factory=dict[str, str | int | float])
     trace: RankTrace | None = None
+
+    @property
+    def figures(self) -> UpdateFigures:
+        """What the engine worker tells of an update that it took."""
+        return UpdateFigures.from_details(self.engine)
+
+    @property
+    def comparison(self) -> ComparisonFigures:
+        """What it tells of a comparison."""
+        return ComparisonFigures.from_details(self.engine)
 
 
 @dataclass

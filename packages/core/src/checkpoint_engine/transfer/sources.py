@@ -7,7 +7,15 @@ from typing import Protocol
 
 import torch
 
+from checkpoint_engine.deadline import Cancel
+from checkpoint_engine.errors import CheckpointStateError
+from checkpoint_engine.planning.buckets import Bucket
+from checkpoint_engine.source.store import Registered
 from checkpoint_engine.transfer.trace import Span
+
+__all__ = ["BucketSource", "HostSource", "find_bucket", "is_there"]
+
+_TICK_SECONDS = 0.001
 
 
 class BucketSource(Protocol):
@@ -18,7 +26,7 @@ class BucketSource(Protocol):
         ...
 
     def read(self, index: int) -> torch.Tensor:
-        """The bytes of a bucket in host memory, as 1-D uint8; waits for them.
+        """The bytes of a bucket, as 1-D uint8; waits for them.
 
         Raises:
             PeerError: they cannot be read.
@@ -40,22 +48,28 @@ class BucketSource(Protocol):
 
 
 class HostSource:
-    """Buckets that lie in this rank's own host memory."""
+    """Buckets that lie in this rank's own memory."""
 
-    def __init__(self, find: Callable[[int], torch.Tensor]) -> None:
-        self._find = find
+    def __init__(self, find: Callable[[int], torch.Tensor], is_there: Callable[[int], bool], cancel: Cancel) -> None:
+        self._find, self._is_there, self._cancel = find, is_there, cancel
+        self._read: dict[int, torch.Tensor] = {}
+        """What is being copied: it may have been put together for that alone."""
 
     def ready(self, index: int) -> bool:
-        """Always."""
-        del index
-        return True
+        """Whether all of it is there."""
+        return self._is_there(index)
 
     def read(self, index: int) -> torch.Tensor:
         """The bytes, where they are."""
-        return self._find(index)
+        while not self._is_there(index):
+            self._cancel.check()
+            self._cancel.wait(_TICK_SECONDS)
+        self._read[index] = self._find(index)
+        return self._read[index]
 
     def release(self, index: int) -> None:
-        """They stay."""
+        """Lets go of them."""
+        self._read.pop(index, None)
 
     def spans(self) -> list[Span]:
         """Nothing is fetched."""
@@ -63,3 +77,23 @@ class HostSource:
 
     def close(self) -> None:
         """Nothing to stop."""
+
+
+def is_there(held: Registered | None, bucket: Bucket) -> bool:
+    """Whether the bytes of a bucket of this rank's own have all come into its memory.
+
+    Raises:
+        CheckpointEngineError: they never will.
+    """
+    return held is None or held.refill is None or held.refill.has(bucket.segment, bucket.start + bucket.nbytes)
+
+
+def find_bucket(held: Registered | None, bucket: Bucket, checkpoint: str) -> torch.Tensor:
+    """The bytes of a bucket that lies in memory of this rank's own.
+
+    Raises:
+        CheckpointStateError: it holds nothing.
+    """
+    if held is None:
+        raise CheckpointStateError(f"this rank holds nothing of {checkpoint!r}")
+    return held.segments[bucket.segment].bytes_of(bucket)

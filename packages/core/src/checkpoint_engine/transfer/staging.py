@@ -10,17 +10,18 @@ from dataclasses import dataclass
 
 import msgspec
 
+from checkpoint_engine import limits
 from checkpoint_engine.deadline import Deadline
-from checkpoint_engine.device import CpuDevice, Device, Lendable, Staging
+from checkpoint_engine.device import CpuDevice, Device, ExportedMemory, Staging
 from checkpoint_engine.errors import DeviceMemoryError
 from checkpoint_engine.link.channel import SenderChannel
-from checkpoint_engine.link.lease import Lease
+from checkpoint_engine.link.lease import MappingLease
 from checkpoint_engine.planning.buckets import BucketPlan
 from checkpoint_engine.planning.staging import StagingLayout, choose_layout
 
-logger = logging.getLogger(__name__)
+__all__ = ["StagingCache", "choose_staging"]
 
-_UNMAP_SECONDS = 5.0
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -35,14 +36,14 @@ class _Allocated:
         return self.staging.memory.nbytes
 
 
-class StagingKeeper:
+class StagingCache:
     """Gives out staging memory, one at a time; what is kept is used again if it is large enough."""
 
     def __init__(self, *, keep: bool) -> None:
         self._keep = keep
         self._allocated: _Allocated | None = None
-        self._lent: Lendable | None = None
-        self._leases: list[Lease] = []
+        self._exported: ExportedMemory | None = None
+        self._leases: list[MappingLease] = []
 
     @property
     def kept(self) -> int:
@@ -56,26 +57,26 @@ class StagingKeeper:
 
     @contextmanager
     def for_one_update(self) -> Generator[None]:
-        """Within it, staging can be taken, or memory lent.
+        """Within it, staging can be taken, or memory exported.
 
-        Nothing is kept after a failure: who knows what the worker has mapped. What was lent stays with the worker in
-        any case: it costs the device nothing, and registering it anew would cost the next update seconds.
+        Nothing is kept after a failure: who knows what the worker has mapped. What was exported stays with the worker
+        in any case: it costs the device nothing, and registering it anew would cost the next update seconds.
         """
         done = False
         try:
             yield
             done = True
         finally:
-            if not done or not (self._keep or self._lent is not None):
+            if not done or not (self._keep or self._exported is not None):
                 self.release()
 
-    def lend(self, memory: Lendable) -> None:
+    def export(self, memory: ExportedMemory) -> None:
         """Uses memory that is not staging in its place; the worker keeps its mapping if that is of the same memory."""
-        if self._lent is not None and self._lent.memory == memory.memory:
-            self._lent.close()
+        if self._exported is not None and self._exported.memory == memory.memory:
+            self._exported.close()
         else:
             self.release()
-        self._lent = memory
+        self._exported = memory
 
     def take(self, device: Device, nbytes: int) -> Staging:
         """Staging of at least `nbytes`.
@@ -83,21 +84,21 @@ class StagingKeeper:
         Raises:
             DeviceMemoryError: there is not enough.
         """
-        if self._allocated is None or self._lent is not None or self.held(device) < nbytes:
+        if self._allocated is None or self._exported is not None or self.held(device) < nbytes:
             self.release()  # first, so that old and new need not fit side by side
             self._allocated = self._allocate(device, nbytes)
         return self._allocated.staging
 
     def take_back(self) -> None:
-        """Makes the worker unmap lent memory, which would otherwise outlive the checkpoint that lay in it."""
-        if self._lent is not None:
+        """Makes the worker unmap exported memory, which would otherwise outlive the checkpoint that lay in it."""
+        if self._exported is not None:
             self.release()
 
     def leave_with_workers(self, channels: Sequence[SenderChannel]) -> None:
         """After an update: the workers keep their mappings until this side of the channels ends."""
-        if self._keep or self._lent is not None:
+        if self._keep or self._exported is not None:
             self._end_leases()  # of others, perhaps; these have none from before any more
-            self._leases = [Lease(channel.duplicate()) for channel in channels]
+            self._leases = [MappingLease(channel.duplicate()) for channel in channels]
 
     def release(self) -> None:
         """Makes the worker unmap what is kept, and frees it."""
@@ -105,9 +106,9 @@ class StagingKeeper:
         if self._allocated is not None:
             allocated, self._allocated = self._allocated, None
             allocated.staging.close()
-        if self._lent is not None:
-            lent, self._lent = self._lent, None
-            lent.close()
+        if self._exported is not None:
+            exported, self._exported = self._exported, None
+            exported.close()
 
     def _allocate(self, device: Device, nbytes: int) -> _Allocated:
         staging = device.allocate(nbytes)
@@ -119,13 +120,13 @@ class StagingKeeper:
     def _end_leases(self) -> None:
         """Memory that another process has mapped must not be freed."""
         leases, self._leases = self._leases, []
-        deadline = Deadline(_UNMAP_SECONDS)
+        deadline = Deadline(limits.UNMAP)
         ended = [lease.end(deadline) for lease in leases]
         if not all(ended):
             logger.warning(
                 "an engine's worker has not unmapped the staging memory within %g s; the device may not get it "
                 "back before that worker goes on or ends",
-                _UNMAP_SECONDS,
+                limits.UNMAP,
             )
 
 

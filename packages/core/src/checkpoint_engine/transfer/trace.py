@@ -18,6 +18,8 @@ from checkpoint_engine.errors import SettingError
 if TYPE_CHECKING:
     from checkpoint_engine.device import Event, Stream
 
+__all__ = ["LANES", "PHASES", "DeviceClock", "RankTrace", "Span", "Trace", "chrome_trace", "covered", "save_trace"]
+
 PHASES = "phases"
 """The lane of what happens before and after the buckets; its spans may lie within each other."""
 

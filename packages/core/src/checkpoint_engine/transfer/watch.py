@@ -1,4 +1,4 @@
-"""Watches over an update: another rank's failure, a rank that died, the engine's answer, the deadline.
+"""Watches over an update: another rank's failure, a rank that is lost, the engine's answer, the deadline.
 
 Whatever happens first throws the cancel switch, so that no wait of this rank outlives the update.
 """
@@ -10,23 +10,33 @@ from collections.abc import Callable
 from types import TracebackType
 
 import msgspec
-import torch.distributed as dist
 from typing_extensions import Self
 
-from checkpoint_engine.collective import Board, Failure, failure_key
+from checkpoint_engine import limits
+from checkpoint_engine.collective import Board, failure_key
+from checkpoint_engine.contract.failure import Failure
+from checkpoint_engine.contract.pause import PauseClock, timing_pauses
 from checkpoint_engine.deadline import Cancel, Deadline
 from checkpoint_engine.errors import CheckpointEngineError, DeadlineError, EngineRequestError, RankError
 
+__all__ = ["EngineRequest", "Watch"]
+
 _TICK_SECONDS = 0.1
-_BEAT_SECONDS = 1.0
-_SILENCE_SECONDS = 15.0
-"""A rank that gives no sign of life for so long counts as dead."""
 
 
 class Watch:
     """Runs in the background from `__enter__` to `__exit__`."""
 
-    def __init__(self, board: Board, key: str, cancel: Cancel, deadline: Deadline) -> None:
+    def __init__(
+        self,
+        board: Board,
+        key: str,
+        cancel: Cancel,
+        deadline: Deadline,
+        trouble: Callable[[], CheckpointEngineError | None] = lambda: None,
+    ) -> None:
+        """Makes one; `trouble` says what else is wrong, and does not wait."""
+        self._trouble = trouble
         self._board = board
         self._key = failure_key(key)
         self._cancel = cancel
@@ -34,9 +44,9 @@ class Watch:
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="checkpoint-engine-watch", daemon=True)
 
-    def report(self, failure: Failure) -> None:
-        """Tells all other ranks; the first failure is the one that counts."""
-        self._board.post(self._key, msgspec.json.encode(failure))
+    def report(self, failure: Failure) -> Failure:
+        """Tells all other ranks; returns the first failure, which is the one that counts."""
+        return msgspec.json.decode(self._board.post(self._key, msgspec.json.encode(failure)), type=Failure)
 
     def first_failure(self) -> Failure | None:
         """What was reported first, by any rank."""
@@ -51,50 +61,23 @@ class Watch:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._over.set()
-        self._thread.join(_SILENCE_SECONDS)
+        self._thread.join(limits.EXPLANATION)
 
     def _run(self) -> None:
-        try:
-            board = self._board.for_other_thread()
-            neighbour = _Neighbour(board)
-            while not self._over.wait(_TICK_SECONDS):
-                self._look(board, neighbour)
-        except (dist.DistError, RuntimeError) as error:  # torch raises both for a store that is gone
-            self._cancel.set(RankError(f"rank 0, which holds the store, is gone: {str(error).splitlines()[0]}"))
+        while not self._over.wait(_TICK_SECONDS):
+            self._look()
 
-    def _look(self, board: Board, neighbour: _Neighbour) -> None:
-        text = board.read(self._key)
-        if text is not None:
-            failure = msgspec.json.decode(text, type=Failure)
+    def _look(self) -> None:
+        """Nothing here waits for another rank: what is known is known already."""
+        failure, lost = self.first_failure(), self._board.lost()
+        if failure is not None:
             self._cancel.set(RankError(f"rank {failure.rank} failed in {failure.phase}: {failure.message}"))
+        elif lost is not None:
+            self._cancel.set(RankError(f"rank {lost[0]} {lost[1]}", rank=lost[0]))
+        elif (trouble := self._trouble()) is not None:
+            self._cancel.set(trouble)
         elif self._deadline.expired:
-            self._cancel.set(DeadlineError(f"the update did not complete within {self._deadline.seconds:g} s"))
-        elif neighbour.is_silent():
-            self._cancel.set(RankError(f"rank {neighbour.rank} gave no sign of life for {_SILENCE_SECONDS:g} s"))
-
-
-class _Neighbour:
-    """Each rank shows that it is alive and listens to the next one, so a thousand ranks cost no more than two."""
-
-    def __init__(self, board: Board) -> None:
-        self.rank = (board.rank + 1) % board.world_size
-        self._board = board
-        self._beats = 0
-        self._last: bytes | None = None
-        self._until_beat = Deadline(0.0)
-        self._patience = Deadline(_SILENCE_SECONDS)
-
-    def is_silent(self) -> bool:
-        if not self._until_beat.expired:
-            return False
-        self._until_beat = Deadline(_BEAT_SECONDS)
-        self._beats += 1
-        self._board.beat(self._beats)
-        latest = self._board.beat_of(self.rank)
-        if latest != self._last:
-            self._last = latest
-            self._patience = Deadline(_SILENCE_SECONDS)
-        return self._patience.expired
+            self._cancel.set(DeadlineError(f"the update did not complete within {self._deadline.said}"))
 
 
 class EngineRequest:
@@ -104,6 +87,8 @@ class EngineRequest:
         self._ask = ask
         self._cancel = cancel
         self._error: CheckpointEngineError | None = None
+        self.pause = PauseClock()
+        """For how long the engine was paused, once it has answered."""
         self._thread = threading.Thread(target=self._run, name="checkpoint-engine-request", daemon=True)
         self._thread.start()
 
@@ -120,9 +105,21 @@ class EngineRequest:
         if self._error is not None:
             raise self._error
 
+    def ends(self, seconds: float) -> bool:
+        """Whether the engine answers, whatever it says, in that time."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+    def settled(self) -> CheckpointEngineError | None:
+        """What the engine's client says of a failure, if it knows what the engine holds since; waits a moment."""
+        if not self.ends(limits.LAST_WORD) or self._error is None or self._error.held == CheckpointEngineError.held:
+            return None
+        return self._error
+
     def _run(self) -> None:
         try:
-            self._ask()
+            with timing_pauses(self.pause):
+                self._ask()
         except Exception as error:  # noqa: BLE001 - a caller's function may raise anything; it is carried to the update
             self._error = error if isinstance(error, CheckpointEngineError) else _as_request_error(error)
             self._cancel.set(self._error)

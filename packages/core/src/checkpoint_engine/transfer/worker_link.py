@@ -5,14 +5,24 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TypeVar
 
 import torch
 
+from checkpoint_engine import limits
+from checkpoint_engine.contract.failure import Held
+from checkpoint_engine.contract.modes import WireMode
 from checkpoint_engine.deadline import Cancel, Deadline
-from checkpoint_engine.device import Lendable
-from checkpoint_engine.errors import CheckpointEngineError, LinkClosedError, LinkError, WorkerError
+from checkpoint_engine.device import ExportedMemory
+from checkpoint_engine.errors import (
+    CheckpointEngineError,
+    LinkClosedError,
+    LinkError,
+    WorkerError,
+    WorkerSilentError,
+    WorkerTracebackError,
+)
 from checkpoint_engine.link.channel import Listener, SenderChannel
 from checkpoint_engine.link.messages import (
     PROTOCOL,
@@ -27,7 +37,6 @@ from checkpoint_engine.link.messages import (
     Hello,
     Load,
     Loaded,
-    ReloadMode,
     Wanted,
     encode_buckets,
 )
@@ -36,7 +45,8 @@ from checkpoint_engine.transfer.announcement import Announcement
 from checkpoint_engine.transfer.trace import Span
 from checkpoint_engine.version import __version__
 
-GOODBYE_SECONDS = 10.0
+__all__ = ["WorkerLink"]
+
 _NO_BUCKETS = encode_buckets(())
 _Answer = TypeVar("_Answer", Accepted, Loaded, Finished)
 
@@ -51,6 +61,8 @@ class WorkerLink:
         self._deadline = deadline
         self._loading: deque[tuple[int, float]] = deque()
         self._over = False
+        self.held = Held.OLD
+        """What the worker holds, as far as it has said so or nothing was sent to it."""
         self.done = -1
         self.loads: dict[int, tuple[float, float]] = {}
         """When the worker began to load a bucket, on the host's monotonic clock, and the seconds that it took."""
@@ -71,13 +83,13 @@ class WorkerLink:
         checkpoint: str,
         version: str,
         what: Announcement,
-        memory: Lendable,
-        reload: ReloadMode,
-        away: Sequence[int] = (),
+        memory: ExportedMemory,
+        reload: WireMode,
+        remote: Sequence[int] = (),
     ) -> None:
         """Announces the update; the worker then makes itself ready for it.
 
-        Of the buckets in `away` it says what it wants.
+        Of the buckets in `remote` it says what it wants.
         """
         known = what.layout in self._hello.layouts
         message = Begin(
@@ -91,12 +103,12 @@ class WorkerLink:
             _NO_BUCKETS if known else what.buckets,
             reload,
             what.layout if known else "",
-            tuple(away),
+            tuple(remote),
         )
         self._channel.send(message, self._deadline, memory.descriptors)
 
     def wait_until_ready(self) -> tuple[Wanted, ...]:
-        """Waits until the worker is ready for buckets; returns what it wants of those that are away.
+        """Waits until the worker is ready for buckets; returns what it wants of those that are fetched.
 
         Raises:
             WorkerError: the worker refuses the update.
@@ -105,6 +117,7 @@ class WorkerLink:
 
     def load(self, bucket: int, offset: int, segment: int = 0, *, again: bool = False) -> None:
         """Tells the worker that a bucket lies at `offset`; does not wait."""
+        self.held = Held.UNKNOWN
         self._channel.send(Load(bucket, offset, segment, again), self._deadline)
         self._loading.append((bucket, time.perf_counter()))
 
@@ -140,6 +153,7 @@ class WorkerLink:
 
     def ask_to_finish(self) -> None:
         """Has the worker complete the update; does not wait."""
+        self.held = Held.UNKNOWN
         self._channel.send(Finish(), self._deadline)
 
     def wait_until_finished(self) -> Finished:
@@ -150,7 +164,12 @@ class WorkerLink:
         """
         finished = self._expect(Finished, "finishing the update")
         self._over = True
+        self.held = Held.NEW
         return finished
+
+    def held_before(self, updates: Collection[str]) -> bool:
+        """Whether the weights that it held whole before this update came by one of these."""
+        return self._hello.holds in updates
 
     @property
     def channel(self) -> SenderChannel:
@@ -161,7 +180,7 @@ class WorkerLink:
         """What the worker said of its own failure, if it did so without being asked."""
         with contextlib.suppress(LinkError):
             while not self._over and self._channel.ready():
-                answer = self._channel.receive(Deadline(1.0), "an answer")
+                answer = self._channel.receive(Deadline(limits.LAST_WORD), "an answer")
                 if isinstance(answer, Failed):
                     self._over = True
                     return self._as_error(answer)
@@ -180,8 +199,18 @@ class WorkerLink:
     def wait_until_aborted(self, deadline: Deadline) -> None:
         """Waits until it has; never raises for a worker that is gone."""
         with contextlib.suppress(LinkError, CheckpointEngineError):  # the cause of the abort is what counts
-            while not isinstance(self._channel.receive(deadline, "the worker giving up"), Aborted | Failed):
-                pass
+            while True:
+                answer = self._channel.receive(deadline, "the worker giving up")
+                if isinstance(answer, Aborted | Failed | Finished):
+                    self._note(answer)
+                    return
+
+    def as_stopped(self) -> WorkerSilentError:
+        """The error of a worker whose process is stopped."""
+        return WorkerSilentError(
+            f"the engine worker on {self._device} (pid {self._channel.peer}) was stopped {limits.SILENCE:g} s ago and "
+            "takes nothing: continue it (SIGCONT), or restart the engine"
+        )
 
     def close(self) -> None:
         """Closes the link; a worker in the middle of an update gives it up."""
@@ -214,11 +243,23 @@ class WorkerLink:
             raise LinkError(f"expected {kind.__name__} from the worker on {self._device}, {type(answer).__name__} came")
         return answer
 
+    def _note(self, answer: Aborted | Failed | Finished) -> None:
+        if isinstance(answer, Finished) or (isinstance(answer, Failed) and answer.complete):
+            self.held = Held.NEW
+        else:
+            self.held = Held.MIXTURE if answer.dirty else Held.OLD
+
     def _as_error(self, failed: Failed) -> WorkerError:
-        state = (
-            "may hold a mixture of weights until a full update succeeds" if failed.dirty else "keeps its old weights"
-        )
-        return WorkerError(
+        self._note(failed)
+        state = "holds the new weights" if failed.complete else "keeps its old weights"
+        if failed.dirty:
+            state = "may hold a mixture of weights until a full update succeeds"
+        error = WorkerError(
             f"the engine worker on {self._device} failed in {failed.phase}: {failed.error}: {failed.message} "
             f"(the worker {state})"
         )
+        if failed.dirty:  # that a worker's weights are whole says nothing of the engine's other workers
+            error.held = Held.MIXTURE.value
+        if failed.traceback:  # whoever prints this error's traceback sees the worker's first
+            error.__cause__ = WorkerTracebackError(f"in the engine's worker\n{failed.traceback}")
+        return error

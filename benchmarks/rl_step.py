@@ -1,0 +1,103 @@
+"""What one step of reinforcement learning costs: all weights changed on a trainer's GPU, then served by an engine.
+
+    python benchmarks/rl_step.py moe15b --upstream SITE          stand-in engine on the same GPU, ours beside upstream's
+    python benchmarks/rl_step.py smoke --device cpu --steps 6    to see that it runs
+
+A step is everything between the change and the engine's having it: register or refresh, gather, update, unregister.
+Every byte changes before every step, and every byte that the engine holds is compared after it. SITE is a folder with
+`pip install --target SITE checkpoint-engine==0.4.2` (with its dependencies). Raw figures go to benchmarks/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from workloads import WORKLOADS
+
+HERE = Path(__file__).parent
+SYSTEMS = ("device", "host", "host-direct", "host-broadcast")
+UNCOUNTED = 3
+"""Steps in which plans are recorded, proved and checked."""
+
+
+def run(system: str, arguments: argparse.Namespace, port: int) -> list[dict[str, Any]]:
+    """The steps of one system, in a process of its own."""
+    environment = {
+        **os.environ,
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "LOGURU_LEVEL": "WARNING",
+    }
+    if system.startswith("upstream"):
+        environment["PYTHONPATH"] = f"{arguments.upstream}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    command = [sys.executable, str(HERE / "trainer.py"), system, arguments.workload, arguments.device]
+    rows: list[dict[str, Any]] = []
+    with subprocess.Popen(
+        [*command, str(arguments.steps)], env=environment, stdout=subprocess.PIPE, text=True, bufsize=1
+    ) as process:
+        for line in process.stdout or ():
+            row = json.loads(line)
+            rows.append(row)
+            seconds = {name: round(value, 4) for name, value in row["seconds"].items()}
+            print(f"  {system:16} {row['step']:3} {json.dumps(seconds)} {json.dumps(row['stages'])}", flush=True)
+            if row["failure"] or row["wrong_bytes"]:
+                raise SystemExit(f"{system}: {row['failure'] or str(row['wrong_bytes']) + ' bytes are wrong'}")
+    if process.returncode or len(rows) < arguments.steps:
+        raise SystemExit(f"{system}: ended after {len(rows)} of {arguments.steps} steps; see its output above")
+    return rows
+
+
+def show(record: dict[str, Any]) -> None:
+    """Prints a table: medians of the counted steps."""
+    print(f"\n{record['workload']}: {record['bytes'] / 1e9:.1f} GB, {record['tensors']} tensors, {record['device']}")
+    print(f"{'':18}{'register':>9}{'gather':>9}{'update':>9}{'whole':>9}{'first':>9}{'GB/s':>9}")
+    for system, rows in record["steps"].items():
+        counted = rows[UNCOUNTED:] or rows
+        medians = [
+            statistics.median(row["seconds"].get(name, 0.0) for row in counted)
+            for name in ("register", "gather", "update", "whole")
+        ]
+        cells = [*medians, rows[0]["seconds"]["whole"], record["bytes"] / medians[-1] / 1e9]
+        print(f"{system:18}" + "".join(f"{cell:9.3f}" for cell in cells))
+
+
+def main() -> None:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("workload", choices=sorted(WORKLOADS))
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), help="also …-cpu: the trainer's tensors there")
+    parser.add_argument("--upstream", type=Path, help="a folder with upstream's wheel")
+    parser.add_argument("--output", type=Path, default=HERE / "results")
+    arguments = parser.parse_args()
+    systems = list(dict.fromkeys([*arguments.systems, *(["upstream"] if arguments.upstream else [])]))
+    tensors = WORKLOADS[arguments.workload]()
+    record = {
+        "workload": arguments.workload,
+        "engine": "stand-in",
+        "device": torch.cuda.get_device_name() if arguments.device == "cuda" else "CPU",
+        "versions": {"torch": torch.__version__},
+        "bytes": sum(tensor.nbytes for tensor in tensors),
+        "tensors": len(tensors),
+        "steps": {system: run(system, arguments, 29600 + index) for index, system in enumerate(systems)},
+    }
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    path = arguments.output / f"rl-step-{arguments.workload}-{time.strftime('%Y%m%d-%H%M%S')}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    show(record)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""What one step of reinforcement learning costs with a real vLLM: ours, and vLLM's own `ipc` weight transfer.
+
+    python benchmarks/rl_step_vllm.py moe30b --systems device host-direct ipc
+
+Trainer and engine share a GPU. Every step draws all weights anew, brings them over with pause, caches and resume, and
+compares the sum of all bit patterns that the engine's parameters hold with the trainer's. `ipc` packs its tensors, over
+vLLM's own routes; in vLLM 0.26 its module imports `ray`, of which it needs nothing: an empty module of that name does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+from checkpoints import configuration, make_tokenizer
+from vllm_server import Server, serving
+from workloads import WORKLOADS, Tensor
+
+HERE = Path(__file__).parent
+SECONDS = 300.0
+UNCOUNTED = 3
+"""Steps in which plans are recorded, proved and checked."""
+
+
+@dataclass
+class Trainer:
+    """Weights on the engine's own GPU, and an engine."""
+
+    server: Server
+    weights: dict[str, torch.Tensor]
+    laps: dict[str, float] = field(default_factory=dict)
+    """Seconds of the parts of a step."""
+    close: Callable[[], object] = lambda: None
+    """Lets go of the weights."""
+
+    def change(self, step: int) -> int:
+        """Trains; returns the sum of all bit patterns."""
+        generator = torch.Generator("cuda").manual_seed(step)
+        for weight in self.weights.values():
+            weight.normal_(0, 0.02, generator=generator)
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # ipc leaves pieces behind, and both models fill the GPU
+        return sum(int(weight.view(torch.int16).sum(dtype=torch.int64)) for weight in self.weights.values())
+
+    def lap(self, name: str, work: Callable[[], object]) -> None:
+        """Does one part of a step."""
+        begin = time.perf_counter()
+        work()
+        self.laps[name] = time.perf_counter() - begin
+
+    def ours(self, system: str) -> tuple[Callable[[int], None], Callable[[], dict[str, Any]]]:
+        """A step through a parameter server, and what that tells of its last one."""
+        from checkpoint_engine.ps import ParameterServer  # noqa: PLC0415 - of one system only
+
+        ps = ParameterServer()
+        self.close = ps.close
+
+        def asks(version: str) -> Callable[[list[tuple[str, str]]], None]:
+            options: dict[str, Any] = {"pause": "keep", "reset_caches": True, "timeout": SECONDS}
+            return lambda handles: self.server.client.update_weights(dict(handles), version=version, **options)
+
+        def publish(step: int) -> None:
+            version, stay = f"step-{step}", system == "device"
+            options: dict[str, Any] = {"version": version, "method": "direct", "in_place": stay}
+            self.lap("update", lambda: ps.publish(self.weights, asks(version), **options))
+
+        def host(step: int) -> None:
+            version, method = f"step-{step}", system.removeprefix("host-")
+            self.lap(
+                "register",
+                lambda: ps.register_checkpoint(version, named_tensors=self.weights, use_shared_memory_pool=True),
+            )
+            self.lap("gather", lambda: ps.gather_metas(version))
+            self.lap("update", lambda: ps.update(version, asks(version), method=method))
+            self.lap("unregister", lambda: ps.unregister_checkpoint(version))
+
+        def tell() -> dict[str, Any]:
+            report = ps.last_report
+            stages = {} if report is None else {name: round(value, 4) for name, value in report.seconds.items()}
+            asked = {path: round(seconds, 4) for path, seconds in self.server.timed.seconds.items()}
+            return {"stages": stages, "requests": asked, "engine": {} if report is None else dict(report.engine)}
+
+        return (publish if system in {"device", "host"} else host), tell
+
+    def ipc(self) -> Callable[[int], None]:
+        """A step by vLLM's own means."""
+        from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine  # noqa: PLC0415
+
+        client = httpx.Client(base_url=self.server.url, timeout=SECONDS)
+
+        def post(path: str, body: object = None, **query: str) -> None:
+            client.post(path, json=body, params=query).raise_for_status()
+
+        post("/init_weight_transfer_engine", {"init_info": {}})
+
+        def step(_: int) -> None:
+            options = {"send_mode": "http", "url": self.server.url, "packed": True}
+            self.lap("pause", lambda: post("/pause", mode="keep"))
+            self.lap("start", lambda: post("/start_weight_update"))
+            self.lap("send", lambda: IPCWeightTransferEngine.trainer_send_weights(iter(self.weights.items()), options))
+            self.lap("finish", lambda: post("/finish_weight_update"))
+            self.lap("resume", lambda: post("/resume"))
+
+        return step
+
+
+def run(system: str, tensors: list[Tensor], arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """The steps of one system, in an engine of its own."""
+    model = arguments.work / arguments.workload
+    model.mkdir(parents=True, exist_ok=True)
+    (model / "config.json").write_text(json.dumps(configuration(tensors)))
+    make_tokenizer(model)
+    options = ["--load-format", "dummy", "--max-model-len", "256", "--max-num-seqs", "2"]
+    options += ["--gpu-memory-utilization", "0.5", "--kv-cache-memory-bytes", str(1 << 30)]
+    options += arguments.serve_options.split()
+    environment = {}
+    if system == "ipc":
+        options += ["--weight-transfer-config", json.dumps({"backend": "ipc"})]
+        environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
+        os.environ.update(environment)
+    rows: list[dict[str, Any]] = []
+    with serving([model], arguments.work, *options, **environment) as (server,):
+        weights = {t.name: torch.empty(t.shape, dtype=torch.bfloat16, device="cuda") for t in tensors}
+        trainer = Trainer(server, weights)
+        step, tell = (trainer.ipc(), dict) if system == "ipc" else trainer.ours(system)
+        for number in range(arguments.steps):
+            expected = trainer.change(number)
+            begin = time.perf_counter()
+            step(number)
+            seconds = {**trainer.laps, "whole": time.perf_counter() - begin}
+            right = int(str(server.rpc("checkpoint_engine_bits")[0])) == expected
+            free = server.rpc("checkpoint_engine_memory")[0][0]
+            rows.append({"system": system, "step": number, "seconds": seconds, "right": right, "free": free, **tell()})
+            shown = {name: round(value, 4) for name, value in seconds.items()}
+            told = {name: rows[-1].get(name, {}) for name in ("stages", "requests")}
+            print(f"  {system:16} {number:3} {json.dumps(shown)} {json.dumps(told)}", flush=True)
+            if not right:
+                raise SystemExit(f"{system}: the engine holds something else than the trainer")
+        print(f"  {system:16} {server.tokens()[0][:80]}", flush=True)
+        trainer.close()
+    return rows
+
+
+def main() -> None:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("workload", choices=["moe30b", "moe15b", "dense32b"])
+    parser.add_argument("--systems", nargs="+", default=["device", "host", "ipc"])
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--work", type=Path, default=Path("/dev/shm/checkpoint-engine-bench"))
+    parser.add_argument("--output", type=Path, default=HERE / "results")
+    parser.add_argument("--serve-options", default="", help="more options of vllm serve, in one string")
+    arguments = parser.parse_args()
+    os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29611")
+    torch.cuda.set_device(0)
+    tensors = WORKLOADS[arguments.workload]()
+    nbytes = sum(tensor.nbytes for tensor in tensors)
+    record: dict[str, Any] = {
+        "workload": arguments.workload,
+        "engine": "vllm",
+        "bytes": nbytes,
+        "tensors": len(tensors),
+    }
+    record |= {"device": torch.cuda.get_device_name(), "versions": {"torch": torch.__version__}, "steps": {}}
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    path = arguments.output / f"rl-step-vllm-{arguments.workload}-{time.strftime('%Y%m%d-%H%M%S')}.json"
+    for system in arguments.systems:
+        record["steps"][system] = run(system, tensors, arguments)
+        path.write_text(json.dumps(record, indent=1) + "\n")
+        torch.cuda.empty_cache()
+    print(f"\n{arguments.workload}: {nbytes / 1e9:.1f} GB in {len(tensors)} tensors into vLLM, {record['device']}")
+    for system, rows in record["steps"].items():
+        whole = statistics.median(row["seconds"]["whole"] for row in rows[UNCOUNTED:] or rows)
+        print(f"{system:16} whole {whole:7.3f} s   first {rows[0]['seconds']['whole']:7.3f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""Finds out which engine answers at an endpoint, and speaks to it through its own client."""
+
+from __future__ import annotations
+
+import time
+from typing import cast
+
+import msgspec
+
+from checkpoint_engine import limits
+from checkpoint_engine.client.delegate import ClientDelegate
+from checkpoint_engine.client.endpoint import Endpoint
+from checkpoint_engine.client.engine_client import EngineClient
+from checkpoint_engine.client.plugins import engine_signs, plugin_client
+from checkpoint_engine.deadline import Deadline
+from checkpoint_engine.errors import DeadlineError, EngineRequestError
+
+__all__ = ["AutoClient", "identify", "load_client"]
+
+_POLL_SECONDS = 0.25
+_KEY = 401
+"""Status of what asks for a key."""
+
+
+class AutoClient(ClientDelegate):
+    """The client of whichever engine answers."""
+
+    def __init__(self, endpoint: str, *, timeout: float = 60.0) -> None:
+        super().__init__(endpoint, timeout=timeout)
+        self._client: EngineClient | None = None
+
+    def chosen(self, deadline: Deadline) -> EngineClient:
+        """That of its plugin."""
+        if self._client is None:
+            client = plugin_client(identify(self.endpoint, deadline))
+            self._client = client(self.endpoint.address, timeout=self.timeout)
+        return self._client
+
+
+def load_client(engine: str) -> type[EngineClient]:
+    """The client class of an engine, by its name; that of `auto` finds out which engine answers.
+
+    Raises:
+        MissingDependencyError: no installed plugin offers that engine, or the plugin cannot be imported.
+    """
+    return AutoClient if engine == "auto" else plugin_client(engine)
+
+
+def identify(endpoint: Endpoint, deadline: Deadline) -> str:
+    """The name of the engine that answers there, which is waited for.
+
+    Raises:
+        DeadlineError: nothing answers in time.
+        EngineRequestError: something answers, but none of the engines that have a plugin here.
+    """
+    signs = engine_signs()
+    seen = "nothing was tried"
+    while not deadline.expired:
+        try:
+            statuses: list[str] = []
+            for engine, sign in signs.items():
+                reply = endpoint.send("GET", sign.path, Deadline(min(limits.KNOCK, deadline.remaining)))
+                if reply.ok and _has(reply.text, sign.key):
+                    return engine
+                statuses.append(
+                    f"GET {sign.path}: {reply.status}" + (f", {reply.text}" if reply.status == _KEY else "")
+                )
+        except (EngineRequestError, DeadlineError) as error:
+            seen = str(error)
+        else:
+            seen = ", ".join(statuses)
+            if not any(": 5" in status for status in statuses):
+                raise EngineRequestError(
+                    f"what answers at {endpoint.address} is none of {', '.join(signs)} ({seen}); "
+                    "install the engine's plugin here, or name the engine with --engine"
+                )
+        time.sleep(min(_POLL_SECONDS, deadline.remaining))
+    raise DeadlineError(f"no engine answered at {endpoint.address} within {deadline.said}: {seen}")
+
+
+def _has(text: str, key: str) -> bool:
+    try:
+        content: object = msgspec.json.decode(text)
+    except msgspec.MsgspecError:
+        return False
+    return isinstance(content, dict) and key in cast("dict[str, object]", content)

@@ -1,0 +1,1 @@
+"""What an engine plugin and the core owe each other."""

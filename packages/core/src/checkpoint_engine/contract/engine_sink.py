@@ -1,0 +1,180 @@
+"""The sink of an engine: the life of an update is kept here, once; an engine's own sink fills in five hooks."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Generator
+from contextlib import AbstractContextManager
+
+import msgspec
+
+from checkpoint_engine.contract.delivery import names_of, nbytes_of
+from checkpoint_engine.contract.figures import ComparisonFigures, Figures, UpdateFigures
+from checkpoint_engine.contract.lifecycle import Lifecycle, WeightsState
+from checkpoint_engine.contract.sink import Tensors, Update
+from checkpoint_engine.errors import WeightsRejectedError
+
+__all__ = ["ComparisonSink", "EngineSink"]
+
+_STEPS: tuple[str, ...] = ("check", "load", "finish")
+
+
+class EngineSink(ABC):
+    """A `WeightSink` for one worker, which lives as long as the worker."""
+
+    def __init__(self) -> None:
+        """Begins with whole weights of an unknown version."""
+        self.life = Lifecycle()
+        """What the worker holds."""
+        self.nbytes = 0
+        """Bytes of the tensors that were taken over."""
+        self._open = False
+        self._seconds = dict.fromkeys(_STEPS, 0.0)
+
+    # -- what an engine fills in
+
+    @abstractmethod
+    def check(self, update: Update) -> None:
+        """Refuses what would not fit, before anything has changed; nothing is restored afterwards."""
+
+    @abstractmethod
+    def open(self, update: Update) -> None:
+        """Makes the models ready; if this or anything after it fails, `restore` is called."""
+
+    @abstractmethod
+    def take(self, tensors: Tensors) -> None:
+        """Takes tensors over; their memory is used again once the current stream has run dry."""
+
+    @abstractmethod
+    def complete(self, update: Update) -> Figures:
+        """Completes the models; everything that was announced has come."""
+
+    @abstractmethod
+    def restore(self) -> bool:
+        """Gives up what is open, and whatever was learned of it; returns whether all weights are the old ones."""
+
+    def running(self) -> AbstractContextManager[object]:
+        """What every hook runs in."""
+        return contextlib.nullcontext()
+
+    # -- what it holds
+
+    @property
+    def version(self) -> str:
+        """Of the weights held, as far as they came through here."""
+        return self.life.version
+
+    @property
+    def dirty(self) -> bool:
+        """Whether the weights may be a mixture of old and new."""
+        return self.life.dirty
+
+    @property
+    def state(self) -> WeightsState:
+        """How far it is."""
+        return self.life.state
+
+    # -- the protocol
+
+    def begin(self, update: Update) -> None:
+        """Checks what was announced, then makes the models ready for it.
+
+        Raises:
+            WeightsRejectedError: the update does not fit; nothing has changed.
+            CheckpointStateError: another update is under way.
+        """
+        self.life.begin(update)
+        self.nbytes, self._open, self._seconds = 0, False, dict.fromkeys(_STEPS, 0.0)
+        with self.running():
+            try:
+                with self._timed("check"):
+                    self.check(update)
+                    _check_brings_something(update)
+            except BaseException:
+                self.life.refuse()
+                raise
+            self._open = True
+            self.open(update)
+
+    def load(self, tensors: Tensors) -> None:
+        """Takes tensors over.
+
+        Raises:
+            WeightsRejectedError: the engine does not know a tensor, or not in this shape.
+            CheckpointStateError: no update is under way.
+        """
+        self.life.load()
+        with self._timed("load"), self.running():
+            self.take(tensors)
+        self.life.deliver(names_of(tensors))
+        self.nbytes += nbytes_of(tensors)
+
+    def finish(self) -> Figures:
+        """Checks that everything came, and completes the models.
+
+        Raises:
+            WeightsRejectedError: tensors are missing.
+            CheckpointStateError: no update is under way.
+        """
+        update = self.life.check_complete()
+        tensors = len(self.life.delivered)
+        with self._timed("finish"), self.running():
+            figures = self.complete(update)
+        self.life.finish()
+        if not isinstance(figures, UpdateFigures):
+            return figures
+        seconds = {f"{step}_seconds": round(self._seconds[step], 6) for step in _STEPS}
+        return msgspec.structs.replace(figures, tensors=tensors, **seconds)
+
+    def abort(self) -> bool:
+        """Gives the update up, wherever it is; returns whether the weights are whole.
+
+        After `finish`, it says that nobody knows whether the device did all that it was told.
+        """
+        if not self._open:
+            return not self.dirty
+        self._open, finished, intact = False, not self.life.under_way, False
+        try:
+            with self.running():
+                intact = self.restore()
+        finally:
+            if intact and not finished:
+                self.life.restore()
+            else:
+                self.life.spoil()
+        return not self.dirty
+
+    @contextlib.contextmanager
+    def _timed(self, step: str) -> Generator[None]:
+        start = time.perf_counter()
+        yield
+        self._seconds[step] += time.perf_counter() - start
+
+
+def _check_brings_something(update: Update) -> None:
+    if not update.tensors and not update.open_ended:
+        raise WeightsRejectedError("the update brings no tensors at all; is the checkpoint empty?")
+
+
+class ComparisonSink(EngineSink):
+    """Takes tensors as an update would, and compares; made anew for each comparison. See `Verifiable`."""
+
+    def __init__(self, engine: EngineSink) -> None:
+        """Makes one; `engine` is the sink of the worker that is looked at."""
+        super().__init__()
+        self._engine = engine
+
+    @abstractmethod
+    def complete(self, update: Update) -> ComparisonFigures:
+        """Compares what is left, and tells what was found."""
+
+    def abort(self) -> bool:
+        """Ends the comparison; the engine holds what it held, unless that cannot be put back."""
+        try:
+            super().abort()
+        except BaseException:
+            self._engine.life.spoil()
+            raise
+        return not self._engine.dirty

@@ -1,0 +1,1 @@
+"""Reads of other hosts' memory, through Mooncake."""

@@ -1,0 +1,1 @@
+"""The engine worker's side of an update."""

@@ -1,0 +1,1 @@
+"""A small tensor-parallel engine of our own, for the demo and for tests."""

@@ -1,0 +1,249 @@
+"""How far the plan of one model has come, and what the next update therefore does with it.
+
+The first update goes by the engine's own loader, and every piece of the plan is compared with what that did; the second
+by the plan, and is compared as well; from then on the plan alone does it. Where another process has proved the very
+same plan, the second comes first. Whatever fails, or rests on something that has changed since, begins anew.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+import torch
+
+from checkpoint_engine.contract.findings import listed
+from checkpoint_engine.contract.modes import ReloadMode
+from checkpoint_engine.contract.sink import TensorSpec
+from checkpoint_engine.errors import WeightsRejectedError, WorkerError
+from checkpoint_engine.reload.kept_proofs import KeptProofs
+from checkpoint_engine.reload.plan import ReloadPlan
+from checkpoint_engine.reload.proof import Proof
+
+__all__ = ["Ladder", "PlanStage", "PlannedLayers", "Rung"]
+
+_MOST_REASONS = 8
+"""Repeated in a report."""
+
+
+class PlanStage(enum.IntEnum):
+    """How far a plan has come."""
+
+    RECORDED = 0
+    """The loader has run without data."""
+    PROVED = 1
+    """An update by the loader put every piece where the plan says."""
+    CHECKED = 2
+    """An update by plan was compared as well."""
+
+
+class Rung(enum.Enum):
+    """What an update does with a plan."""
+
+    LOADER = "loader"
+    """Nothing: the engine's own loader takes everything over."""
+    PROOF = "proof"
+    """The loader takes everything over, and every piece is compared with the plan."""
+    CHECK = "check"
+    """The plan takes over what it covers, and every piece is compared."""
+    PLAN = "plan"
+    """The plan takes over what it covers."""
+
+    @property
+    def by_plan(self) -> bool:
+        """Whether copies take the place of the loader."""
+        return self in (Rung.CHECK, Rung.PLAN)
+
+    @property
+    def word(self) -> str:
+        """For the figures of an update: `loader`, `proof` or `plan`."""
+        return "plan" if self.by_plan else self.value
+
+
+class PlannedLayers(Protocol):
+    """A model as a plan sees it: layers, or whatever its engine cuts it into."""
+
+    @property
+    def plan(self) -> ReloadPlan:
+        """The copies that its loader comes down to."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        ...
+
+    @property
+    def obstacle(self) -> str:
+        """Why the plan cannot be used at all; empty if it can."""
+        ...
+
+    @property
+    def targets(self) -> Collection[str]:
+        """What copies fill; a model without any is all the loader's."""
+        ...
+
+    def left_to_loader(self) -> Mapping[str, str]:
+        """What only the engine's own loader can fill, by a name that people know, and why."""
+        ...
+
+    def leave(self, differing: Mapping[str, str]) -> None:
+        """Leaves these to the loader, which put something else into them than the tensors named."""
+        ...
+
+
+_Layers = TypeVar("_Layers", bound=PlannedLayers)
+
+
+@dataclass
+class _Climb(Generic[_Layers]):
+    """What was learned of a model, as long as `key` holds."""
+
+    key: object
+    layers: _Layers
+    tensors: Mapping[str, TensorSpec]
+    stage: PlanStage = PlanStage.RECORDED
+    proved_elsewhere: bool = False
+
+
+class Ladder(Generic[_Layers]):
+    """Of one model of a worker; lives as long as that."""
+
+    def __init__(self, loader: str, model: str, kept: Callable[[], KeptProofs] | None = None) -> None:
+        """Begins at the bottom.
+
+        Args:
+            loader: What to call the engine's own loader in messages, such as "vLLM's loader".
+            model: What to call the model, such as "served".
+            kept: What other processes have proved, asked when a plan is recorded; None if that does not count.
+        """
+        self._loader = loader
+        self._model = model
+        self._ask_kept = kept
+        self._kept: KeptProofs | None = None
+        """Where the proof of this plan goes; None where it would not be true of all of it."""
+        self._trusting = True
+        """Whether what others have proved counts: until an update of this process breaks off."""
+        self._climb: _Climb[_Layers] | None = None
+        self.rung = Rung.LOADER
+        """What the update under way does."""
+        self.proof: Proof | None = None
+        """What compares it, where that is still needed."""
+        self.reason = ""
+        """Why (some of) the update under way is left to the loader, for people."""
+
+    @property
+    def layers(self) -> _Layers | None:
+        """What is known of the model."""
+        return None if self._climb is None else self._climb.layers
+
+    @property
+    def stage(self) -> PlanStage:
+        """How far its plan has come."""
+        return PlanStage.RECORDED if self._climb is None else self._climb.stage
+
+    def layers_for(
+        self, key: object, record: Callable[[], _Layers], tensors: Mapping[str, TensorSpec] | None = None
+    ) -> _Layers:
+        """What is known of the model, or is found out now if `key`, all that a plan rests on, has changed.
+
+        `tensors` are what comes; without them a proof is neither kept for others nor taken from them.
+        """
+        if self._climb is None or self._climb.key != key:
+            self._climb = None  # nothing old stays if this raises
+            self._climb = _Climb(key, record(), tensors or {})
+            if tensors and self._ask_kept is not None:
+                self._kept = self._ask_kept()
+                if self._trusting and self._kept.has(self._climb.layers.plan.digest, tensors):
+                    self._climb.stage, self._climb.proved_elsewhere = PlanStage.PROVED, True
+        return self._climb.layers
+
+    @property
+    def proved_elsewhere(self) -> bool:
+        """Whether another process has proved the plan, and this one has not used it yet."""
+        return self._climb is not None and self._climb.proved_elsewhere
+
+    def distrust(self) -> None:
+        """Has the plan proved by an update of this process, whatever another one has found."""
+        if self._climb is not None:
+            self._climb.stage, self._climb.proved_elsewhere = PlanStage.RECORDED, False
+
+    def begin(self, mode: ReloadMode, layers: _Layers | None, *, obstacle: str = "") -> Rung:
+        """Begins an update.
+
+        Args:
+            mode: How it is to be taken over.
+            layers: As `layers_for` gave them; None if the model has no plan.
+            obstacle: Why it has none.
+
+        Raises:
+            WeightsRejectedError: nothing but the plan may be used, and it does not cover everything.
+        """
+        self.rung, self.proof, self.reason = Rung.LOADER, None, ""
+        if mode == "loader":
+            return self.rung
+        if layers is None or layers.obstacle:
+            self.reason = obstacle if layers is None else layers.obstacle
+            self._refuse_without(mode, self.reason)
+            return self.rung
+        left = layers.left_to_loader()
+        for name, why in left.items():
+            self._refuse_without(mode, f"{name!r} of the {self._model} model: {why}")
+        self.reason = "; ".join(f"{name}: {why}" for name, why in list(left.items())[:_MOST_REASONS])
+        if not layers.targets:
+            return self.rung
+        self.rung = (Rung.PROOF, Rung.CHECK, Rung.PLAN)[self.stage]
+        if self.rung is Rung.PROOF:
+            self.reason = "the first update proves the plan"
+        if self.rung is not Rung.PLAN:
+            self.proof = Proof(layers.plan, layers.device)
+        return self.rung
+
+    def judge(self, differing: Mapping[str, str]) -> None:
+        """Takes in what the proof found: targets that hold something else than planned, and the tensor of each.
+
+        What the loader put elsewhere stays with the loader, and the report says so.
+
+        Raises:
+            WorkerError: the plan did it.
+        """
+        if differing and self.rung.by_plan:
+            target, source = next(iter(differing.items()))
+            if self._kept is not None and self._climb is not None:
+                self._kept.forget(self._climb.layers.plan.digest, self._climb.tensors)
+            raise WorkerError(
+                f"the reload plan put something else than tensor {source!r} into {target!r} of the {self._model} model "
+                f"({len(differing)} differ in their checksums); the next update goes through {self._loader}. Please "
+                "report this"
+            )
+        if differing and self._climb is not None:
+            self._kept = None  # what is left of the plan holds here
+            self._climb.layers.leave(differing)
+            names = listed([f"{target} (of {source})" for target, source in differing.items()])
+            self.add_reason(f"{self._loader} put something else than planned into {names}, which stays with it")
+
+    def add_reason(self, why: str) -> None:
+        """Says something more of what is left to the loader."""
+        self.reason = "; ".join(filter(None, (self.reason, why)))
+
+    def succeeded(self) -> None:
+        """The update is complete, and was judged if it was compared."""
+        climb = self._climb
+        if climb is not None and self.proof is not None:
+            climb.stage, climb.proved_elsewhere = PlanStage(min(climb.stage + 1, PlanStage.CHECKED)), False
+            if self.rung is Rung.PROOF and self._kept is not None:
+                self._kept.keep(climb.layers.plan.digest, climb.tensors)
+        self.proof = None
+
+    def failed(self) -> None:
+        """The update broke off: whatever was learned of this model is learned anew, by this process itself."""
+        self._climb, self.proof, self._trusting = None, None, False
+
+    def _refuse_without(self, mode: ReloadMode, why: str) -> None:
+        if mode == "plan":
+            raise WeightsRejectedError(
+                f"reload by plan was asked for and is not possible ({why}); use --reload auto, which leaves the rest "
+                f"to {self._loader}"
+            )

@@ -1,0 +1,58 @@
+"""Which tensors of a checkpoint are sent, and under which names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from checkpoint_engine.errors import SettingError
+
+__all__ = ["WRAPPERS", "NameRules", "common_wrapper"]
+
+_COMPILED = "_orig_mod."
+WRAPPERS = ("module.", _COMPILED, "base_model.model.")
+"""What torch's data parallelism, its compiler and PEFT put before the names of what they wrap."""
+
+
+@dataclass(frozen=True)
+class NameRules:
+    """What is left out, and what is cut off."""
+
+    ignore: tuple[str, ...] = ()
+    """Patterns, as of a shell, of names (as they are sent) that are not."""
+    strip: tuple[str, ...] = ()
+    """Prefixes that are cut off, each once; the compiler's wherever it stands, since it wraps layers too."""
+
+    def apply(self, names: Iterable[str]) -> dict[str, str]:
+        """Name -> the one to send it under, of all that are sent.
+
+        Raises:
+            SettingError: nothing is left, or two would be sent under one name.
+        """
+        found = {name: self._stripped(name) for name in names}
+        sent = {name: new for name, new in found.items() if not any(fnmatchcase(new, each) for each in self.ignore)}
+        if found and not sent:
+            raise SettingError(f"--ignore {' '.join(self.ignore)} leaves no tensor to send")
+        first: dict[str, str] = {}
+        for name, new in sent.items():
+            if new in first:
+                raise SettingError(f"{first[new]!r} and {name!r} would both be sent as {new!r}: strip fewer prefixes")
+            first[new] = name
+        return sent
+
+    def unused(self, names: Sequence[str]) -> list[str]:
+        """Rules by which nothing has changed: mistyped, perhaps."""
+        patterns = [each for each in self.ignore if not any(fnmatchcase(self._stripped(name), each) for name in names)]
+        prefixes = [each for each in self.strip if not any(each in name for name in names)]
+        return patterns + prefixes
+
+    def _stripped(self, name: str) -> str:
+        for prefix in self.strip:
+            name = name.replace(prefix, "") if prefix == _COMPILED else name.removeprefix(prefix)
+        return name
+
+
+def common_wrapper(names: Sequence[str]) -> str:
+    """The wrapper's prefix that all names carry; empty if there is none."""
+    return next((each for each in WRAPPERS if names and all(name.startswith(each) for name in names)), "")

@@ -1,0 +1,208 @@
+"""A step through host memory: what is filled is sent while the rest is still on its way."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+
+from checkpoint_engine.errors import CheckpointEngineError, CheckpointStateError, UnsupportedTensorError, UpdateError
+from checkpoint_engine.source import copying, refill
+from checkpoint_engine.source.copying import FillPiece
+from checkpoint_engine.source.segment import Segment
+from checkpoint_engine.transfer.methods import Method
+from tests.core.cluster import TIMEOUT, Cluster, check
+from tests.core.test_device_memory import assert_holds, train
+
+COUNT = 12
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PS_MAX_BUCKET_SIZE_GB", str(4 / (1 << 20)))  # 4 KiB: a tensor
+    monkeypatch.setattr(copying, "_CHUNK", 4096)
+
+
+def weights() -> dict[str, torch.Tensor]:
+    """None of them in memory that others could map."""
+    return {f"layer.{i}.weight": torch.zeros(32, 32, dtype=torch.float32) for i in range(COUNT)}
+
+
+def publish(cluster: Cluster, tensors: Mapping[str, torch.Tensor], version: str, method: Method = "direct") -> None:
+    size = len(cluster.servers)
+    shares = [dict(list(tensors.items())[rank::size]) for rank in range(size)]
+    cluster.publish(shares, version, method, in_place=False)
+
+
+@pytest.fixture
+def held_back(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int], None]], None]:
+    """Has something be called before each piece of a refill, with its number."""
+
+    def hold(before: Callable[[int], None]) -> None:
+        def pieces(*arguments: Any) -> list[FillPiece]:
+            def late(number: int, piece: FillPiece) -> FillPiece:
+                return FillPiece(piece.start, piece.end, lambda: (before(number), piece.run())[1], piece.from_device)
+
+            return [late(number, piece) for number, piece in enumerate(copying.pieces_into(*arguments))]
+
+        monkeypatch.setattr(refill, "pieces_into", pieces)
+
+    return hold
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("method", ["direct", "broadcast", "auto"])
+@pytest.mark.parametrize("from_device", [False, True])
+def test_every_step_arrives_whole_however_late_its_bytes_come(
+    held_back: Callable[[Callable[[int], None]], None],
+    monkeypatch: pytest.MonkeyPatch,
+    size: int,
+    method: Method,
+    *,
+    from_device: bool,
+) -> None:
+    monkeypatch.setattr(copying, "comes_from_a_device", lambda _: from_device)  # the host downloads from itself
+    monkeypatch.setattr(copying, "_DOWNLOAD", 4096)
+    held_back(lambda number: time.sleep(0.002 * (number % 3)))
+    cluster, tensors = Cluster(size), weights()
+    for step in range(4):
+        expected = train(tensors, step)
+        publish(cluster, tensors, f"step-{step}", method)
+        assert_holds(cluster, expected)
+    cluster.close()
+
+
+@pytest.mark.parametrize("method", ["direct", "broadcast"])
+def test_the_first_tensors_are_loaded_before_the_last_ones_have_come(
+    held_back: Callable[[Callable[[int], None]], None], method: Method
+) -> None:
+    cluster, tensors = Cluster(1), weights()
+    publish(cluster, tensors, "step-0", method)
+    loaded = threading.Event()
+    cluster.recorders[0].on_load = loaded.set
+    held_back(lambda number: check([] if number < COUNT - 1 or loaded.wait(TIMEOUT) else [TimeoutError("none came")]))
+    expected = train(tensors, 1)
+    publish(cluster, tensors, "step-1", method)
+    assert_holds(cluster, expected)
+    cluster.close()
+
+
+@pytest.mark.parametrize("method", ["direct", "broadcast", "auto"])
+def test_no_worker_reads_another_ranks_memory_too_early(monkeypatch: pytest.MonkeyPatch, method: Method) -> None:
+    """One rank has its bytes at once, the other has them late."""
+    cluster, tensors = Cluster(2), weights()
+    publish(cluster, tensors, "step-0", method)
+    late: list[Segment] = []
+
+    def pieces(segment: Segment, *arguments: Any) -> list[FillPiece]:
+        found = list(copying.pieces_into(segment, *arguments))
+        late.append(segment)
+        if segment is late[0]:
+            return found
+        slow = [lambda run=piece.run: (time.sleep(0.05), run())[1] for piece in found]
+        return [FillPiece(p.start, p.end, run, p.from_device) for p, run in zip(found, slow, strict=True)]
+
+    monkeypatch.setattr(refill, "pieces_into", pieces)
+    for step in range(1, 4):
+        late.clear()
+        expected = train(tensors, step)
+        publish(cluster, tensors, f"step-{step}", method)
+        assert_holds(cluster, expected)
+    cluster.close()
+
+
+def test_bytes_that_do_not_come_fail_the_step_and_the_next_one_heals(
+    held_back: Callable[[Callable[[int], None]], None],
+) -> None:
+    cluster, tensors = Cluster(1), weights()
+    publish(cluster, tensors, "step-0")
+    train(tensors, 1)
+    held_back(lambda number: check([CheckpointEngineError("the driver refuses")] if number == COUNT // 2 else []))
+    with pytest.raises(UpdateError, match="'step-1' failed in phase 'load': the driver refuses"):
+        publish(cluster, tensors, "step-1")
+    with pytest.raises(CheckpointEngineError, match="driver refuses"):  # what is half there is never sent
+        cluster.servers[0].update("published", cluster.asker(0), timeout=timedelta(seconds=TIMEOUT))
+    held_back(lambda _: None)
+    expected = train(tensors, 2)
+    publish(cluster, tensors, "step-2")
+    assert_holds(cluster, expected)
+    cluster.close()
+
+
+def test_a_step_that_failed_leaves_the_trainers_tensors_alone(
+    held_back: Callable[[Callable[[int], None]], None],
+) -> None:
+    cluster, tensors = Cluster(1), weights()
+    publish(cluster, tensors, "step-0")
+    begun: list[int] = []
+    held_back(lambda number: (begun.append(number), time.sleep(0.05))[1])
+    cluster.recorders[0].fail_in = "begin"
+    with pytest.raises(UpdateError, match="told to fail in begin"):
+        publish(cluster, tensors, "step-1")
+    read = len(begun)
+    time.sleep(0.2)
+    assert len(begun) == read < COUNT
+    cluster.recorders[0].fail_in = ""
+    with pytest.raises(UpdateError, match="was given up; register it again"):
+        cluster.servers[0].update("published", cluster.asker(0), timeout=timedelta(seconds=TIMEOUT))
+    expected = train(tensors, 2)
+    publish(cluster, tensors, "step-2")
+    assert_holds(cluster, expected)
+    cluster.close()
+
+
+def test_another_shape_is_registered_anew(held_back: Callable[[Callable[[int], None]], None]) -> None:
+    cluster, tensors = Cluster(1), weights()
+    publish(cluster, tensors, "step-0")
+    tensors["layer.3.weight"] = torch.zeros(16, 16)
+    expected = train(tensors, 1)
+    publish(cluster, tensors, "step-1")
+    assert_holds(cluster, expected)
+    cluster.close()
+
+
+def test_tensors_that_were_freed_since_are_refused_before_a_byte_is_read() -> None:
+    cluster, tensors = Cluster(1), weights()
+    for step in range(2):
+        publish(cluster, tensors, f"step-{step}")
+    held = dict(cluster.recorders[0].loaded)
+    tensors["layer.3.weight"].untyped_storage().resize_(0)
+    with pytest.raises(UnsupportedTensorError, match=r"'layer.3.weight' has no plain data: .* it was freed"):
+        publish(cluster, tensors, "step-2")
+    assert_holds(cluster, held)
+    tensors["layer.3.weight"] = torch.zeros(32, 32)
+    expected = train(tensors, 3)
+    publish(cluster, tensors, "step-3")
+    assert_holds(cluster, expected)
+    cluster.close()
+
+
+def test_what_is_being_sent_takes_no_new_bytes() -> None:
+    cluster, tensors = Cluster(1), weights()
+    publish(cluster, tensors, "step-0")
+    store = cluster.servers[0]._store
+    with (
+        store.use("published"),
+        pytest.raises(CheckpointStateError, match="'published' is being sent"),
+    ):
+        store.refresh("published", tensors, tensors_stay=False, at_once=True, farewell=lambda _name, *, stays: None)
+    cluster.close()
+
+
+def test_a_closed_server_writes_nothing_more(held_back: Callable[[Callable[[int], None]], None]) -> None:
+    cluster, tensors = Cluster(1), weights()
+    publish(cluster, tensors, "step-0")
+    written: list[int] = []
+    held_back(lambda number: (time.sleep(0.02), written.append(number))[1])
+    store = cluster.servers[0]._store
+    store.refresh("published", tensors, tensors_stay=False, at_once=True, farewell=lambda _name, *, stays: None)
+    assert isinstance(store.get("published").segments[0], Segment)
+    cluster.close()
+    done = len(written)
+    time.sleep(0.1)
+    assert len(written) == done < COUNT
