@@ -1,10 +1,12 @@
 """What one step of reinforcement learning costs with a real vLLM: ours, and vLLM's own `ipc` weight transfer.
 
-    python benchmarks/rl_step_vllm.py moe30b --systems device host-direct ipc
+    python benchmarks/rl_step_vllm.py moe30b --systems device host-direct ipc ipc-ours ipc-ours-8
 
 Trainer and engine share a GPU. Every step draws all weights anew, brings them over with pause, caches and resume, and
 compares the sum of all bit patterns that the engine's parameters hold with the trainer's. `ipc` packs its tensors, over
 vLLM's own routes; in vLLM 0.26 its module imports `ray`, of which it needs nothing: an empty module of that name does.
+`ipc-ours` is the same trainer of vLLM's, sending to our backend `checkpoint_engine_ipc`; a number behind either says
+how many GiB the trainer packs at a time, where vLLM's default is one.
 """
 
 from __future__ import annotations
@@ -91,8 +93,12 @@ class Trainer:
 
         return (publish if system in {"device", "host"} else host), tell
 
-    def ipc(self) -> Callable[[int], None]:
-        """A step by vLLM's own means."""
+    def reports(self) -> dict[str, Any]:
+        """What the engine's worker tells of its last update, if it is ours."""
+        return {"engine": str(self.server.rpc("checkpoint_engine_status")[0])}
+
+    def ipc(self, packed: dict[str, int]) -> Callable[[int], None]:
+        """A step by vLLM's own trainer."""
         from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine  # noqa: PLC0415
 
         client = httpx.Client(base_url=self.server.url, timeout=SECONDS)
@@ -103,7 +109,7 @@ class Trainer:
         post("/init_weight_transfer_engine", {"init_info": {}})
 
         def step(_: int) -> None:
-            options = {"send_mode": "http", "url": self.server.url, "packed": True}
+            options = {"send_mode": "http", "url": self.server.url, "packed": True, **packed}
             self.lap("pause", lambda: post("/pause", mode="keep"))
             self.lap("start", lambda: post("/start_weight_update"))
             self.lap("send", lambda: IPCWeightTransferEngine.trainer_send_weights(iter(self.weights.items()), options))
@@ -111,6 +117,16 @@ class Trainer:
             self.lap("resume", lambda: post("/resume"))
 
         return step
+
+
+def ipc_of(system: str) -> tuple[str, dict[str, int]]:
+    """The backend that vLLM's `ipc` trainer sends to, and its settings; nothing for other systems."""
+    kind, _, rest = system.partition("-")
+    if kind != "ipc":
+        return "", {}
+    ours, size = "ours" in rest.split("-"), rest.rpartition("-")[2]
+    packed = {"packed_buffer_size_bytes": int(size) << 30} if size.isdigit() else {}
+    return "checkpoint_engine_ipc" if ours else "ipc", packed
 
 
 def run(system: str, tensors: list[Tensor], arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -122,16 +138,17 @@ def run(system: str, tensors: list[Tensor], arguments: argparse.Namespace) -> li
     options = ["--load-format", "dummy", "--max-model-len", "256", "--max-num-seqs", "2"]
     options += ["--gpu-memory-utilization", "0.5", "--kv-cache-memory-bytes", str(1 << 30)]
     options += arguments.serve_options.split()
-    environment = {}
-    if system == "ipc":
-        options += ["--weight-transfer-config", json.dumps({"backend": "ipc"})]
+    environment, (door, packed) = {}, ipc_of(system)
+    if door == "ipc":
         environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
         os.environ.update(environment)
+    if door:
+        options += ["--weight-transfer-config", json.dumps({"backend": door})]
     rows: list[dict[str, Any]] = []
     with serving([model], arguments.work, *options, **environment) as (server,):
         weights = {t.name: torch.empty(t.shape, dtype=torch.bfloat16, device="cuda") for t in tensors}
         trainer = Trainer(server, weights)
-        step, tell = (trainer.ipc(), dict) if system == "ipc" else trainer.ours(system)
+        step, tell = (trainer.ipc(packed), trainer.reports) if door else trainer.ours(system)
         for number in range(arguments.steps):
             expected = trainer.change(number)
             begin = time.perf_counter()

@@ -47,6 +47,14 @@ def test_weights_that_a_method_keeps_in_wrappers_of_its_own_are_named() -> None:
     assert unreloadable(model(SimpleNamespace(w13_precision_config=None)), graphs=True) == []
 
 
+def test_a_number_of_a_configuration_is_not_a_tensor_that_a_kernel_made_of_it() -> None:
+    """As every mixture of experts on a GPU has one, whatever its kernel."""
+    config = SimpleNamespace(gemm1_alpha=1.702, gemm1_clamp_limit=None)
+    assert unreloadable(model(SimpleNamespace(moe_quant_config=config)), graphs=True) == []
+    config.gemm1_alpha = torch.full((4,), 1.702)
+    assert len(unreloadable(model(SimpleNamespace(moe_quant_config=config)), graphs=True)) == 1
+
+
 def test_without_graphs_nothing_is_in_the_way() -> None:
     assert unreloadable(model(SimpleNamespace(workspace=torch.zeros(4))), graphs=False) == []
 

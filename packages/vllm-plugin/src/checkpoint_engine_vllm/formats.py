@@ -53,6 +53,8 @@ HELD: Mapping[str, KernelTensor] = {
 _AMX = "is_amx_bmm_enabled"
 """An attribute of latent attention, true where a CPU's AMX kernels hold its projections (0.31 to 0.33 at least)."""
 
+_SETTINGS = (int, float, str, type(None))
+"""Of a layer's configuration, where it calls a number as a kernel calls the tensor that it makes of it."""
 _PROCESSORS = ("quant_method", "scheme")
 _DEPTH = 5
 """From a layer's method to its kernel, that one's implementation, experts, those they choose, and their scratch."""
@@ -112,7 +114,7 @@ class _Search:
 
     def _of_parts(self, owner: object, depth: int) -> Iterator[tuple[str, object]]:
         for name, value in getattr(owner, "__dict__", dict[str, object]()).items():
-            if isinstance(value, torch.Tensor) or (name in HELD and value is not None):
+            if isinstance(value, torch.Tensor) or (name in HELD and not isinstance(value, _SETTINGS)):
                 yield name, value
             elif depth > self._followed.get(id(value), 0) and not self._is_apart(value):
                 self._followed[id(value)] = depth
