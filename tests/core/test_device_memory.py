@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -92,6 +93,29 @@ def test_every_step_brings_what_the_trainer_has_now(
     for server in cluster.servers:
         assert server.last_report is not None
         assert server.last_report.method == ("broadcast" if method == "broadcast" else "direct")
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_nothing_but_the_trainer_keeps_its_tensors_after_a_step(alone: Cluster, *, in_place: bool) -> None:
+    """Not even until garbage is collected: trainers put that off, and their weights fill a GPU."""
+    tensors, asker = weights(), alone.asker(0)
+    gone = weakref.ref(tensors["norm"])
+
+    def ask(handles: list[tuple[str, str]], _: object = tensors) -> None:
+        asker(handles)
+
+    gc.collect()
+    gc.disable()
+    try:
+        for step in range(3):
+            alone.servers[0].publish(tensors, ask, version=str(step), method="direct", in_place=in_place)
+        alone.servers[0].unregister_checkpoint("published", force=True)
+        del tensors, ask
+        if not in_place:
+            alone.servers[0].close()
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_the_same_tensors_are_gathered_once(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import threading
 import traceback
 from contextlib import ExitStack
 from pathlib import Path
@@ -116,11 +117,30 @@ class TorchOfThisTest:
     accelerator: Any = SimpleNamespace(current_device_index=lambda: 0)
 
 
+class OneByOne:
+    """vLLM's offline interface, as a server's engine does it: one call after the other.
+
+    vLLM's `nccl` trainer leaves a call under way in a thread of its own when it fails.
+    """
+
+    turn = threading.Lock()
+
+    def __init__(self, llm: Any) -> None:
+        self._llm = llm
+
+    def __getattr__(self, method: str) -> Any:
+        def call(*arguments: Any) -> Any:
+            with self.turn:
+                return getattr(self._llm, method)(*arguments)
+
+        return call
+
+
 class OfflineClient:
     """What a trainer speaks to: vLLM's offline interface, after the detour that its HTTP client takes."""
 
     def __init__(self, llm: Any, stop_after: int | None) -> None:
-        self._llm = llm
+        self._llm = OneByOne(llm)
         self._left = stop_after
         self.calls = 0
 

@@ -328,6 +328,7 @@ class ParameterServer:
         self._sharing.close()
         self._store.close()
         self._events.close()
+        self._rollback.close()
 
     def __enter__(self) -> Self:
         return self

@@ -12,7 +12,7 @@ from checkpoint_engine import limits
 from checkpoint_engine.collective import RankGroup
 from checkpoint_engine.contract.failure import Held
 from checkpoint_engine.contract.modes import Operation
-from checkpoint_engine.errors import CheckpointEngineError, UpdateError, WorkerSilentError
+from checkpoint_engine.errors import CheckpointEngineError, CheckpointStateError, UpdateError, WorkerSilentError
 from checkpoint_engine.source.store import CheckpointStore, Registered
 from checkpoint_engine.transfer.order import UpdateOrder
 from checkpoint_engine.transfer.update import UpdateRun
@@ -64,8 +64,15 @@ class Rollback:
 
     def note(self, order: UpdateOrder, held: Registered | None, run: UpdateRun) -> None:
         """An update has succeeded; `held` is what this rank held of it."""
-        if order.operation is Operation.REPLACE:
-            self._brought[order.receivers] = _Brought(order, held, run.names)
+        if order.operation is not Operation.REPLACE:
+            return
+        if held is not None and held.is_of_others:  # never brought again: whoever was asked may hold a trainer's tensors
+            order = replace(order, ask_engine=_unasked)
+        self._brought[order.receivers] = _Brought(order, held, run.names)
+
+    def close(self) -> None:
+        """Forgets everything."""
+        self._brought.clear()
 
     def after(
         self,
@@ -95,6 +102,10 @@ class Rollback:
             _bring_back(back, error, again)
         elif why:
             error.add(f"not rolled back ({why}): update again")
+
+
+def _unasked(handles: Sequence[tuple[str, str]]) -> None:
+    raise CheckpointStateError(f"the engine with {len(handles)} workers cannot get back what lies in others' memory")
 
 
 def _exchanged(group: RankGroup, mine: _View) -> list[_View]:

@@ -180,7 +180,8 @@ class UpdateRun:
         self._progress.phase = Phase.CONNECT
         connecting = time.perf_counter()
         addresses = addresses_of(ranks, by_number=self._transport.numbers_workers)
-        self._request = request = EngineRequest(lambda: self._order.ask_engine(addresses), self.cancel)
+        ask = self._order.ask_engine  # without `self`: in a circle, all that this knows would outlive it
+        self._request = request = EngineRequest(lambda: ask(addresses), self.cancel)
         stack.callback(self._workers.close)
         first = self._board.rank * len(listeners)
         names = [name for name, _ in addresses[first : first + len(listeners)]]
