@@ -190,15 +190,16 @@ def done(do: str, family: Family, directory: Path, device: torch.device) -> dict
 
 def main(do: str, parent: str, device: str, *names: str) -> None:
     os.environ.update(ENVIRONMENT)
+    place = torch.device(device, 0) if device == "cuda" else torch.device(device)
     if do != "make":
-        prepare(torch.device(device), Path(tempfile.mkdtemp()) / "rendezvous")
+        prepare(place, Path(tempfile.mkdtemp()) / "rendezvous")
     torch.set_num_threads(1)
     for name in names:
         directory, start = Path(parent) / name, time.monotonic()
         directory.mkdir(parents=True, exist_ok=True)
         result = directory / f"{do}.json"
         try:
-            found = done(do, FAMILIES[name], directory, torch.device(device))
+            found = done(do, FAMILIES[name], directory, place)
         except Exception as error:  # noqa: BLE001 - told in the table
             traceback.print_exc()
             found = {"failed": f"{type(error).__name__}: {str(error)[:_LONGEST]}"}
