@@ -189,10 +189,11 @@ class Layers:
         if buffers:
             return f"has buffers of its own ({', '.join(buffers)})"
         own = set(layer.targets.values())
-        others = self._aliases(layer) | {
-            name for name in parameters if f"{layer.name}.{name}" in self.load_plan.computed
-        }
-        missing = [name for name in parameters if name not in own and name not in others]
+        unfilled = [name for name in parameters if name not in own]
+        missing = [name for name in unfilled if f"{layer.name}.{name}" not in self.load_plan.computed]
+        if missing:
+            aliases = self._aliases(layer)
+            missing = [name for name in missing if name not in aliases]
         if missing:
             return f"gets nothing for {', '.join(missing)}"
         for target, name in layer.targets.items():
@@ -240,7 +241,7 @@ class Layers:
         return {name for target in layer.targets for name in self.plan.recording.origins.get(target, ())}
 
     def _aliases(self, layer: Layer) -> set[str]:
-        """Parameters of a layer that are another layer's as well: those are filled there."""
+        """Parameters of a layer that are another layer's as well: those are filled there. Looks through all layers."""
         return {
             name
             for name, parameter in layer.module.named_parameters(recurse=False, remove_duplicate=False)
