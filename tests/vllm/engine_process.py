@@ -38,8 +38,10 @@ from checkpoint_engine.dtypes import dtype_name
 from checkpoint_engine.link.messages import Load, TensorSlice
 from checkpoint_engine.receiver.layouts import ReceivedBucket, UpdateLayout
 from checkpoint_engine.receiver.scattered import ScatteredDelivery, ShardAssembly
+from checkpoint_engine.reload import parting
 from checkpoint_engine.sdk.testing import EngineUnderTest, run_checks
 from checkpoint_engine_vllm import compat, formats, loadplan, shadow
+from checkpoint_engine_vllm.planned import PlannedReload
 from checkpoint_engine_vllm.sink import LENIENT, VllmSink
 
 if TYPE_CHECKING:
@@ -112,6 +114,7 @@ class Engine:
         draft: str | None = None,
         reload: Any = "auto",
         shards: int = 0,
+        at_once: int | None = None,
         *,
         lenient: bool = False,
         **change: Any,
@@ -122,6 +125,7 @@ class Engine:
         specs = {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
         with ExitStack() as faults:
             faults.enter_context(mock.patch.dict(os.environ, {LENIENT: str(int(lenient))}))
+            opened = faults.enter_context(watched_layers(at_once))
             for thing in without:
                 faults.enter_context(lacking(thing))
             if alter is not None:
@@ -144,7 +148,8 @@ class Engine:
                     "intact": intact,
                     "dirty": self.adapter.dirty,
                 }
-        return {"error": None, "dirty": self.adapter.dirty, "version": self.adapter.version, "details": details}
+        held = {"dirty": self.adapter.dirty, "version": self.adapter.version, "opened": max(opened, default=0)}
+        return {"error": None, **held, "details": details}
 
     def native(
         self, checkpoint: str, steps: str = "isuf", break_after: int | None = None, **change: Any
@@ -447,6 +452,23 @@ def altered_plan(target: str) -> Iterator[None]:
 
     with mock.patch.object(loadplan, "make_plan", make_plan):
         yield
+
+
+@contextmanager
+def watched_layers(at_once: int | None) -> Iterator[list[int]]:
+    """Has so many bytes of layers be open at once, if that is given; yields how many were, time by time."""
+    opened: list[int] = []
+
+    def open_layers(reload: PlannedReload, tensors: Any) -> None:
+        original(reload, tensors)
+        opened.append(sum(memory.nbytes for memory in reload._moving.values()))
+
+    original = PlannedReload._open_layers
+    with ExitStack() as patches:
+        patches.enter_context(mock.patch.object(PlannedReload, "_open_layers", open_layers))
+        if at_once is not None:
+            patches.enter_context(mock.patch.object(parting, "AT_ONCE", at_once))
+        yield opened
 
 
 @contextmanager

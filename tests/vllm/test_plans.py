@@ -63,6 +63,13 @@ def test_tensors_in_shards_come_as_whole_ones_do(engine: Engine, cold: Cold, che
         assert holds(engine, expected[name])
     assert ways == ["proof", "plan", "plan"]
     assert done["details"]["loader_bytes"] == 0
+    together, alone = (
+        engine("update", checkpoint=checkpoints / "moe", shards=2, bucket_bytes=1 << 24, at_once=at_once)
+        for at_once in (None, 1)
+    )
+    assert alone["error"] is None, alone
+    assert holds(engine, expected["moe"])
+    assert 0 < 3 * alone["opened"] < together["opened"], "a layer that is rebuilt waits for the others"
 
 
 def test_layers_keep_the_memory_that_they_were_given(engine: Engine, cold: Cold, checkpoints: Path) -> None:

@@ -48,6 +48,11 @@ class TensorLayout:
     initial: torch.Tensor | None
     """What it holds where a checkpoint brings nothing for it; None if that is nothing in particular."""
 
+    @property
+    def nbytes(self) -> int:
+        """Of its elements."""
+        return self.shape.numel() * self.dtype.itemsize
+
     def make(self, device: torch.device | str) -> torch.Tensor:
         """A new one, with the values that it had."""
         # SGLang's schedulers run in inference mode, and threads of its loaders do not: they could not write there.

@@ -16,8 +16,8 @@ from checkpoint_engine.sdk.plans import Proof
 from checkpoint_engine_sglang import compat
 from checkpoint_engine_sglang.derived import OverwritesWeightsError, derive_apart
 from checkpoint_engine_sglang.dry_run import LOADER
-from checkpoint_engine_sglang.model_update import SPLIT_UP, ModelUpdate, inverted
-from checkpoint_engine_sglang.planned_model import ModelLadder, PlannedModel
+from checkpoint_engine_sglang.model_update import SPLIT_UP, ModelUpdate
+from checkpoint_engine_sglang.planned_model import ModelLadder, PlannedModel, inverted
 
 __all__ = ["ModelComparison"]
 

@@ -12,11 +12,11 @@ from checkpoint_engine_sglang import compat
 from checkpoint_engine_sglang.derived import derive
 from checkpoint_engine_sglang.dry_run import LOADER
 from checkpoint_engine_sglang.layouts import deriving_nothing
-from checkpoint_engine_sglang.planned_model import ModelLadder, PlannedModel
+from checkpoint_engine_sglang.planned_model import ModelLadder, PlannedModel, inverted
 from checkpoint_engine_sglang.rebuilding import OpenLayer, attributes, process_in_place, put_back
 from checkpoint_engine_sglang.whole_call import WholeCall
 
-__all__ = ["SPLIT_UP", "ModelUpdate", "inverted"]
+__all__ = ["SPLIT_UP", "ModelUpdate"]
 
 SPLIT_UP = ".kv_b_proj"
 """How layers are called that latent attention makes its projections from, which must be as the checkpoint has them."""
@@ -51,7 +51,7 @@ class ModelUpdate:
         self._call: WholeCall | None = None
         """Of the loader, where that must see all tensors at once."""
         self._waits = set(model.rebuilt) if model.is_fed_whole else _left_waiting(model)
-        self._missing = _sources(model)
+        self._missing = model.sources()
         """Layer -> tensors that it still lacks."""
         self._layers_of = inverted(self._missing)
         """Tensor -> layers that it is for."""
@@ -97,26 +97,8 @@ class ModelUpdate:
             WeightsRejectedError: the loader does not take a tensor.
             WorkerError: the loader or SGLang's processing failed.
         """
-        mine, copied, loaded = self._sort(tensors)
-        if self._call is None:
-            loaded = self._complete_groups(loaded)
-        if self._proof is not None:
-            self._proof.expect(mine, self._proved)
-        arrived = {*names_of(copied), *names_of(loaded)}
-        layers = sorted({layer for name in arrived for layer in self._layers_of.get(name, ())})
-        for layer in layers:
-            if layer not in self._open:
-                self._open_layer(layer)
-        if self._replay is not None:
-            self._replay.load(copied, self._moving)
-        if loaded:
-            self._give_to_loader(loaded)
-        for way, pairs in (("plan", copied), ("loader", loaded)):
-            self._nbytes[way] += nbytes_of(pairs)
-        for layer in layers:
-            self._missing[layer].difference_update(arrived)
-            if not self._missing[layer] and layer not in self._waits:
-                self._close_layer(layer)
+        for part in (tensors,) if self._call is not None else self.model.parting().of(tensors):
+            self._take_part(part)
 
     def finish(self) -> None:
         """Completes the model; everything has come.
@@ -153,6 +135,28 @@ class ModelUpdate:
         for layer in self._open.values():
             layer.undo()
         self._open.clear()
+
+    def _take_part(self, tensors: Tensors) -> None:
+        mine, copied, loaded = self._sort(tensors)
+        if self._call is None:
+            loaded = self._complete_groups(loaded)
+        if self._proof is not None:
+            self._proof.expect(mine, self._proved)
+        arrived = {*names_of(copied), *names_of(loaded)}
+        layers = sorted({layer for name in arrived for layer in self._layers_of.get(name, ())})
+        for layer in layers:
+            if layer not in self._open:
+                self._open_layer(layer)
+        if self._replay is not None:
+            self._replay.load(copied, self._moving)
+        if loaded:
+            self._give_to_loader(loaded)
+        for way, pairs in (("plan", copied), ("loader", loaded)):
+            self._nbytes[way] += nbytes_of(pairs)
+        for layer in layers:
+            self._missing[layer].difference_update(arrived)
+            if not self._missing[layer] and layer not in self._waits:
+                self._close_layer(layer)
 
     def _sort(self, tensors: Tensors) -> tuple[Tensors, Tensors, Tensors]:
         """What is this model's, under its own names, and of that what copies and what the loader take over."""
@@ -251,25 +255,6 @@ class ModelUpdate:
                 self._held[name] = tensor.clone()
                 here.pop(name)
         return ready
-
-
-def _sources(model: PlannedModel) -> dict[str, set[str]]:
-    """Layer to be rebuilt -> tensors that it comes from."""
-    found: dict[str, set[str]] = {}
-    for target, names in model.origins.items():
-        layer = model.layer_of(target)
-        if layer and names:
-            found.setdefault(layer, set()).update(names)
-    return found
-
-
-def inverted(found: Mapping[str, set[str]]) -> dict[str, set[str]]:
-    """Name -> the others that are found for it, the other way round."""
-    inverse: dict[str, set[str]] = {}
-    for name, others in found.items():
-        for other in others:
-            inverse.setdefault(other, set()).add(name)
-    return inverse
 
 
 def _left_waiting(model: PlannedModel) -> set[str]:

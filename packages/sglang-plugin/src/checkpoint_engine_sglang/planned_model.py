@@ -8,13 +8,13 @@ import torch
 
 from checkpoint_engine.sdk import TensorSpec
 from checkpoint_engine.sdk.fit import fingerprint
-from checkpoint_engine.sdk.plans import Ladder, ReloadPlan, Replay
+from checkpoint_engine.sdk.plans import Ladder, Parting, ReloadPlan, Replay
 from checkpoint_engine_sglang import compat
 from checkpoint_engine_sglang.compat import Runner
 from checkpoint_engine_sglang.dry_run import DryRun, run_dry
 from checkpoint_engine_sglang.layouts import LayerLayout, layout_of, layouts_of
 
-__all__ = ["ModelLadder", "PlannedModel"]
+__all__ = ["ModelLadder", "PlannedModel", "inverted"]
 
 
 class PlannedModel:
@@ -35,6 +35,7 @@ class PlannedModel:
         self._wrong: set[str] = set()
         self._too_large: list[str] | None = None
         self._replay: Replay | None = None
+        self._parting: Parting | None = None
         self._addresses: tuple[object, ...] = ()
         self.settle()
 
@@ -73,7 +74,7 @@ class PlannedModel:
 
     def settle(self) -> None:
         """Finds out how far the plan reaches; an update may have left something in another layout."""
-        plan = self.plan
+        plan, self._parting = self.plan, None
         self._left = {
             **plan.loader_only,
             **plan.flaws,
@@ -105,7 +106,7 @@ class PlannedModel:
 
     def rebuild_too(self, layers: Collection[str]) -> None:
         """Counts these among the layers to be rebuilt, though SGLang leaves their weights as they come."""
-        layouts = layouts_of(self.runner.model)
+        layouts, self._parting = layouts_of(self.runner.model), None
         for name in layers:
             module = self.runner.model.get_submodule(name)
             if name in layouts or compat.processing_of(module) is None:
@@ -117,6 +118,22 @@ class PlannedModel:
             self._too_large = self.dry_run.too_large(tensors, self.runner, tensor_parallel_size)
         return self._too_large
 
+    def sources(self) -> dict[str, set[str]]:
+        """Layer to be rebuilt -> tensors that it comes from."""
+        found: dict[str, set[str]] = {}
+        for target, names in self.origins.items():
+            layer = self.layer_of(target)
+            if layer and names:
+                found.setdefault(layer, set()).update(names)
+        return found
+
+    def parting(self) -> Parting:
+        """Cuts what comes at once, so that few layers to be rebuilt are open at a time."""
+        if self._parting is None:
+            sizes = {name: sum(slot.nbytes for _, slot in layout.slots) for name, (_, layout) in self.rebuilt.items()}
+            self._parting = Parting(inverted(self.sources()), sizes)
+        return self._parting
+
     def replay(self) -> Replay:
         """The copies, ready for where the parameters are now."""
         moving = {target for target in self.targets if self.layer_of(target)}
@@ -125,6 +142,15 @@ class PlannedModel:
         if self._replay is None or addresses != self._addresses:
             self._replay, self._addresses = Replay(self.plan, fixed, moving), addresses
         return self._replay
+
+
+def inverted(found: Mapping[str, set[str]]) -> dict[str, set[str]]:
+    """Name -> the others that are found for it, the other way round."""
+    inverse: dict[str, set[str]] = {}
+    for name, others in found.items():
+        for other in others:
+            inverse.setdefault(other, set()).add(name)
+    return inverse
 
 
 class ModelLadder(Ladder[PlannedModel]):

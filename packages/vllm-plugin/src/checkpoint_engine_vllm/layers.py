@@ -17,7 +17,7 @@ from functools import cached_property
 import torch
 
 from checkpoint_engine.sdk import WorkerError
-from checkpoint_engine.sdk.plans import Reached, ReloadPlan, Replay
+from checkpoint_engine.sdk.plans import Parting, Reached, ReloadPlan, Replay
 from checkpoint_engine_vllm import compat
 from checkpoint_engine_vllm.loadplan import LoadPlan
 from checkpoint_engine_vllm.reaching import reach_weights
@@ -280,6 +280,11 @@ class LayerRoutes:
                 self.rebuilt[name] = found
         self.pieces = Counter(layer.name for found in self.rebuilt.values() for layer in found)
         """How many pieces a layer to be rebuilt waits for."""
+        shapes = layers.load_plan.targets
+        self.parting = Parting(
+            {name: {layer.name for layer in found} for name, found in self.rebuilt.items()},
+            {layer.name: sum(shapes[target].nbytes for target in layer.targets) for layer in rebuilt.values()},
+        )
         others = {id(layer.module) for layer in layers.of(Way.LOADER)}
         self.attention = [
             module

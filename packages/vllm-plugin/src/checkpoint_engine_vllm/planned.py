@@ -91,16 +91,8 @@ class PlannedReload:
         Raises:
             WorkerError: vLLM's loader or processing failed.
         """
-        self._open_layers(tensors)
-        self._written = self._written or not self._routes.in_place.isdisjoint(names_of(tensors))
-        self._replay.load(tensors, self._moving)
-        if self._proof is not None:
-            self._proof.expect(tensors, self._routes.planned)
-        self._close_layers(tensors)
-        if self._loader is not None:
-            left = [pair for pair in tensors if pair[0] in self._routes.by_loader]
-            if left:
-                self._loader.load(left)
+        for part in self._routes.parting.of(tensors):
+            self._load_part(part)
 
     def incomplete(self) -> list[str]:
         """Layers that did not get all their pieces; a plan whose tensors all came leaves none."""
@@ -137,6 +129,18 @@ class PlannedReload:
         return intact
 
     # -- inside
+
+    def _load_part(self, tensors: Tensors) -> None:
+        self._open_layers(tensors)
+        self._written = self._written or not self._routes.in_place.isdisjoint(names_of(tensors))
+        self._replay.load(tensors, self._moving)
+        if self._proof is not None:
+            self._proof.expect(tensors, self._routes.planned)
+        self._close_layers(tensors)
+        if self._loader is not None:
+            left = [pair for pair in tensors if pair[0] in self._routes.by_loader]
+            if left:
+                self._loader.load(left)
 
     def _to_rebuild(self, tensors: Tensors) -> Iterator[Layer]:
         """The layers to be rebuilt that these tensors have pieces for, once for each piece."""

@@ -87,14 +87,27 @@ class Delivery(Pairs):
         Raises:
             ValueError: a tensor lies in none of the blocks.
         """
-        return ((Place(block, at),) for block, at in self.locations())
+        return ((Place(block, at),) for block, at in self._located())
 
-    def locations(self) -> Iterator[tuple[int, int]]:
-        """The number of the block that each tensor lies in, and how many bytes into it.
+    def part(self, numbers: Sequence[int]) -> Delivery:
+        """A few of the tensors, by their numbers, with the blocks that they lie in; it stays if this does."""
+        pairs, locations = tuple(self[number] for number in numbers), self._locations
+        used = sorted({locations[number][0] for number in numbers})
+        return Delivery(
+            tuple(name for name, _ in pairs),
+            sum(tensor.nbytes for _, tensor in pairs),
+            lambda: pairs,
+            [self.blocks[number] for number in used],
+            bucket=object() if self.stays else None,
+            stays=self.stays,
+        )
 
-        Raises:
-            ValueError: a tensor lies in none of them.
-        """
+    @cached_property
+    def _locations(self) -> Sequence[tuple[int, int]]:
+        return tuple(self._located())
+
+    def _located(self) -> Iterator[tuple[int, int]]:
+        """The number of the block that each tensor lies in, and how many bytes into it."""
         order = sorted(range(len(self.blocks)), key=lambda number: self.blocks[number].data_ptr())
         starts = [self.blocks[number].data_ptr() for number in order]
         for name, tensor in self:

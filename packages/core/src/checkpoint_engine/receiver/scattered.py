@@ -83,6 +83,10 @@ class ScatteredDelivery(Delivery):
                 Place(self._numbers[id(shard.block)], shard.at, _whole_of(shard.entry), shard.box) for shard in shards
             )
 
+    def part(self, numbers: Sequence[int]) -> ScatteredDelivery:
+        """See `Delivery`; nothing is put together for it."""
+        return ScatteredDelivery([self._shards[number] for number in numbers], self._device)
+
     def _pair(self, number: int) -> tuple[str, torch.Tensor]:
         shards = self._shards[number]
         if shards[0].box is None:

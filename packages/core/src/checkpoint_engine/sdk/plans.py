@@ -12,6 +12,7 @@ from checkpoint_engine.reload.kept_proofs import KeptProofs
 from checkpoint_engine.reload.ladder import Ladder, PlannedLayers, PlanStage, Rung
 from checkpoint_engine.reload.loading import give_to_loader, rejection
 from checkpoint_engine.reload.overheads import without_functions
+from checkpoint_engine.reload.parting import Parting
 from checkpoint_engine.reload.plan import Recording, ReloadPlan, make_plan
 from checkpoint_engine.reload.proof import Checksums, Proof
 from checkpoint_engine.reload.reach import HeldTensors, Reached, reach
@@ -26,6 +27,7 @@ __all__ = [
     "KeptProofs",
     "Ladder",
     "LoaderError",
+    "Parting",
     "PlanStage",
     "PlannedLayers",
     "Proof",
