@@ -37,7 +37,7 @@ class Parting:
 
         What comes again is cut the same way: the parts are the same objects then.
         """
-        if not isinstance(tensors, Delivery):
+        if not isinstance(tensors, Delivery) or tensors.nbytes <= AT_ONCE:
             return (tensors,)
         parts = self._known.get(tensors)
         if parts is None:
