@@ -259,8 +259,9 @@ def test_what_was_freed_unheard_is_not_taken_for_what_came_after(
     check(pair.update("a"))
     before = stagings_of(os.getpid())
     for server in pair.servers:
-        monkeypatch.setattr(server._stagings, "_end_leases", lambda: None)  # the worker does not hear of the end
-        server._stagings.release()
+        stagings = server._updates._stagings
+        monkeypatch.setattr(stagings, "_end_leases", lambda: None)  # the worker does not hear of the end
+        stagings.release()
         monkeypatch.undo()
         monkeypatch.setenv("PS_STAGING", "persistent")
     check(pair.update("a"))

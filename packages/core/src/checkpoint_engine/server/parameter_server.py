@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -18,18 +15,14 @@ from typing_extensions import Self
 
 from checkpoint_engine.catalog import Catalog, Holding
 from checkpoint_engine.collective import check_backend
-from checkpoint_engine.contract.failure import Failure
 from checkpoint_engine.contract.figures import ComparisonFigures
 from checkpoint_engine.contract.modes import ReloadMode, WireMode, mode_of, operation_of
-from checkpoint_engine.contract.phase import Phase
 from checkpoint_engine.deadline import Deadline
 from checkpoint_engine.device import Device, accelerator_count, open_device
 from checkpoint_engine.device_utils import DeviceManager
 from checkpoint_engine.errors import (
-    CheckpointEngineError,
     CheckpointStateError,
     SettingError,
-    UpdateError,
 )
 from checkpoint_engine.planning.peers import check_same
 from checkpoint_engine.server.copies import CopyCheck
@@ -37,25 +30,18 @@ from checkpoint_engine.server.gathered import GatheredCatalogs
 from checkpoint_engine.server.host_sums import HostSums
 from checkpoint_engine.server.membership import Membership
 from checkpoint_engine.server.not_a_number import refuse_nan
-from checkpoint_engine.server.rollback import Rollback
 from checkpoint_engine.server.sharing import Sharing
 from checkpoint_engine.server.update_events import UpdateEvents
+from checkpoint_engine.server.updates import Updates
 from checkpoint_engine.settings import Settings, rank_from_environment
 from checkpoint_engine.source.loader import Files
 from checkpoint_engine.source.safetensors_file import Opener
 from checkpoint_engine.source.shards import NamedTensors
 from checkpoint_engine.source.store import CheckpointStore, Registered, identity_of
-from checkpoint_engine.transfer import telemetry
-from checkpoint_engine.transfer.announcement import PlanCache
 from checkpoint_engine.transfer.methods import Method
 from checkpoint_engine.transfer.order import RequestFunction, UpdateOrder
-from checkpoint_engine.transfer.remote import RingCache
 from checkpoint_engine.transfer.report import Progress, UpdateReport
-from checkpoint_engine.transfer.staging import StagingCache
 from checkpoint_engine.transfer.trace import RankTrace
-from checkpoint_engine.transfer.transport import RankResources, Transport
-from checkpoint_engine.transfer.transports import choose_transport
-from checkpoint_engine.transfer.update import UpdateRun
 
 if TYPE_CHECKING:
     from checkpoint_engine.data_types import MemoryBufferMetaList
@@ -119,29 +105,24 @@ class ParameterServer:
         if not 0 <= self._rank < self._world_size:
             raise SettingError(f"rank {self._rank} is not one of {self._world_size} ranks")
         self._settings = Settings.from_environment(mem_fraction, device, staging)
-        self._collective = check_backend(self._settings.collective)
+        collective = check_backend(self._settings.collective)
         self._membership = Membership(
             self._rank, self._world_size, master_addr=master_addr, master_port=master_port, automatic=auto_pg
         )
         self._device = open_device(self._settings.device, index=_device_index(self._rank, gpu_count), rank=self._rank)
         self._store = CheckpointStore(self._device)
-        self._stagings = StagingCache(keep=self._settings.keep_staging)
         self._sharing = Sharing(
             self._rank, self._device, _device_index(self._rank, gpu_count), gpu_count or accelerator_count()
         )
-        self._rings = RingCache(self._sharing.store)
         self._gathered = GatheredCatalogs()
-        self._plans = PlanCache()
         self._copies = CopyCheck()
-        self._rollback = Rollback(self._store)
         self._steps: dict[str, int] = {}
         """How many steps of each training loop have succeeded."""
         self._to_remove: dict[str, Mapping[Path, tuple[int, int]]] = {}
-        self._busy = threading.Lock()
-        self._running: UpdateRun | None = None
         self._events = UpdateEvents(events, self._rank)
-        self.progress = Progress()
-        self.last_report: UpdateReport | None = None
+        self._updates = Updates(
+            self._membership, self._device, self._settings, collective, self._store, self._sharing, self._events
+        )
 
     @property
     def rank(self) -> int:
@@ -167,6 +148,16 @@ class ParameterServer:
     def checkpoints(self) -> list[str]:
         """Names of the checkpoints registered on this rank."""
         return self._store.names()
+
+    @property
+    def progress(self) -> Progress:
+        """How far the update that runs has come."""
+        return self._updates.progress
+
+    @property
+    def last_report(self) -> UpdateReport | None:
+        """What the last update that succeeded has to tell."""
+        return self._updates.last_report
 
     # -- one rank ---------------------------------------------------------------------------------------------------
 
@@ -296,11 +287,7 @@ class ParameterServer:
 
     def abort(self, reason: str) -> bool:
         """Gives up the update that is running, from another thread; returns whether there was one."""
-        running = self._running
-        if running is None:
-            return False
-        running.cancel.set(CheckpointEngineError(f"aborted: {reason}"))
-        return True
+        return self._updates.abort(reason)
 
     def release_staging(self) -> int:
         """Frees what was kept for the next update, and makes the engine's worker unmap it; returns bytes freed.
@@ -308,27 +295,16 @@ class ParameterServer:
         Raises:
             CheckpointStateError: an update is using it.
         """
-        if not self._busy.acquire(blocking=False):
-            raise CheckpointStateError("an update is using the staging memory; wait for it, or abort it")
-        try:
-            with self._device.active():
-                freed = self._stagings.kept
-                self._stagings.release()
-                self._rings.close()
-                return freed
-        finally:
-            self._busy.release()
+        return self._updates.release_staging()
 
     def close(self) -> None:
         """Leaves the group of ranks and frees all memory."""
-        with self._device.active():
-            self._stagings.release()
+        self._updates.end_staging()
         self._membership.leave()
-        self._rings.close()
+        self._updates.close()
         self._sharing.close()
         self._store.close()
         self._events.close()
-        self._rollback.close()
 
     def __enter__(self) -> Self:
         return self
@@ -467,7 +443,7 @@ class ParameterServer:
             UpdateError: it did not complete; the message names the rank, the phase and the cause.
         """
         known = self._gathered.get(checkpoint_name)
-        self._update(
+        self._updates.run(
             UpdateOrder(
                 checkpoint_name,
                 known.replicas,
@@ -569,12 +545,8 @@ class ParameterServer:
     def _part_with(self, name: str, *, stays: bool) -> None:
         """A checkpoint goes; its memory goes too, or stays for the next. Workers unmap what goes before it does."""
         self._sharing.withdraw(name)
-        if not stays and self._busy.acquire(blocking=False):  # else the update that runs now exports what it needs
-            try:
-                with self._device.active():
-                    self._stagings.take_back()
-            finally:
-                self._busy.release()
+        if not stays:
+            self._updates.take_back_staging()
 
     def _anywhere(self, here: bool, timeout: timedelta) -> bool:  # noqa: FBT001
         """Whether this is so on any rank."""
@@ -619,74 +591,6 @@ class ParameterServer:
         )
         traces = (msgspec.msgpack.decode(part, type=RankTrace | None) for part in parts)
         return [trace for trace in traces if trace is not None]
-
-    def _update(self, order: UpdateOrder) -> None:
-        transport = choose_transport(order)
-        if order.keep and order.name in self._store.names():
-            raise CheckpointStateError(f"{order.name!r} is registered on this rank; unregister it, or leave keep out")
-        if not self._busy.acquire(blocking=False):
-            raise CheckpointStateError("an update is running on this rank already; wait for it, or abort it")
-        try:
-            with self._events.of(order, lambda: self.last_report):
-                self._run(order, transport, self._resources())
-        finally:
-            self._running = None
-            self.progress.phase = Phase.IDLE
-            self._busy.release()
-            self._membership.end_default_group()
-
-    def _run(self, order: UpdateOrder, transport: type[Transport], rank: RankResources) -> None:
-        try:
-            self.last_report = self._run_once(order, transport, rank)
-        except UpdateError as error:
-            if self._running is not None:  # else nobody was asked for anything
-                self._rollback.after(
-                    order,
-                    self._running,
-                    error,
-                    rank.group,
-                    lambda back: self._run_once(back, choose_transport(back), rank),
-                )
-            raise
-
-    def _run_once(self, order: UpdateOrder, transport: type[Transport], rank: RankResources) -> UpdateReport:
-        deadline = Deadline(order.timeout.total_seconds())
-        key = self._next_call(order, rank, deadline)
-        with ExitStack() as stack:
-            held = stack.enter_context(self._store.use(order.name)) if order.name in self._store.names() else None
-            heard = replace(order, trace=order.trace or telemetry.is_listened_to())
-            self._running = run = UpdateRun(heard, transport, rank, held, key, deadline)
-            try:
-                report = telemetry.run_told(order, run.run)
-            except CheckpointEngineError:
-                rank.group.drop_communicators()  # one may hang half-way through a broadcast; the next opens another
-                raise
-            self._rollback.note(order, held, run)
-            if run.arrived is not None:
-                self._store.adopt(order.name, *run.arrived)
-        return report
-
-    def _next_call(self, order: UpdateOrder, rank: RankResources, deadline: Deadline) -> str:
-        try:
-            return rank.group.next_call(deadline)
-        except CheckpointEngineError as error:
-            phase = Phase.INTRODUCE
-            message = f"the update to {order.version!r} failed on rank {self._rank} in phase '{phase}': {error}"
-            raise Failure.of(error, phase, self._rank).as_error(message) from error
-
-    def _resources(self) -> RankResources:
-        """What this rank brings to an update."""
-        return RankResources(
-            self._membership.group,
-            self._device,
-            self._settings,
-            self._collective,
-            self._stagings,
-            self._rings,
-            self._plans,
-            lambda held: (self._sharing.store(), self._sharing.describe(held, share=True)),
-            self.progress,
-        )
 
 
 def _device_index(rank: int, gpu_count: int | None) -> int:
