@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -183,6 +184,16 @@ def paused_by_a_sender_that_died(engine: ReferenceProcess) -> None:
     )
     assert subprocess.run([sys.executable, "-c", code, engine.endpoint], check=False, timeout=60).returncode == 9
     assert is_paused(engine)
+
+
+def test_engines_that_are_named_without_a_scheme_are_told_apart() -> None:
+    """As people say it, `host:port`; and those in a process, which have no host."""
+    with EngineTurn("localhost:39001").take(Deadline(5)), pytest.raises(DeadlineError, match="one updater at a time"):
+        EngineTurn("http://127.0.0.1:39001").take(Deadline(0.1))
+    names = ("localhost:39001", "localhost:39002", "an engine of process 1", "an engine of process 2")
+    with contextlib.ExitStack() as turns:
+        for name in names:
+            turns.enter_context(EngineTurn(name).take(Deadline(0)))
 
 
 def test_an_engine_has_one_updater_at_a_time(

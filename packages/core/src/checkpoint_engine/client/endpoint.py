@@ -17,7 +17,7 @@ import httpx
 from checkpoint_engine.deadline import Deadline
 from checkpoint_engine.errors import DeadlineError, EngineRequestError, SettingError
 
-__all__ = ["Endpoint", "Reply", "shorten"]
+__all__ = ["Endpoint", "NoEndpoint", "Reply", "shorten", "with_scheme"]
 
 _LONGEST_TEXT = 2000
 """Characters of a server's answer that are repeated in an error."""
@@ -145,6 +145,35 @@ class Endpoint:
         return "".join(pieces)
 
 
+class NoEndpoint(Endpoint):
+    """In the place of one, for an engine of this process: it has a name, and is called rather than asked."""
+
+    def __init__(self, name: str) -> None:
+        self.address = name
+
+    def send(
+        self,
+        method: str,
+        path: str,
+        deadline: Deadline,
+        *,
+        query: Mapping[str, str] | None = None,
+        body: object = None,
+    ) -> Reply:
+        """Nobody listens there.
+
+        Raises:
+            EngineRequestError: always.
+        """
+        del deadline, query, body
+        raise EngineRequestError(f"{self.address} is no server: it cannot be asked for {method} {path}")
+
+
+def with_scheme(address: str) -> str:
+    """The address of an endpoint, with the scheme that people leave out."""
+    return f"http://{address}" if _WITHOUT_SCHEME.fullmatch(address) else address
+
+
 def shorten(text: str) -> str:
     """The beginning of a long text, fit for an error message."""
     text = text.strip()
@@ -152,8 +181,7 @@ def shorten(text: str) -> str:
 
 
 def _parse(address: str) -> tuple[str, str | None]:
-    if _WITHOUT_SCHEME.fullmatch(address):
-        address = f"http://{address}"
+    address = with_scheme(address)
     parts = urlsplit(address)
     if parts.scheme == "unix" and parts.path and not parts.netloc:
         return "http://localhost", parts.path

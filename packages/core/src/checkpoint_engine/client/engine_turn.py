@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 from typing_extensions import Self
 
+from checkpoint_engine.client.endpoint import with_scheme
 from checkpoint_engine.contract.pause import note_pause
 from checkpoint_engine.deadline import Deadline
 from checkpoint_engine.errors import DeadlineError
@@ -127,10 +128,12 @@ def _open(address: str) -> int:
 
 def _canonical(address: str) -> str:
     """The same for all names of one engine, as far as that can be told."""
-    parts = urlsplit(address)
+    parts = urlsplit(with_scheme(address))
     if parts.scheme == "unix":
         return f"unix:{os.path.realpath(parts.path)}"
-    host = parts.hostname or ""
+    if parts.hostname is None:
+        return address  # of an engine in a process, which has one name
+    host = parts.hostname
     with contextlib.suppress(OSError):
         host = str(socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0])
     return f"{'this host' if host.startswith(('127.', '0.')) else host}:{parts.port}"

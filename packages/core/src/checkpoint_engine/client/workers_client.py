@@ -56,8 +56,8 @@ class WorkersClient:
     setup_hint: ClassVar[str] = ""
     """Added to errors that look as if the engine had been started without our worker methods."""
 
-    def __init__(self, endpoint: str, *, timeout: float = 60.0) -> None:
-        self.endpoint = Endpoint(endpoint)
+    def __init__(self, endpoint: str | Endpoint, *, timeout: float = 60.0) -> None:
+        self.endpoint = Endpoint(endpoint) if isinstance(endpoint, str) else endpoint
         self.timeout = timeout
 
     # -- what engines differ in

@@ -5,7 +5,7 @@ from __future__ import annotations
 from checkpoint_engine.background import in_background
 from checkpoint_engine.client.announced import EngineSign, InstalledEngine
 from checkpoint_engine.client.delegate import ClientDelegate
-from checkpoint_engine.client.endpoint import Endpoint, Reply, shorten
+from checkpoint_engine.client.endpoint import Endpoint, NoEndpoint, Reply, shorten
 from checkpoint_engine.client.engine_client import PauseMode
 from checkpoint_engine.client.rpc_client import CollectiveRpcClient
 from checkpoint_engine.client.workers_client import WorkersClient, WorkersOrder
@@ -22,6 +22,7 @@ __all__ = [
     "EngineSign",
     "Failure",
     "InstalledEngine",
+    "NoEndpoint",
     "PauseMode",
     "Phase",
     "Reply",
