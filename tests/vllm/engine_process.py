@@ -163,6 +163,17 @@ class Engine:
                 self, tensors, checkpoint, steps, reload="auto" if break_after is None else "loader"
             )
 
+    def offline(
+        self, checkpoint: str, what: str = "publish", break_after: int | None = None, **change: Any
+    ) -> dict[str, Any]:
+        """By the client of an offline `LLM`; see `transfer_doors.offline`."""
+        tensors = changed(read(checkpoint), **change)
+        with ExitStack() as faults:
+            if break_after is not None:
+                faults.enter_context(broken_loader(compat.target_model(self.worker), break_after))
+            how = {} if break_after is None else {"reload": "loader"}
+            return transfer_doors.offline(self, tensors, checkpoint, what, **how)
+
     def ipc(
         self,
         checkpoint: str,

@@ -17,8 +17,8 @@ import pytest
 
 from checkpoint_engine.client.auto import load_client
 from checkpoint_engine.deadline import Deadline
-from checkpoint_engine.errors import CheckpointEngineError, EngineRequestError, MissingDependencyError
-from checkpoint_engine_vllm import VllmClient, WorkerExtension, beside, compat, plugin
+from checkpoint_engine.errors import CheckpointEngineError, DeadlineError, EngineRequestError, MissingDependencyError
+from checkpoint_engine_vllm import LlmClient, VllmClient, WorkerExtension, beside, compat, plugin
 from checkpoint_engine_vllm.extension import give_methods
 
 OK = {"ok": True, "dirty": False, "version": "v2", "error": "", "phase": "", "seconds": 0.1}
@@ -373,3 +373,41 @@ def test_a_vllm_that_is_too_old_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
     finally:
         compat.version.cache_clear()
     assert issubclass(MissingDependencyError, CheckpointEngineError)
+
+
+class OldLlm:
+    """An offline `LLM` as it was before it could be paused, or had a version of its weights."""
+
+    def __init__(self, results: Any) -> None:
+        self.results, self.called = results, list[str]()
+        parallel = SimpleNamespace(world_size=1)
+        self.llm_engine = SimpleNamespace(vllm_config=SimpleNamespace(parallel_config=parallel))
+
+    def collective_rpc(self, method: str, timeout: float, args: tuple[object, ...]) -> Any:
+        del timeout, args
+        self.called.append(method)
+        if isinstance(self.results, Exception):
+            raise self.results
+        return [STATUS if method == "checkpoint_engine_status" else self.results]
+
+    def sleep(self, level: int = 1) -> None:
+        raise AssertionError(f"its memory was to be taken: {level}")
+
+    def reset_prefix_cache(self) -> bool:
+        self.called.append("reset_prefix_cache")
+        return True
+
+
+def test_an_old_llm_is_updated_between_two_of_its_steps() -> None:
+    llm = OldLlm(OK)
+    LlmClient(llm).update_weights({"d": "h"}, version="v2", pause="keep", reset_caches=True, timeout=5)
+    assert llm.called == ["checkpoint_engine_status", "checkpoint_engine_update", "reset_prefix_cache"]
+
+
+def test_what_an_llm_raises_is_said_in_our_words() -> None:
+    for raised, kind, words in (
+        (NotImplementedError("no such method"), EngineRequestError, "NotImplementedError: no such method.*lack our"),
+        (TimeoutError(), DeadlineError, "not through with collective_rpc"),
+    ):
+        with pytest.raises(kind, match=words):
+            LlmClient(OldLlm(raised)).wait_ready(Deadline(5))

@@ -82,6 +82,36 @@ def test_a_session_that_brings_nothing_is_an_error_once(native: Engine, checkpoi
     assert native("native", checkpoint=checkpoints / "qwen3", steps="suf")["error"] is None
 
 
+def test_a_loop_publishes_to_its_own_llm(native: Engine, cold: Cold, checkpoints: Path) -> None:
+    """By `LlmClient`, which goes past vLLM's weight transfer."""
+    for name in ("qwen3-b", "qwen3"):
+        done = native("offline", checkpoint=checkpoints / name)
+        assert done["error"] is None, done
+        assert (done["version"], done["published"], done["door"]) == (name, name, "worker methods")
+        assert not done["paused"]
+        assert holds(native, cold(name))
+    for name, equal in (("qwen3", True), ("qwen3-b", False)):
+        compared = native("offline", checkpoint=checkpoints / name, what="verify")
+        assert (compared["error"], compared["equal"], compared["version"]) == (None, equal, "qwen3")
+    assert holds(native, cold("qwen3"))
+
+
+def test_an_own_llm_serves_what_is_whole_and_stays_paused_with_a_mixture(
+    native: Engine, cold: Cold, checkpoints: Path
+) -> None:
+    assert native("offline", checkpoint=checkpoints / "qwen3")["error"] is None
+    refused = native("offline", checkpoint=checkpoints / "qwen3-b", drop=["model.norm.weight"])
+    assert "it still holds its old weights (version 'qwen3'), and it serves them" in refused["message"]
+    assert (refused["dirty"], refused["paused"], refused["published"]) == (False, False, "qwen3")
+    assert holds(native, cold("qwen3"))
+    broken = native("offline", checkpoint=checkpoints / "qwen3-b", break_after=20)
+    assert "its weights are a mixture now; it was left paused: update again" in broken["message"]
+    assert (broken["dirty"], broken["paused"], broken["published"]) == (True, True, "qwen3")
+    healed = native("offline", checkpoint=checkpoints / "qwen3-b")
+    assert (healed["error"], healed["dirty"], healed["paused"], healed["published"]) == (None, False, False, "qwen3-b")
+    assert holds(native, cold("qwen3-b"))
+
+
 @pytest.fixture(scope="module")
 def ipc(native: Engine, checkpoints: Path) -> Engine:
     """An engine that vLLM's own `ipc` trainers send to; comes after the tests of the other one."""

@@ -16,7 +16,9 @@ import nccl_door
 import torch
 from vllm.distributed.weight_transfer import clients, ipc_engine, packed_tensor
 
+from checkpoint_engine.deadline import Deadline
 from checkpoint_engine.ps import ParameterServer
+from checkpoint_engine_vllm import LlmClient
 from checkpoint_engine_vllm.extension import state_of
 
 if TYPE_CHECKING:
@@ -67,6 +69,25 @@ def native(engine: Any, tensors: dict[str, torch.Tensor], checkpoint: str, steps
     with told() as outcome:
         Served(engine.llm).update(name, tensors, steps, **how)
     return {**status(engine.worker), **outcome, "published": engine.llm.get_weight_version()}
+
+
+def offline(engine: Any, tensors: dict[str, torch.Tensor], checkpoint: str, what: str, **how: Any) -> dict[str, Any]:
+    """What a loop with an `LLM` of its own does after a step: `publish`; or a comparison, `verify`."""
+    name, client = Path(checkpoint).name, LlmClient(engine.llm)
+
+    def ask(handles: Any) -> None:
+        client.update_weights(dict(handles), version=name, pause="keep", reset_caches=True, timeout=60)
+
+    with told() as outcome, ParameterServer(rank=0, world_size=1, device="cpu") as ps:
+        if what == "publish":
+            ps.publish(tensors, ask, version=name, **how)
+        else:
+            ps.register_checkpoint(name, named_tensors=tensors)
+            ps.gather_metas(name)
+            found = ps.verify(name, lambda handles: client.verify_weights(dict(handles), version=name, timeout=60))
+            outcome["equal"] = found.equal
+    paused = client.is_paused(Deadline(5))
+    return {**status(engine.worker), **outcome, "published": engine.llm.get_weight_version(), "paused": paused}
 
 
 # -- vLLM's own `ipc` trainer. There is no GPU here: handles name tensors of this process instead. ---------------------

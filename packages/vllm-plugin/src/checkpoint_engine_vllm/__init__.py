@@ -1,6 +1,7 @@
 """New weights reach a serving vLLM in place.
 
-In vLLM's environment: `WorkerExtension`. In that of the parameter server, which needs no vLLM: `VllmClient`.
+In vLLM's environment: `WorkerExtension`, and `LlmClient` beside an offline `LLM(...)`. In that of the parameter server,
+which needs no vLLM: `VllmClient`.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ if TYPE_CHECKING:
     from checkpoint_engine_vllm.client import VllmClient
     from checkpoint_engine_vllm.extension import WorkerExtension
     from checkpoint_engine_vllm.extension import WorkerExtension as VllmColocateWorkerExtension
+    from checkpoint_engine_vllm.llm_client import LlmClient
 
 __version__ = "0.1.0"
-__all__ = ["VllmClient", "VllmColocateWorkerExtension", "WorkerExtension", "__version__"]
+__all__ = ["LlmClient", "VllmClient", "VllmColocateWorkerExtension", "WorkerExtension", "__version__"]
 
 
 def __getattr__(name: str) -> object:
@@ -22,6 +24,10 @@ def __getattr__(name: str) -> object:
         from checkpoint_engine_vllm.client import VllmClient  # noqa: PLC0415
 
         return VllmClient
+    if name == "LlmClient":
+        from checkpoint_engine_vllm.llm_client import LlmClient  # noqa: PLC0415
+
+        return LlmClient
     if name in ("WorkerExtension", "VllmColocateWorkerExtension"):
         from checkpoint_engine_vllm.extension import WorkerExtension  # noqa: PLC0415
 
