@@ -25,8 +25,10 @@ import msgspec
 import torch
 import transfer_doors
 from safetensors import safe_open
+from safetensors.torch import save_file
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.lora.request import LoRARequest
 from vllm.model_executor.layers import rotary_embedding
 from vllm.model_executor.layers.fused_moe.config import fp8_w8a8_moe_quant_config
 from vllm.model_executor.layers.linear import LinearBase
@@ -41,6 +43,7 @@ from checkpoint_engine.receiver.scattered import ScatteredDelivery, ShardAssembl
 from checkpoint_engine.reload import parting
 from checkpoint_engine.sdk.testing import EngineUnderTest, run_checks
 from checkpoint_engine_vllm import compat, formats, loadplan, shadow
+from checkpoint_engine_vllm.adapters import without_adapters
 from checkpoint_engine_vllm.planned import PlannedReload
 from checkpoint_engine_vllm.sink import LENIENT, VllmSink
 
@@ -91,12 +94,13 @@ class Engine:
             gc.collect()
         return {}
 
-    def tokens(self, length: int = 16) -> dict[str, Any]:
+    def tokens(self, length: int = 16, adapter: str | None = None) -> dict[str, Any]:
         """Greedy tokens, and how many of the draft model's were offered and accepted for them."""
         self.llm.reset_prefix_cache()
+        lora = None if adapter is None else LoRARequest("of the test", 1, adapter)
         before = self._spec_decode()
         how = SamplingParams(temperature=0, max_tokens=length, ignore_eos=True)
-        outputs = self.llm.generate(PROMPTS, how, use_tqdm=False)
+        outputs = self.llm.generate(PROMPTS, how, use_tqdm=False, lora_request=lora)
         after = self._spec_decode()
         return {
             "tokens": [list(output.outputs[0].token_ids) for output in outputs],
@@ -217,6 +221,9 @@ class Engine:
         verdicts = run_checks(UnderTest(self, checkpoints, cold, spoilt))
         return {name: words for name, words in verdicts.items() if words}
 
+    def make_adapter(self, checkpoint: str, directory: str) -> dict[str, Any]:
+        return make_adapter(checkpoint, directory)
+
     def spoil(self, parameter: str) -> dict[str, Any]:
         """Flips one bit of a live parameter."""
         found = dict(compat.target_model(self.worker).named_parameters())[parameter]
@@ -226,6 +233,13 @@ class Engine:
     def move_experts(self, *, moves: bool) -> dict[str, Any]:
         """Says that experts are moved as load demands, which takes several GPUs."""
         self.worker.vllm_config.parallel_config.enable_eplb = moves
+        return {}
+
+    def wrap_experts(self) -> dict[str, Any]:
+        """Says that experts are wrapped for LoRA, which vLLM's kernels on a CPU cannot be."""
+        compat.target_model(self.worker).lora_manager.modules["model.layers.0.mlp.experts"] = type(
+            "FusedMoE3DWithLoRA", (type("FusedMoEWithLoRA", (), {}),), {}
+        )()
         return {}
 
     def hold_cutlass_experts(self) -> dict[str, Any]:
@@ -262,12 +276,13 @@ class Engine:
     def state(self) -> dict[str, Any]:
         """What every layer computes, hashed; addresses of parameters; and parameters left without data."""
         served, draft = compat.target_model(self.worker), compat.draft_model(self.worker)
-        return {
-            "served": fingerprint(served),
-            "draft": {} if draft is None else fingerprint(draft),
-            "addresses": {name: parameter.data_ptr() for name, parameter in served.named_parameters()},
-            "without_data": [name for name, parameter in served.named_parameters() if parameter.is_meta],
-        }
+        with without_adapters(served):
+            return {
+                "served": fingerprint(served),
+                "draft": {} if draft is None else fingerprint(draft),
+                "addresses": {name: parameter.data_ptr() for name, parameter in served.named_parameters()},
+                "without_data": [name for name, parameter in served.named_parameters() if parameter.is_meta],
+            }
 
     def _spec_decode(self) -> dict[str, int]:
         counters = {"num_draft_tokens", "num_accepted_tokens"}
@@ -342,6 +357,23 @@ def read(checkpoint: str) -> dict[str, torch.Tensor]:
         with safe_open(file, "pt") as opened:
             found.update({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118 - not a mapping
     return found
+
+
+def make_adapter(checkpoint: str, directory: str, rank: int = 8) -> dict[str, Any]:
+    """A LoRA adapter of a checkpoint, of random numbers, that changes what it generates."""
+    layers = ("q_proj", "v_proj", "o_proj", "gate_proj", "down_proj")
+    generator, tensors = torch.Generator().manual_seed(5), {}
+    for name, tensor in read(checkpoint).items():
+        layer = name.removesuffix(".weight")
+        if layer.endswith(layers):
+            for part, shape in (("A", (rank, tensor.shape[1])), ("B", (tensor.shape[0], rank))):
+                made = torch.randn(shape, generator=generator) / 4
+                tensors[f"base_model.model.{layer}.lora_{part}.weight"] = made.to(torch.bfloat16)
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": layers, "bias": "none"}
+    Path(directory).mkdir()
+    save_file(tensors, Path(directory, "adapter_model.safetensors"))
+    Path(directory, "adapter_config.json").write_text(json.dumps(config))
+    return {}
 
 
 def changed(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -177,15 +178,37 @@ def test_nothing_but_the_plan_is_refused_where_it_does_not_reach(engine: Engine,
     assert holds(engine, cold("qwen3"))
 
 
-def test_layers_wrapped_for_lora_are_left_to_the_loader(engine: Engine, cold: Cold, checkpoints: Path) -> None:
-    expected = {name: cold(name) for name in ("qwen3", "qwen3-b")}
-    engine("start", model=checkpoints / "qwen3", enable_lora=True, max_lora_rank=8)
-    for name in ("qwen3-b", "qwen3", "qwen3-b"):
-        done = engine("update", checkpoint=checkpoints / name)
-        assert done["error"] is None, done
-        assert done["details"]["reload"] == "loader"
-        assert "is wrapped" in done["details"]["loader_reason"]
-        assert engine("tokens")["tokens"] == expected[name]["tokens"]
-    refused = engine("update", checkpoint=checkpoints / "qwen3", reload="plan")
-    assert (refused["error"], refused["intact"]) == ("WeightsRejectedError", True)
-    assert engine("tokens")["tokens"] == expected["qwen3-b"]["tokens"]
+def test_adapters_stay_as_they_are_when_their_base_is_updated(
+    engine: Engine, cold: Cold, checkpoints: Path, tmp_path: Path
+) -> None:
+    adapter = tmp_path / "adapter"
+    engine("make_adapter", checkpoint=checkpoints / "qwen3", directory=adapter)
+    plain = {name: cold(name) for name in ("qwen3", "qwen3-b")}
+    adapted = {}
+    for name in ("qwen3-b", "qwen3"):
+        engine("start", model=checkpoints / name, enable_lora=True, max_lora_rank=8)
+        adapted[name] = engine("tokens", adapter=adapter)["tokens"]
+    shutil.rmtree(adapter)  # from now on vLLM has it in memory alone
+    for name, reload, way in (
+        ("qwen3-b", "auto", "proof"),
+        ("qwen3", "auto", "plan"),
+        ("qwen3-b", "loader", "loader"),
+        ("qwen3", "plan", "plan"),
+    ):
+        done = engine("update", checkpoint=checkpoints / name, reload=reload)
+        assert (done["error"], done["details"]["reload"]) == (None, way), done
+        assert engine("tokens", adapter=adapter)["tokens"] == adapted[name]
+        assert holds(engine, plain[name])
+    assert len({str(tokens) for tokens in (*adapted.values(), *(each["tokens"] for each in plain.values()))}) == 4
+    compared = engine("update", checkpoint=checkpoints / "qwen3", reload="verify")
+    assert compared["error"] is None, compared
+    assert compared["details"]["different_tensors"] == compared["details"]["unseen_tensors"] == 0
+    broken = engine("update", checkpoint=checkpoints / "qwen3-b", fail_after=12, reload="loader", bucket_bytes=1)
+    assert (broken["intact"], broken["dirty"]) == (False, True)
+    assert engine("update", checkpoint=checkpoints / "qwen3-b")["error"] is None
+    assert engine("tokens", adapter=adapter)["tokens"] == adapted["qwen3-b"]
+    engine("wrap_experts")
+    refused = engine("update", checkpoint=checkpoints / "qwen3")
+    assert (refused["error"], refused["intact"], refused["dirty"]) == ("WeightsRejectedError", True, False)
+    assert "--lora-target-modules" in refused["message"]
+    assert "model.layers.0.mlp.experts" in refused["message"]

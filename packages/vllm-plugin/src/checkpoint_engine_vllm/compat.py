@@ -19,6 +19,7 @@ from typing import Any, cast
 import torch
 
 from checkpoint_engine.sdk import MissingDependencyError
+from checkpoint_engine_vllm.adapters import without_adapters
 from checkpoint_engine_vllm.protocols import LayerState, ModelConfig, VllmConfig, Worker
 
 __all__ = [
@@ -214,13 +215,17 @@ def version() -> str:
 
 @contextlib.contextmanager
 def engine_context(worker: Worker) -> Generator[None]:
-    """What vLLM has around its loaders when it starts; some processing takes the default dtype."""
+    """What vLLM has around its loaders when it starts; some processing takes the default dtype.
+
+    Wrappers of LoRA came later, and stand aside.
+    """
     set_config = importlib.import_module("vllm.config").set_current_vllm_config
     with (
         torch.no_grad(),
         set_config(worker.vllm_config),
         default_dtype(worker.model_config.dtype),
         device_of(worker),
+        without_adapters(target_model(worker)),
     ):
         yield
 

@@ -14,10 +14,10 @@ _NO_WEIGHTS = frozenset(
     (
         *("kv_cache", "kv_caches", "kv_cache_scales", "handler_tensor"),
         *("config", "vllm_config", "hf_config", "weight_loader", "checkpoint_engine_scales"),
-        *("vllm.config.", "vllm.distributed.", "vllm.compilation."),
+        *("vllm.config.", "vllm.distributed.", "vllm.compilation.", "vllm.lora."),
     )
 )
-"""Attributes, and packages of objects, that are passed over: what requests compute, addresses, settings, graphs."""
+"""Attributes, and packages of objects, that are passed over: requests, addresses, settings, graphs, adapters."""
 
 
 def reach_weights(model: torch.nn.Module, only: torch.nn.Module | None = None) -> Iterator[Reached]:

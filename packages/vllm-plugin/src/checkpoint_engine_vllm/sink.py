@@ -19,6 +19,7 @@ from checkpoint_engine.sdk import (
 )
 from checkpoint_engine.sdk.fit import NOT_FILLED, TOO_LARGE, missing, refuse, torn
 from checkpoint_engine_vllm import compat, formats
+from checkpoint_engine_vllm.adapters import renew_adapters, wrapped_experts
 from checkpoint_engine_vllm.aliases import Aliases
 from checkpoint_engine_vllm.draft import NAME, PREFIX, DraftReload, open_draft
 from checkpoint_engine_vllm.loadplan import LoadPlan, Planner, missing_parameters
@@ -40,6 +41,10 @@ _STALE = "this vLLM cannot reload what these layers keep beside their parameters
 _MOVING = (
     "this vLLM moves experts between its workers (--enable-eplb), and its loaders put new weights where they were when "
     "it started; serve without it, or start the engine anew with this checkpoint"
+)
+_WRAPPED = (
+    "vLLM has wrapped experts for LoRA, whose wrappers go on with what the engine started with: leave them out of "
+    "--lora-target-modules, or start the engine anew with this checkpoint"
 )
 _NOISE = (
     "a start with dummy weights has filled these buffers with noise, and a trainer's named_parameters() does not list "
@@ -82,6 +87,8 @@ class VllmSink(EngineSink):
             raise WeightsRejectedError(_ASLEEP)
         if compat.moves_experts(self._worker):
             raise WeightsRejectedError(_MOVING)
+        if experts := wrapped_experts(compat.target_model(self._worker)):
+            raise WeightsRejectedError(f"{_WRAPPED} (here {experts[0]})")
         self._target = None
         self._check_reloadable()
         if update.open_ended:
@@ -140,7 +147,7 @@ class VllmSink(EngineSink):
         target.finish()
         if draft is not None:
             draft.finish()
-        self._forget_adapters()
+        renew_adapters(compat.target_model(self._worker))
         figures = self._figures(target, draft)
         for ladder in (self._ladder, self._draft_ladder):
             ladder.succeeded()
@@ -217,12 +224,6 @@ class VllmSink(EngineSink):
             self._fitting = plan
         if not compat.reloads_attention_scales():
             _refuse(_SCALES, _attention_scales(plan, served), hint="leave them out, or use vLLM 0.20 or newer")
-
-    def _forget_adapters(self) -> None:
-        """What vLLM itself does after it has replaced weights."""
-        reset = getattr(self._worker.model_runner, "reset_lora_state", None)
-        if reset is not None:
-            reset()
 
     def _figures(self, target: AnyReload, draft: DraftReload | None) -> UpdateFigures:
         rung = self._ladder.rung

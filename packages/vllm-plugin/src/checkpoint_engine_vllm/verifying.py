@@ -8,6 +8,7 @@ besides (in plain attributes, kernels, quantisation methods) is compared by chec
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, Protocol, cast
 
@@ -27,6 +28,7 @@ from checkpoint_engine.sdk import (
 )
 from checkpoint_engine.sdk.plans import Checksums, HeldTensors, Reached
 from checkpoint_engine_vllm import compat
+from checkpoint_engine_vllm.adapters import without_adapters
 from checkpoint_engine_vllm.protocols import LayerState, Worker
 from checkpoint_engine_vllm.reaching import reach_weights
 
@@ -88,6 +90,10 @@ class VllmVerifier(ComparisonSink):
         self._findings = Findings()
         self._processed: set[torch.nn.Module] = set()
         self._unwatch: Callable[[], None] | None = None
+
+    def running(self) -> AbstractContextManager[object]:
+        """What loaders do not know is not compared."""
+        return without_adapters(compat.target_model(self._worker))
 
     def check(self, update: Update) -> None:
         """The reload does."""
