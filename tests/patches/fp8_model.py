@@ -159,6 +159,10 @@ def refusals(worker: Worker, sink: patched.PatchedSink) -> str:
     if "down_proj" not in refusal(sink):
         wrong.append("a layer that cannot be loaded again was accepted")
     vars(layer)[patched.STATE] = kept
+    worker.model.lora_manager = object()
+    if "LoRA" not in refusal(sink):
+        wrong.append("layers wrapped for LoRA were accepted")
+    del worker.model.lora_manager
     worker.vllm_config = types.SimpleNamespace(
         quant_config=types.SimpleNamespace(is_checkpoint_fp8_serialized=False),
         parallel_config=types.SimpleNamespace(tensor_parallel_size=2),

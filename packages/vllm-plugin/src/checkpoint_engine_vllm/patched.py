@@ -60,6 +60,8 @@ class PatchedSink(EngineSink):
             raise MissingDependencyError(_needs_newer("cannot be updated by reload plan"))
         if compat.draft_model(self._worker) is not None:
             raise MissingDependencyError(_needs_newer("cannot take new weights for a draft model"))
+        if hasattr(compat.target_model(self._worker), "lora_manager"):
+            raise MissingDependencyError(_needs_newer("cannot take new weights below LoRA adapters"))
         if self._is_miscounted():
             raise MissingDependencyError(
                 _needs_newer("loads only half of weights that it quantises for several tensor-parallel workers")
