@@ -66,9 +66,8 @@ class Rollback:
         """An update has succeeded; `held` is what this rank held of it."""
         if order.operation is not Operation.REPLACE:
             return
-        if (
-            held is not None and held.is_of_others
-        ):  # never brought again: whoever was asked may hold a trainer's tensors
+        if held is not None and held.is_of_others:
+            # It is never brought again, and whoever was asked may hold a trainer's tensors.
             order = replace(order, ask_engine=_unasked)
         self._brought[order.receivers] = _Brought(order, held, run.names)
 
