@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import pytest
 import torch
 
 from checkpoint_engine.contract.sink import TensorSpec
 from checkpoint_engine.errors import WeightsRejectedError, WorkerError
+from checkpoint_engine.reload.kept_proofs import KeptProofs
 from checkpoint_engine.reload.ladder import Ladder, PlanStage, Rung
 from checkpoint_engine.reload.plan import ReloadPlan, make_plan
 from checkpoint_engine.reload.recorder import record
@@ -69,6 +71,28 @@ def test_the_way_up_and_back_after_a_failure_or_a_change(ladder: Ladder[TwoLayer
     assert ladder.layers is None
     assert climb(ladder, "another") is Rung.PROOF
     assert [rung.word for rung in Rung] == ["loader", "proof", "plan", "plan"]
+
+
+def test_what_would_say_nothing_to_another_process_is_neither_kept_nor_asked_for(tmp_path: Path) -> None:
+    class OwnAlone(Ladder[TwoLayers]):
+        def digest_of(self, layers: TwoLayers) -> str:
+            return "" if layers.left else layers.plan.digest
+
+        def recall(self, layers: TwoLayers, is_proved: Callable[[str], bool]) -> bool:
+            return not layers.left and super().recall(layers, is_proved)
+
+    specs = {name: TensorSpec(torch.float32, (2,)) for name in "pq"}
+
+    def first(left: Mapping[str, str], kept: KeptProofs | None) -> Rung:
+        ladder = OwnAlone("the loader", "served", lambda: kept)
+        rung = ladder.begin("auto", ladder.layers_for("key", lambda: TwoLayers(left), specs))
+        ladder.succeeded()
+        return rung
+
+    proofs = KeptProofs({}, tmp_path)
+    assert [first({"q": "computed"}, proofs) for _ in range(2)] == [Rung.PROOF, Rung.PROOF]
+    assert not list(tmp_path.iterdir())
+    assert [first({}, kept) for kept in (None, proofs, None, proofs)] == [Rung.PROOF] * 3 + [Rung.CHECK]
 
 
 @pytest.mark.parametrize("stage", PlanStage)

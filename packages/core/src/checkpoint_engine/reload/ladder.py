@@ -111,13 +111,14 @@ class _Climb(Generic[_Layers]):
 class Ladder(Generic[_Layers]):
     """Of one model of a worker; lives as long as that."""
 
-    def __init__(self, loader: str, model: str, kept: Callable[[], KeptProofs] | None = None) -> None:
+    def __init__(self, loader: str, model: str, kept: Callable[[], KeptProofs | None] | None = None) -> None:
         """Begins at the bottom.
 
         Args:
             loader: What to call the engine's own loader in messages, such as "vLLM's loader".
             model: What to call the model, such as "served".
-            kept: What other processes have proved, asked when a plan is recorded; None if that does not count.
+            kept: What other processes have proved, asked when a plan is recorded; None, or an answer of None, if that
+                does not count.
         """
         self._loader = loader
         self._model = model
@@ -152,13 +153,21 @@ class Ladder(Generic[_Layers]):
         `tensors` are what comes; without them a proof is neither kept for others nor taken from them.
         """
         if self._climb is None or self._climb.key != key:
-            self._climb = None  # nothing old stays if this raises
+            self._climb = self._kept = None  # nothing old stays if this raises
             self._climb = _Climb(key, record(), tensors or {})
             if tensors and self._ask_kept is not None:
                 self._kept = self._ask_kept()
-                if self._trusting and self._kept.has(self._climb.layers.plan.digest, tensors):
+                if self._trusting and self._kept is not None and self._is_proved(self._kept, self._climb):
                     self._climb.stage, self._climb.proved_elsewhere = PlanStage.PROVED, True
         return self._climb.layers
+
+    def digest_of(self, layers: _Layers) -> str:
+        """What a proof of this model is kept under; empty where it would say nothing to another process."""
+        return layers.plan.digest
+
+    def recall(self, layers: _Layers, is_proved: Callable[[str], bool]) -> bool:
+        """Whether another process has proved this, of which `is_proved` tells by digests."""
+        return is_proved(self.digest_of(layers))
 
     @property
     def proved_elsewhere(self) -> bool:
@@ -211,8 +220,7 @@ class Ladder(Generic[_Layers]):
         """
         if differing and self.rung.by_plan:
             target, source = next(iter(differing.items()))
-            if self._kept is not None and self._climb is not None:
-                self._kept.forget(self._climb.layers.plan.digest, self._climb.tensors)
+            self._tell_others(KeptProofs.forget)
             raise WorkerError(
                 f"the reload plan put something else than tensor {source!r} into {target!r} of the {self._model} model "
                 f"({len(differing)} differ in their checksums); the next update goes through {self._loader}. Please "
@@ -233,13 +241,22 @@ class Ladder(Generic[_Layers]):
         climb = self._climb
         if climb is not None and self.proof is not None:
             climb.stage, climb.proved_elsewhere = PlanStage(min(climb.stage + 1, PlanStage.CHECKED)), False
-            if self.rung is Rung.PROOF and self._kept is not None:
-                self._kept.keep(climb.layers.plan.digest, climb.tensors)
+            if self.rung is Rung.PROOF:
+                self._tell_others(KeptProofs.keep)
         self.proof = None
 
     def failed(self) -> None:
         """The update broke off: whatever was learned of this model is learned anew, by this process itself."""
         self._climb, self.proof, self._trusting = None, None, False
+
+    def _is_proved(self, kept: KeptProofs, climb: _Climb[_Layers]) -> bool:
+        return self.recall(climb.layers, lambda digest: kept.has(digest, climb.tensors))
+
+    def _tell_others(self, tell: Callable[[KeptProofs, str, Mapping[str, TensorSpec]], None]) -> None:
+        if self._kept is not None and self._climb is not None:
+            digest = self.digest_of(self._climb.layers)
+            if digest:
+                tell(self._kept, digest, self._climb.tensors)
 
     def _refuse_without(self, mode: ReloadMode, why: str) -> None:
         if mode == "plan":
