@@ -24,6 +24,7 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
     "TRANSFORMERS_VERBOSITY": "error",
+    "CHECKPOINT_ENGINE_PROOFS": "off",  # the first update of each family is its proof
 }
 """To be set before vLLM is imported."""
 
