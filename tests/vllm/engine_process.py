@@ -83,6 +83,11 @@ class Engine:
         self.adapter = VllmSink(self.worker)
         return {}
 
+    def keep_proofs(self, where: str) -> dict[str, Any]:
+        """Where engines started from now on keep proofs of their plans, or `off`."""
+        os.environ["CHECKPOINT_ENGINE_PROOFS"] = where
+        return {}
+
     def stop(self) -> dict[str, Any]:
         if self.llm is not None:
             self.adapter = None

@@ -7,6 +7,8 @@ here is called, so the client works in an environment without it.
 from __future__ import annotations
 
 import contextlib
+import copy
+import hashlib
 import importlib
 import inspect
 import re
@@ -29,6 +31,7 @@ __all__ = [
     "can_load_mtp_in_buckets",
     "captures_graphs",
     "compile_for_plain_tensors",
+    "configuration",
     "default_dtype",
     "device_of",
     "draft_config",
@@ -64,6 +67,8 @@ _BLOCK_CAST = "per_block_cast_to_fp8"
 _FOR_PLAIN = "checkpoint_engine_plain"
 _KEYS_OR_VALUES = re.compile(r"\b[kv]_proj\.")
 _ONE_EXPERT = re.compile(r"\bexperts?\.\d+\.")
+_PLACES = ("model", "model_weights", "original_model", "model_path")
+"""In vLLM's configuration of a model: where its checkpoint lies."""
 _RELOAD = "vllm.model_executor.model_loader.reload.layerwise"
 
 
@@ -211,6 +216,26 @@ def version() -> str:
         return str(importlib.import_module("vllm").__version__)
     except (ImportError, AttributeError):
         return "(not installed)"
+
+
+def configuration(worker: Worker) -> str:
+    """Stands for all of vLLM's configuration and environment that its loaders and kernels may hang on.
+
+    vLLM itself keeps compiled code by most of it. Where the checkpoint lies, which its hash has in it, says nothing of
+    the model. Empty if this vLLM does not tell (see `VllmConfig.compute_hash`, `vllm.envs`), or not of all.
+    """
+    config: Any = copy.copy(worker.vllm_config)
+    config.model_config = copy.copy(worker.model_config)
+    for name in _PLACES:
+        if hasattr(config.model_config, name):
+            setattr(config.model_config, name, "")
+    try:
+        factors: Callable[[], dict[str, object]] = importlib.import_module("vllm.envs").compile_factors
+        load, quantised = config.load_config, type(config.quant_config).__qualname__
+        parts = (config.compute_hash(), sorted(factors().items()), load.load_format, load.model_loader_extra_config)
+    except (AttributeError, TypeError, ValueError):
+        return ""
+    return hashlib.sha256(repr((parts, quantised, worker.model_config.enforce_eager)).encode()).hexdigest()[:32]
 
 
 @contextlib.contextmanager

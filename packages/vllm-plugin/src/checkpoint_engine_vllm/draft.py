@@ -12,11 +12,9 @@ from collections.abc import Collection, Mapping
 import torch
 
 from checkpoint_engine.sdk import ReloadMode, Tensors, TensorSpec, WeightsRejectedError
-from checkpoint_engine.sdk.plans import Ladder
 from checkpoint_engine_vllm import compat
-from checkpoint_engine_vllm.layers import Layers
 from checkpoint_engine_vllm.loadplan import Find, LoadPlan, Planner, missing_parameters
-from checkpoint_engine_vllm.plans import AnyReload, open_reload
+from checkpoint_engine_vllm.plans import AnyReload, ModelLadder, open_reload
 from checkpoint_engine_vllm.protocols import ModelConfig, Worker
 from checkpoint_engine_vllm.repairs import Repairs
 
@@ -30,7 +28,7 @@ PREFIX = "draft_model."
 
 
 def open_draft(
-    worker: Worker, tensors: Mapping[str, TensorSpec], planner: Planner, ladder: Ladder[Layers], mode: ReloadMode
+    worker: Worker, tensors: Mapping[str, TensorSpec], planner: Planner, ladder: ModelLadder, mode: ReloadMode
 ) -> DraftReload | None:
     """The draft model's part in an update; None if there is no draft model, or the update has nothing for it.
 
@@ -60,7 +58,7 @@ class DraftReload:
         model: torch.nn.Module,
         model_config: ModelConfig,
         plan: LoadPlan | None,
-        ladder: Ladder[Layers],
+        ladder: ModelLadder,
         mode: ReloadMode,
         *,
         prefixed: bool,

@@ -9,20 +9,29 @@
 from __future__ import annotations
 
 import enum
+import hashlib
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain, combinations
 
 import torch
 
 from checkpoint_engine.sdk import WorkerError
-from checkpoint_engine.sdk.plans import Parting, Reached, ReloadPlan, Replay
+from checkpoint_engine.sdk.plans import Parting, Reached, ReloadPlan, Replay, switches_of
 from checkpoint_engine_vllm import compat
 from checkpoint_engine_vllm.loadplan import LoadPlan
 from checkpoint_engine_vllm.reaching import reach_weights
 
 __all__ = ["Layer", "LayerRoutes", "Layers", "Way"]
+
+
+_MOST_KINDS = 5
+"""Of processed layers, of which each may have been found to need rebuilding or not."""
+
+_VERSIONED = ("vllm", "torch", "transformers")
+"""Packages whose code is known by their versions, which proofs are kept under."""
 
 
 class Way(enum.Enum):
@@ -52,6 +61,12 @@ class Layer:
         if found is None:
             found = dict(self.module.named_buffers(recurse=False, remove_duplicate=False)).get(own)
         return None if found is None else found.data
+
+    @property
+    def processed_as(self) -> str:
+        """What makes something of its weights once they are loaded; empty if nothing does."""
+        method = getattr(self.module, "quant_method", None)
+        return _kind_of(self.module) if hasattr(method, "process_weights_after_loading") else ""
 
     def process(self) -> None:
         """Has vLLM process its weights, which are all there, and put the result where its parameters were before.
@@ -86,6 +101,8 @@ class Layers:
         self.layers: dict[str, Layer] = {}
         self.obstacle = ""
         """Why none of this can be used: the served model is not built like the one without data."""
+        self.tried = False
+        """Whether an update has changed weights while all that the model holds was compared, here or elsewhere."""
         if plan.beside:
             self.obstacle = f"its loader fills {min(plan.beside)}, which is neither a parameter nor a buffer"
             return
@@ -159,6 +176,59 @@ class Layers:
         if each.path in self.load_plan.aliases or module in self._shared or compat.is_attention(module):
             return True
         return layer is not None and (layer.way is not Way.IN_PLACE or each.path in layer.targets)
+
+    @property
+    def digest(self) -> str:
+        """Stands for the plan, what the model is built of, and the way of each layer.
+
+        Empty where the plan is not all of it: what a loader does besides has to be seen by each process for itself. And
+        where an update has brought nothing new, so that nobody knows what else would have changed.
+        """
+        if not self.tried or not self._says_all:
+            return ""
+        return self._digest(layer.name for layer in self.of(Way.IN_PLACE))
+
+    def recall(self, is_proved: Callable[[str], bool]) -> bool:
+        """Takes over the ways that a proof of another process was of, if `is_proved` knows of one by its digest.
+
+        Whether vLLM's processing changes a layer that looks as it was loaded only shows while it runs: the proof may be
+        of such a layer in place, or rebuilt. So it is asked for with each kind of them in place, and rebuilt.
+        """
+        if not self._says_all or not self._is_noted():
+            return False
+        in_place = self.of(Way.IN_PLACE)
+        kinds = sorted({layer.processed_as for layer in in_place} - {""})[:_MOST_KINDS]
+        for rebuilt in chain.from_iterable(combinations(kinds, count) for count in range(len(kinds) + 1)):
+            if is_proved(self._digest(layer.name for layer in in_place if layer.processed_as not in rebuilt)):
+                for layer in in_place:
+                    if layer.processed_as in rebuilt:
+                        self.rebuild(layer)
+                self.settle()
+                self.tried = True
+                return not self.of(Way.LOADER)
+        return False
+
+    @property
+    def _says_all(self) -> bool:
+        """Whether versions, plan and ways say all of what an update does."""
+        if self.obstacle or self.of(Way.LOADER):
+            return False
+        return all(package in _VERSIONED for module in self._modules.values() for package in _packages_of(module))
+
+    def _digest(self, in_place: Iterable[str]) -> str:
+        return hashlib.sha256("\n".join((self._built, *sorted(in_place))).encode()).hexdigest()
+
+    @cached_property
+    def _built(self) -> str:
+        """Stands for the plan and the served model, before any update: its layers, and how their tensors lie."""
+        kinds = [(name, _kind_of(module)) for name, module in self._modules.items()]
+        layouts = [(target, _layout(layer.tensor(target))) for layer in self for target in layer.targets]
+        return hashlib.sha256(repr((self.plan.digest, kinds, sorted(layouts))).encode()).hexdigest()
+
+    def _is_noted(self) -> bool:
+        """Whether the layers hold all flags and numbers that vLLM's loader would set: copies set none."""
+        held = switches_of(self._model) if self.load_plan.noted else {}
+        return all(held.get(name) == value for name, value in self.load_plan.noted.items())
 
     @cached_property
     def routes(self) -> LayerRoutes:
@@ -247,6 +317,25 @@ class Layers:
             for name, parameter in layer.module.named_parameters(recurse=False, remove_duplicate=False)
             if any(parameter is other for each in self if each is not layer for other in each.module.parameters())
         }
+
+
+def _kind_of(module: torch.nn.Module) -> str:
+    """Its class, and the classes of what processes its weights."""
+    return " ".join(f"{kind.__module__}.{kind.__qualname__}" for kind in _classes_of(module))
+
+
+def _packages_of(module: torch.nn.Module) -> set[str]:
+    return {kind.__module__.partition(".")[0] for kind in _classes_of(module)}
+
+
+def _classes_of(module: torch.nn.Module) -> list[type]:
+    method = getattr(module, "quant_method", None)
+    parts = (module, method, getattr(module, "scheme", None), getattr(method, "scheme", None))
+    return [type(part) for part in parts if part is not None]
+
+
+def _layout(tensor: torch.Tensor | None) -> str:
+    return "" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)} {tensor.stride()}"
 
 
 def _same_layout(tensor: torch.Tensor | None, planned: torch.Tensor) -> bool:

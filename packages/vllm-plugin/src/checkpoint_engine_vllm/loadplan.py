@@ -16,7 +16,16 @@ import torch
 
 from checkpoint_engine.sdk import CheckpointEngineError, TensorSpec
 from checkpoint_engine.sdk.fit import Coverage, fingerprint, missing, too_large
-from checkpoint_engine.sdk.plans import LoaderError, Recording, ReloadPlan, make_plan, record, rejection
+from checkpoint_engine.sdk.plans import (
+    LoaderError,
+    Recording,
+    ReloadPlan,
+    changed_switches,
+    make_plan,
+    record,
+    rejection,
+    switches_of,
+)
 from checkpoint_engine_vllm import compat, shadow
 from checkpoint_engine_vllm.protocols import ModelConfig, VllmConfig
 from checkpoint_engine_vllm.reaching import reach_weights
@@ -62,6 +71,9 @@ class LoadPlan:
 
     too_large: tuple[str, ...] = ()
     """Tensors of which vLLM's loaders would cut off silently what no worker has room for."""
+
+    noted: Mapping[str, object] = field(default_factory=dict[str, object])
+    """Flags and numbers that vLLM's loader sets in layers; see `switches_of`."""
 
     @property
     def is_complete(self) -> bool:
@@ -196,8 +208,9 @@ def _plan_anew(
 def _make_plan(key: str, config: VllmConfig, model: torch.nn.Module, tensors: Mapping[str, TensorSpec]) -> LoadPlan:
     computed = frozenset(_computed(model))
     called = compat.watch_loaders(model)
-    before, beside = _targets(model), _beside(model)
+    before, beside, switches = _targets(model), _beside(model), switches_of(model)
     recording = _record(model, {**before, **beside}, tensors)
+    noted = changed_switches(switches, switches_of(model))
     _keep_last_shapes(recording)
     for name, reason in recording.unreadable.items():
         logger.info("tensor %r is loaded by vLLM: %s", name, reason)
@@ -219,6 +232,7 @@ def _make_plan(key: str, config: VllmConfig, model: torch.nn.Module, tensors: Ma
         dict(_aliases(model, targets)),
         frozenset(beside.keys() & recording.origins.keys() | _beside(model).keys() - beside.keys()),
         tuple(_too_large(model, plan, tensors, int(config.parallel_config.tensor_parallel_size))),
+        noted,
     )
 
 

@@ -77,6 +77,7 @@ class PlannedReload:
     def begin(self) -> None:
         """Makes the model ready for new weights."""
         self._repairs.before(self._model)
+        compat.compile_for_plain_tensors()  # no loader need have run before
         if self._loader is not None:
             self._loader.begin()
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
 
-from checkpoint_engine.sdk import ReloadMode
-from checkpoint_engine.sdk.plans import Ladder, Rung, without_functions
+from checkpoint_engine.sdk import ReloadMode, TensorSpec
+from checkpoint_engine.sdk.plans import KeptProofs, Ladder, Rung, without_functions
 from checkpoint_engine_vllm import compat
 from checkpoint_engine_vllm.layers import Layers
 from checkpoint_engine_vllm.loadplan import LoadPlan
@@ -15,18 +17,28 @@ from checkpoint_engine_vllm.proving import ProvingReload
 from checkpoint_engine_vllm.reload import LayerwiseReload
 from checkpoint_engine_vllm.repairs import Repairs
 
-__all__ = ["AnyReload", "new_ladder", "open_reload"]
+__all__ = ["AnyReload", "ModelLadder", "open_reload"]
 
 AnyReload = LayerwiseReload | PlannedReload
 
 
-def new_ladder(model: str) -> Ladder[Layers]:
-    """For one model of a worker, of any name."""
-    return Ladder("vLLM's loader", model)
+class ModelLadder(Ladder[Layers]):
+    """For one model of a worker, of any name. A proof is of the plan, and of the way of each layer."""
+
+    def __init__(self, model: str, kept: Callable[[], KeptProofs | None] | None = None) -> None:
+        super().__init__("vLLM's loader", model, kept)
+
+    def digest_of(self, layers: Layers) -> str:
+        """See `Ladder`."""
+        return layers.digest
+
+    def recall(self, layers: Layers, is_proved: Callable[[str], bool]) -> bool:
+        """See `Ladder`."""
+        return layers.recall(is_proved)
 
 
 def open_reload(
-    ladder: Ladder[Layers],
+    ladder: ModelLadder,
     mode: ReloadMode,
     plan: LoadPlan | None,
     model: torch.nn.Module,
@@ -34,6 +46,7 @@ def open_reload(
     repairs: Repairs,
     shared: frozenset[torch.nn.Module] = frozenset(),
     obstacle: str = "",
+    tensors: Mapping[str, TensorSpec] | None = None,
 ) -> AnyReload:
     """The reload of `model` for one update.
 
@@ -46,6 +59,7 @@ def open_reload(
         repairs: What vLLM forgets.
         shared: Modules of another model, whose reload fills them.
         obstacle: Why the plan cannot be used.
+        tensors: What comes, if other processes may learn that the plan was proved, and this one from them.
 
     Raises:
         WeightsRejectedError: nothing but the plan may be used, and it does not cover the whole model.
@@ -53,7 +67,7 @@ def open_reload(
     layers = None
     if mode != "loader" and plan is not None and plan.is_complete:
         known = plan  # what is recorded is this one
-        layers = ladder.layers_for(_bindings(plan, model, shared), lambda: Layers(known, model, shared))
+        layers = ladder.layers_for(_bindings(plan, model, shared), lambda: Layers(known, model, shared), tensors)
     rung = ladder.begin(mode, layers, obstacle=obstacle or "its loader cannot be run without data")
     if layers is None or rung is Rung.LOADER:
         return LayerwiseReload(model, model_config, repairs, shared, plan=plan)

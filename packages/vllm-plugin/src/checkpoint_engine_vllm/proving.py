@@ -101,6 +101,7 @@ class ProvingReload(LayerwiseReload):
             return
         changed = self._before.differing(reach_weights(self.model))
         self._before = None
+        self._layers.tried = bool(changed)
         missed = self._layers.leave_what_no_copy_reaches(changed)
         if missed:
             self._ladder.add_reason(f"vLLM's loader changes {listed(missed)} too, which no copy reaches")

@@ -23,10 +23,11 @@ from checkpoint_engine_vllm.adapters import renew_adapters, wrapped_experts
 from checkpoint_engine_vllm.aliases import Aliases
 from checkpoint_engine_vllm.draft import NAME, PREFIX, DraftReload, open_draft
 from checkpoint_engine_vllm.loadplan import LoadPlan, Planner, missing_parameters
-from checkpoint_engine_vllm.plans import AnyReload, new_ladder, open_reload
+from checkpoint_engine_vllm.plans import AnyReload, ModelLadder, open_reload
 from checkpoint_engine_vllm.protocols import Worker
 from checkpoint_engine_vllm.reload import is_torn
 from checkpoint_engine_vllm.repairs import CpuRepairs, Repairs
+from checkpoint_engine_vllm.serving import kept_proofs
 from checkpoint_engine_vllm.ties import Ties
 from checkpoint_engine_vllm.verifying import VllmVerifier
 
@@ -61,8 +62,8 @@ class VllmSink(EngineSink):
         super().__init__()
         self._worker = worker
         self._planner = planner or Planner()
-        self._ladder = new_ladder(_SERVED)
-        self._draft_ladder = new_ladder(NAME)
+        self._ladder = ModelLadder(_SERVED, lambda: kept_proofs(worker))
+        self._draft_ladder = ModelLadder(NAME)
         self._plan: LoadPlan | None = None
         self._fitting: LoadPlan | None = None
         """The last plan whose tensors were found to fit the served model."""
@@ -104,8 +105,16 @@ class VllmSink(EngineSink):
         model, model_config = compat.target_model(self._worker), self._worker.model_config
         self._aliases, self._ties = Aliases(self._plan, model), Ties(self._plan, model)
         why = self._planner.obstacle(_SERVED)
-        repairs = self._repairs()
-        self._target = open_reload(self._ladder, update.reload, self._plan, model, model_config, repairs, obstacle=why)
+        self._target = open_reload(
+            self._ladder,
+            update.reload,
+            self._plan,
+            model,
+            model_config,
+            self._repairs(),
+            obstacle=why,
+            tensors=served if draft is None else None,  # beside a draft model, both prove theirs
+        )
 
     def open(self, update: Update) -> None:
         """Makes the models ready for new weights."""
