@@ -233,7 +233,7 @@ class Matrix:
             alive
             and outcome.exit_code != 0
             and cell.role != "launcher"
-            and not re.search("whole|old weights|mixture|already|unknown|rolled back", words)
+            and not re.search("whole|old weights|what it held|mixture|already|unknown|rolled back", words)
         ):
             outcome.problems.append("does not say what the engine holds")
         ours = {name: pid for name, pid in pids.items() if name.startswith("rank") or name == "launcher"}

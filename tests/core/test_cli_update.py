@@ -208,6 +208,22 @@ def test_a_rank_that_is_killed_is_named_and_ends_the_others(
     assert_holds(engine, checkpoints / "b")
 
 
+def test_of_an_engine_that_nobody_has_asked_yet_it_is_said(
+    engine: ReferenceProcess, checkpoints: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    sockets = {"TMPDIR": str(tmp_path_factory.mktemp("s"))}
+    with Ranks(TP, device="cpu", environment=sockets) as mine:
+        victim = mine.pids[1]
+        os.kill(victim, signal.SIGSTOP)  # it shall not come to where the other waits for it
+
+        def kill_in_gather(event: Progressed | Logged) -> None:
+            if isinstance(event, Progressed) and event.phase == "gather":
+                os.kill(victim, signal.SIGKILL)
+
+        with pytest.raises(RankError, match=f"{engine.endpoint} was asked for nothing yet: it holds what it held"):
+            mine.run(job(engine, checkpoints / "a"), kill_in_gather)
+
+
 def set_fault(engine: ReferenceProcess, name: str) -> None:
     ReferenceClient(engine.endpoint).endpoint.call("POST", "/fault", Deadline(10), query={"name": name})
 

@@ -24,9 +24,8 @@ def matrix(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Matrix]:
 
 def sample() -> list[Cell]:
     """Others every day, until all had their turn; those that need neither a seed nor a new engine afterwards."""
-    those = [
-        cell for cell in cells() if cell.role == "rank 0" and cell.phase in ("gather", "load") and cell.method != "p2p"
-    ]
+    roles, phases = ("rank 0", "rank 1"), ("gather", "load")
+    those = [cell for cell in cells() if cell.role in roles and cell.phase in phases and cell.method != "p2p"]
     start = datetime.now(timezone.utc).toordinal() * SAMPLE
     return [those[(start + number) % len(those)] for number in range(SAMPLE)]
 

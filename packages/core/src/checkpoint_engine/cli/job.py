@@ -24,6 +24,7 @@ from checkpoint_engine.deadline import Deadline
 from checkpoint_engine.errors import (
     CheckpointEngineError,
     CheckpointStateError,
+    RankError,
     SettingError,
     UpdateError,
     WorkerSilentError,
@@ -142,6 +143,8 @@ class Rank:
         """What the job does, until it comes to the update itself."""
         self.updating = False
         """Whether the job has come to the update itself; it ends with its own report then, whatever happens."""
+        self._given_up = False
+        self._turning = threading.Lock()
 
     def run(self, job: Job) -> Done:
         """Does the job.
@@ -150,7 +153,7 @@ class Rank:
             CheckpointEngineError: it could not be done.
         """
         self._seconds = {}
-        self.updating = False
+        self.updating = self._given_up = False
         rank, each = self._server.rank, workers_of_each(self._server.world_size, job)
         led = job.engines.led_by(rank, self._server.world_size)
         self._leads = EngineLeads(job, led)
@@ -160,7 +163,7 @@ class Rank:
         self._wait_for(ready, None)
         if not job.metas:
             self._gather(job, name)
-        self.updating = True
+        self._begin_update()
         with self._watched():
             self._server.update(
                 name,
@@ -178,6 +181,18 @@ class Rank:
         if job.keep:
             self._gather(job, name)
         return done
+
+    def give_up(self) -> bool:
+        """Keeps the job from asking an engine for anything; False if it has come to the update itself."""
+        with self._turning:
+            self._given_up = not self.updating
+            return self._given_up
+
+    def _begin_update(self) -> None:
+        with self._turning:
+            if self._given_up:
+                raise RankError("another rank has failed meanwhile")
+            self.updating = True
 
     def engine_outcome(self, error: UpdateError) -> str:
         """After a failed update: what became of the engine that this rank leads, if it leads one."""

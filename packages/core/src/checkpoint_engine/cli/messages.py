@@ -84,6 +84,8 @@ class JobFailed(msgspec.Struct, frozen=True, tag=True):
     """What became of the engine that this rank leads."""
     secondary: bool = False
     """Another rank's failure was the cause."""
+    early: bool = False
+    """Whether the job had not come to the update itself, and does not: no engine was asked for anything."""
 
 
 FromParent = Job | AbortJob

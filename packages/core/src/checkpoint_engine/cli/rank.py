@@ -69,9 +69,9 @@ class _RankProcess:
             self._job.join(limits.ORPHAN_SETTLE)
 
     def _abort(self, order: AbortJob) -> None:
-        if not self._rank.updating:
+        if self._rank.give_up():
             failure = Failure.of(RankError(order.reason), self._rank.phase, self._server.rank)
-            _send(self._pipe, JobFailed(order.job, failure, secondary=True))
+            _send(self._pipe, JobFailed(order.job, failure, secondary=True, early=True))
             return
         patience = Deadline(limits.ABORT)
         # The update may be about to begin; and once it is over, the job reports by itself.
@@ -92,7 +92,8 @@ class _RankProcess:
         except CheckpointEngineError as error:
             logger.info("the job failed", exc_info=True)
             self._name_lost(job, self._failure(error))
-            return JobFailed(job.number, self._failure(error), secondary=isinstance(error, RankError))
+            early = not self._rank.updating
+            return JobFailed(job.number, self._failure(error), secondary=isinstance(error, RankError), early=early)
         except Exception as error:
             # A bug of ours: the parent says so, and shows the log with the traceback.
             logger.exception("the job failed")

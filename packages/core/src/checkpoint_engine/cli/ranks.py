@@ -243,7 +243,9 @@ class Ranks:
             if isinstance(failure, _Ended):
                 doing = f" in phase '{self._phase}'" if job is not None else ""
                 orphans = [] if job is None else self._settle_orphans(job, failures)
-                return RankError("\n".join([f"rank {rank} {failure.how}{doing}{self._tail(rank)}", *engines, *orphans]))
+                unasked = [] if job is None else self._unasked(job, failures)
+                said = [f"rank {rank} {failure.how}{doing}{self._tail(rank)}", *engines, *orphans, *unasked]
+                return RankError("\n".join(said))
         reports = [(rank, failure) for rank, failure in failures.items() if isinstance(failure, JobFailed)]
         rank, failure = min(reports, key=lambda item: item[1].secondary)
         notes = [engine for engine in engines if engine not in failure.failure.message]
@@ -251,11 +253,19 @@ class Ranks:
 
     def _settle_orphans(self, job: Job, failures: dict[int, JobFailed | _Ended]) -> list[str]:
         """Has engines serve whose rank died before it could, if their weights are whole; says what they hold."""
-        ranks = [rank for rank, failure in failures.items() if isinstance(failure, _Ended)]
-        led = [number for rank in ranks for number in job.engines.led_by(rank, len(self._children))]
-        endpoints = [job.engines.endpoints[number] for number in led]
+        endpoints = self._led_by(job, [rank for rank, failure in failures.items() if isinstance(failure, _Ended)])
         with ThreadPoolExecutor(max(1, len(endpoints))) as pool:
             return list(pool.map(partial(_settle_orphan, job.engines.kind), endpoints))
+
+    def _unasked(self, job: Job, failures: dict[int, JobFailed | _Ended]) -> list[str]:
+        """What engines hold whose ranks gave up before the update itself."""
+        early = [rank for rank, failure in failures.items() if isinstance(failure, JobFailed) and failure.early]
+        return [f"{each} was asked for nothing yet: it holds what it held" for each in self._led_by(job, early)]
+
+    def _led_by(self, job: Job, ranks: Sequence[int]) -> list[str]:
+        """The engines that these ranks ask."""
+        led = (number for rank in ranks for number in job.engines.led_by(rank, len(self._children)))
+        return [job.engines.endpoints[number] for number in led]
 
     def _tail(self, rank: int) -> str:
         log = self._logs[rank]
