@@ -274,7 +274,10 @@ class WorkersClient:
             self.status(patience)
         except (DeadlineError, EngineRequestError) as error:
             if isinstance(error, DeadlineError) or patience.expired:
-                raise EngineSilentError(f"{error}: is a worker stopped, or busy with another update?") from error
+                raise EngineSilentError(
+                    f"{error}: is a worker stopped, busy with another update, or in a step that takes longer? "
+                    "An engine of such steps is paused first; or update again"
+                ) from error
             # What it cannot say does not matter here; whether it can be updated shows next.
 
     def _converted(self, results: object, kind: type[_Converted]) -> _Converted:
