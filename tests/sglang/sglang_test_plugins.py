@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -72,21 +72,27 @@ def _fault() -> dict[str, Any]:
     return fault if ranks is None or torch.distributed.get_rank() in ranks else {}
 
 
+def _fail(fault: dict[str, Any]) -> NoReturn:
+    if fault.get("once"):
+        Path(os.environ[FAULT_FILE]).unlink()
+    raise RuntimeError("a fault made by the test")
+
+
 def _load_weights(original: Callable[..., Any], model: Any, weights: Any, *args: Any, **kwargs: Any) -> Any:
     fault = _fault()
 
     def watched() -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in weights:
             if name == fault.get("tensor") and not tensor.is_meta:
-                raise RuntimeError("a fault made by the test")
+                _fail(fault)
             yield name, tensor
 
     return original(model, watched(), *args, **kwargs)
 
 
 def _process(original: Callable[..., Any], method: Any, layer: Any) -> Any:
-    if _fault().get("process"):
-        raise RuntimeError("a fault made by the test")
+    if (fault := _fault()).get("process"):
+        _fail(fault)
     return original(method, layer)
 
 

@@ -5,6 +5,7 @@ The tests share one server and run in order; each brings it to what it needs fir
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import time
@@ -16,6 +17,8 @@ import pytest
 import torch
 
 from checkpoint_engine.errors import CheckpointEngineError
+from checkpoint_engine_sglang import SGLangClient
+from tests.rolling import Sender
 from tests.sglang.sglang_push import InTreeAnswer, broken, in_tree, push, read
 from tests.sglang.sglang_server import Server, Stream
 
@@ -266,6 +269,48 @@ def test_a_loader_that_fails_in_the_middle_closes_it_until_a_full_update(
     on_a.wait("/health")
     assert on_a.state() == cold["qwen3-b"]
     assert on_a.status()["dirty"] is False
+
+
+FAULT_IN_THE_MIDDLE = {"tensor": "model.layers.1.self_attn.o_proj.weight", "once": True}
+
+
+@pytest.mark.parametrize("method", ["broadcast", "direct"])
+def test_after_a_failure_in_the_middle_the_old_weights_come_back_from_memory(
+    on_a: Server, checkpoints: Path, cold: dict[str, Any], monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    monkeypatch.setenv("PS_MAX_BUCKET_SIZE_GB", TINY_BUCKETS["PS_MAX_BUCKET_SIZE_GB"])
+    with Sender(SGLangClient(on_a.endpoint)) as sender:
+        for name in ("qwen3", "qwen3-b"):
+            sender.hold(checkpoints / name)
+        sender.update("qwen3", method)
+        on_a.fault(**FAULT_IN_THE_MIDDLE)
+        sender.fails_and_goes_back("qwen3-b", "qwen3", method)
+        assert_serves(on_a, cold, "qwen3")
+        sender.update("qwen3-b", method)
+        assert_serves(on_a, cold, "qwen3-b")
+
+
+def test_after_a_failure_in_the_middle_the_old_weights_come_back_from_files(
+    on_a: Server, update_command: Update, checkpoints: Path, cold: dict[str, Any]
+) -> None:
+    on_a.fault(**FAULT_IN_THE_MIDDLE)
+    how = ("--engine", "sglang", "--reload", "loader", "--rollback-to", str(checkpoints / "qwen3"), "--json")
+    done = update_command(checkpoints / "qwen3-b", on_a, *how, **TINY_BUCKETS)
+    assert done.returncode == 1, done.stderr
+    said = json.loads(done.stdout)
+    assert (said["rolled_back"], said["held"], said["phase"]) == ("qwen3", "old", "load")
+    assert "a fault made by the test" in said["message"]
+    assert "its weights are a mixture now" in said["message"]
+    assert_serves(on_a, cold, "qwen3")
+
+
+def assert_serves(server: Server, cold: dict[str, Any], version: str) -> None:
+    """It holds what a cold start of that version holds, says so, and is open."""
+    assert server.http.get("/health").status_code == 200
+    assert server.state() == cold[version]
+    assert server.weight_version() == version
+    status = server.status()
+    assert (status["dirty"], status["closed"], status["workers"][0]["version"]) == (False, "", version)
 
 
 @pytest.mark.parametrize("path", ["our client", "SGLang's own request"])

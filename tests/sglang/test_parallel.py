@@ -12,6 +12,7 @@ import torch
 
 from checkpoint_engine.errors import CheckpointEngineError
 from checkpoint_engine_sglang import SGLangClient
+from tests.rolling import Sender
 from tests.sglang.sglang_push import InTreeAnswer, in_tree, push, read
 from tests.sglang.sglang_server import Server, Stream
 from tests.sharded import ShardingTrainer
@@ -20,6 +21,8 @@ Update = Callable[..., "subprocess.CompletedProcess[str]"]
 Serve = Callable[..., Server]
 Weights = dict[str, dict[str, torch.Tensor]]
 
+FAULTS = {"load": {"tensor": "model.layers.1.self_attn.o_proj.weight"}, "finish": {"process": True}}
+"""By the phase in which they show."""
 DUMMY = ("--load-format", "dummy", "--wait-for-initial-weights")
 
 
@@ -91,7 +94,7 @@ def test_two_tensor_parallel_workers(
 
     # One worker's loader fails in the middle; then only one worker's processing does, after the other is done.
     monkeypatch.setenv("PS_MAX_BUCKET_SIZE_GB", "0.00001")
-    for fault in ({"tensor": "model.layers.1.self_attn.o_proj.weight"}, {"process": True}):
+    for fault in FAULTS.values():
         for path in ("our client", "SGLang's own request"):
             answer = InTreeAnswer()
             server.fault(ranks=[1], **fault)
@@ -102,6 +105,21 @@ def test_two_tensor_parallel_workers(
             assert answer.status == (400 if ask else 0)
             check_that_it_is_closed_until_healed(server, weights["qwen3"])
     assert server.state() == expected
+
+    # The same, and ranks that hold what the engine held before.
+    with Sender(SGLangClient(server.endpoint), 2) as sender:
+        for name in ("qwen3", "qwen3-b"):
+            sender.hold(checkpoints / name)
+        for method in ("broadcast", "direct"):
+            sender.update("qwen3", method)
+            for phase, fault in (
+                ("load", {"tensor": "model.layers.1.self_attn.o_proj.weight"}),
+                ("finish", {"process": True}),
+            ):
+                server.fault(ranks=[1], once=True, **fault)
+                sender.fails_and_goes_back("qwen3-b", "qwen3", method, phase)
+                assert server.state() == expected
+                assert (server.status()["dirty"], server.weight_version()) == (False, "qwen3")
 
 
 def test_experts_that_are_spread_over_two_workers(serve: Serve, update_command: Update, checkpoints: Path) -> None:

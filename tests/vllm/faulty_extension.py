@@ -25,18 +25,27 @@ class FaultyExtension(WorkerExtension):
         if seconds:
             runner.execute_model = execute_model
 
-    def checkpoint_engine_test_break(self, calls: int) -> None:
-        """The model's loader raises once it was called that many times; a negative number mends it."""
+    def checkpoint_engine_test_fingerprint(self) -> dict[str, str]:
+        """As a cold start in the process of `engine_process.py` has it."""
+        from engine_process import fingerprint
+
+        worker: Any = self
+        return fingerprint(worker.model_runner.get_model())
+
+    def checkpoint_engine_test_break(self, calls: int, once: bool = False, rank: int | None = None) -> None:
+        """The model's loader raises after so many calls, from then on or once; a negative number mends it."""
         worker: Any = self
         model = worker.model_runner.get_model()
         model.__dict__.pop("load_weights", None)
-        if calls < 0:
+        if calls < 0 or rank not in (None, worker.rank):
             return
         original, left = model.load_weights, [calls]
 
         def load_weights(weights: Any) -> Any:
             left[0] -= 1
             if left[0] < 0:
+                if once:
+                    model.__dict__.pop("load_weights", None)
                 raise RuntimeError("a fault made by the test")
             return original(weights)
 

@@ -14,6 +14,7 @@ import pytest
 from checkpoint_engine_vllm import VllmClient
 from tests.core.streams import TokenStream
 from tests.core.test_shards import tensors_of
+from tests.rolling import Sender
 from tests.sharded import ShardingTrainer
 from tests.vllm.conftest import completion
 
@@ -243,6 +244,49 @@ def test_a_loader_that_fails_in_the_middle_leaves_the_engine_paused_until_a_full
     assert serving_a.get("/is_paused") == {"is_paused": False}
     assert serving_a.rpc("checkpoint_engine_status")[0]["dirty"] is False
     assert serving_a.tokens() == cold("qwen3-b")["tokens"]
+
+
+@pytest.mark.parametrize("method", ["broadcast", "direct"])
+def test_after_a_failure_in_the_middle_the_old_weights_come_back_from_memory(
+    serving_a: Any, cold: Cold, checkpoints: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    monkeypatch.setenv("PS_MAX_BUCKET_SIZE_GB", TINY_BUCKETS["PS_MAX_BUCKET_SIZE_GB"])
+    with Sender(VllmClient(serving_a.endpoint)) as sender:
+        for name in ("qwen3", "qwen3-b"):
+            sender.hold(checkpoints / name)
+        sender.update("qwen3", method)
+        break_in_the_middle(serving_a)
+        sender.fails_and_goes_back("qwen3-b", "qwen3", method)
+        assert_serves(serving_a, cold("qwen3"), "qwen3")
+        sender.update("qwen3-b", method)
+        assert_serves(serving_a, cold("qwen3-b"), "qwen3-b")
+
+
+def test_after_a_failure_in_the_middle_the_old_weights_come_back_from_files(
+    serving_a: Any, update: Update, cold: Cold, checkpoints: Path
+) -> None:
+    break_in_the_middle(serving_a)
+    how = ("--reload", "loader", "--rollback-to", str(checkpoints / "qwen3"), "--json")
+    done = update(checkpoints / "qwen3-b", serving_a, *how, **TINY_BUCKETS)
+    assert done.returncode == 1, done.stderr
+    said = json.loads(done.stdout)
+    assert (said["rolled_back"], said["held"], said["phase"]) == ("qwen3", "old", "load")
+    assert "a fault made by the test" in said["message"]
+    assert "its weights are a mixture now" in said["message"]
+    assert_serves(serving_a, cold("qwen3"), "qwen3")
+
+
+def break_in_the_middle(server: Any) -> None:
+    server.rpc("checkpoint_engine_test_break", 12, True)
+
+
+def assert_serves(server: Any, cold: dict[str, Any], version: str) -> None:
+    """It holds what a cold start of that version holds, says so, and is open."""
+    assert server.get("/is_paused") == {"is_paused": False}
+    assert server.tokens() == cold["tokens"]
+    assert server.rpc("checkpoint_engine_test_fingerprint") == [cold["served"]]
+    (status,) = server.rpc("checkpoint_engine_status")
+    assert (status["version"], status["dirty"], status["updating"]) == (version, False, False)
 
 
 class Stream(TokenStream):

@@ -13,6 +13,7 @@ import pytest
 from checkpoint_engine_vllm import VllmClient
 from tests.core.test_shards import tensors_of
 from tests.ports import free_port
+from tests.rolling import Sender
 from tests.sharded import ShardingTrainer
 
 DEALINGS = {"qwen3": ("rows", "columns", "uneven"), "moe": ("experts",)}
@@ -30,7 +31,9 @@ def test_two_workers_from_a_to_b_and_back(
 ) -> None:
     a, b = kind, f"{kind}-b"
     two_workers = BOTH
-    first = serve(a, *two_workers, *weight_transfer("checkpoint_engine"), **CORES)
+    faulty = ("--worker-extension-cls", "faulty_extension.FaultyExtension")
+    where = {**CORES, "PYTHONPATH": str(Path(__file__).parent)}
+    first = serve(a, *two_workers, *faulty, *weight_transfer("checkpoint_engine"), **where)
     tokens = {a: first.tokens()}
     assert update(checkpoints / b, first, *two_workers, PS_MAX_BUCKET_SIZE_GB="0.00001").returncode == 0
     after_update = first.tokens()
@@ -59,6 +62,7 @@ def test_two_workers_from_a_to_b_and_back(
     assert "--tensor-parallel-size 2" in refused.stderr
     assert first.tokens() == tokens[a]
     tokens[b] = after_update
+    one_worker_fails_and_both_get_back_what_they_had(first, checkpoints, a, b, tokens)
     vllms_trainer_side_publishes_through_us(first, trainers, checkpoints, {name: tokens[name] for name in (b, a)})
     first.close()
 
@@ -66,6 +70,28 @@ def test_two_workers_from_a_to_b_and_back(
     assert second.tokens() == after_update != tokens[a]
     vllms_nccl_trainer_sends_as_ever(second, trainers[0], checkpoints, {name: tokens[name] for name in (a, b)})
     second.close()
+
+
+def one_worker_fails_and_both_get_back_what_they_had(
+    server: Any, checkpoints: Path, old: str, new: str, tokens: dict[str, Any]
+) -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("PS_MAX_BUCKET_SIZE_GB", "0.00001")  # worker 1 has taken some of them when it fails
+        with Sender(VllmClient(server.endpoint), 2) as sender:
+            for name in (old, new):
+                sender.hold(checkpoints / name)
+            for method in ("broadcast", "direct"):
+                sender.update(old, method)
+                before = server.rpc("checkpoint_engine_test_fingerprint")
+                server.rpc("checkpoint_engine_test_break", 12, True, 1)
+                sender.fails_and_goes_back(new, old, method)
+                assert server.tokens() == tokens[old]
+                assert server.rpc("checkpoint_engine_test_fingerprint") == before
+                workers = server.rpc("checkpoint_engine_status")
+                assert [(worker["version"], worker["dirty"]) for worker in workers] == [(old, False)] * 2
+                sender.update(new, method)
+                assert server.tokens() == tokens[new]
+            sender.update(old, "broadcast")
 
 
 def weight_transfer(backend: str) -> tuple[str, str]:
