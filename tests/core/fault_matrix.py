@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from checkpoint_engine import owned_directory
 from checkpoint_engine.client.rpc_client import ReferenceClient
 from checkpoint_engine.deadline import Deadline
 from checkpoint_engine.errors import CheckpointEngineError
@@ -353,6 +354,7 @@ class Matrix:
             self._engine = None
 
     def _litter(self) -> set[str]:
+        owned_directory._sweep(self._directory / "t", "checkpoint-engine-join-")  # as the next `join` does
         top = [path for path in (self._directory / "t").iterdir() if not path.name.startswith(_KEPT)]
         inside = [path for each in top if each.name.startswith(_MEETINGS) for path in each.iterdir()]
         links = [path for path in top if not path.name.startswith(_MEETINGS)]

@@ -231,7 +231,8 @@ class WorkersClient:
     def _settled(self, error: CheckpointEngineError, order: WorkersOrder, turn: EngineTurn) -> CheckpointEngineError:
         """After a failure: has the engine serve again if its weights are whole; the error then says what it holds."""
         updates = {name_of_update(handle) for handle in order.handles.values()}
-        patience = limits.KNOCK if isinstance(error, EngineSilentError) else limits.SETTLE
+        # Who was silent for so long mostly stays so; and whoever waits for us has waited too.
+        patience = limits.QUICK_ANSWER if isinstance(error, EngineSilentError) else limits.SETTLE
         held, found = Settlement(self, turn).after(
             order.version, updates, reset_caches=order.reset_caches, patience=patience
         )
