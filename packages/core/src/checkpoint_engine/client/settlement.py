@@ -43,21 +43,23 @@ class Settlement:
         self._engine = engine
         self._turn = turn
 
-    def after(
-        self, version: str, updates: Collection[str], *, reset_caches: bool, patience: float = limits.SETTLE
-    ) -> tuple[Held, str]:
+    def unheard(self, why: str = "") -> tuple[Held, str]:
+        """Of an engine that does not say what it holds."""
+        said = f" ({why})" if why else ""
+        return Held.UNKNOWN, f"what its workers hold now is unknown{said}; {self._stays()}: update again"
+
+    def after(self, version: str, updates: Collection[str], *, reset_caches: bool) -> tuple[Held, str]:
         """After an update of this sender failed: which weights the engine holds now, and the same in words.
 
         Args:
             version: The one that the update should have brought.
             updates: As in `held_by`.
             reset_caches: Whether what was computed with other weights is to be dropped.
-            patience: Seconds for the engine to say what it holds.
         """
         try:
-            workers = self._all_workers(Deadline(patience))
+            workers = self._all_workers(Deadline(limits.SETTLE))
         except CheckpointEngineError as error:
-            return Held.UNKNOWN, f"what its workers hold now is unknown ({error}); {self._stays()}: update again"
+            return self.unheard(str(error))
         held = held_by(workers, version, updates)
         if held is Held.OLD:
             return held, f"it still holds its old weights ({_versions(workers)}), {self._serve()}"

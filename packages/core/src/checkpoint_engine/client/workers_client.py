@@ -231,11 +231,11 @@ class WorkersClient:
     def _settled(self, error: CheckpointEngineError, order: WorkersOrder, turn: EngineTurn) -> CheckpointEngineError:
         """After a failure: has the engine serve again if its weights are whole; the error then says what it holds."""
         updates = {name_of_update(handle) for handle in order.handles.values()}
-        # Who was silent for so long mostly stays so; and whoever waits for us has waited too.
-        patience = limits.QUICK_ANSWER if isinstance(error, EngineSilentError) else limits.SETTLE
-        held, found = Settlement(self, turn).after(
-            order.version, updates, reset_caches=order.reset_caches, patience=patience
-        )
+        settlement = Settlement(self, turn)
+        if isinstance(error, EngineSilentError):  # it would not say that either, and whoever waits for us has waited
+            held, found = settlement.unheard()
+        else:
+            held, found = settlement.after(order.version, updates, reset_caches=order.reset_caches)
         settled = type(error)(f"{error}; {found}")
         settled.held = held.value
         return settled
