@@ -23,7 +23,7 @@ from checkpoint_engine.cli.options import Engines, Patience, TensorChoice
 from checkpoint_engine.cli.ranks import Ranks
 from checkpoint_engine.client.rpc_client import ReferenceClient
 from checkpoint_engine.deadline import Deadline
-from checkpoint_engine.errors import RankError, UpdateError
+from checkpoint_engine.errors import CheckpointEngineError, RankError, UpdateError
 from checkpoint_engine.reference.engine import ModelSpec, make_checkpoint
 from checkpoint_engine.reference.process import ReferenceProcess
 from tests.commands import command_line, run_command
@@ -222,6 +222,21 @@ def test_of_an_engine_that_nobody_has_asked_yet_it_is_said(
 
         with pytest.raises(RankError, match=f"{engine.endpoint} was asked for nothing yet: it holds what it held"):
             mine.run(job(engine, checkpoints / "a"), kill_in_gather)
+
+
+def test_who_interrupts_a_job_does_not_wait_again_for_ranks_that_have_reported(
+    engine: ReferenceProcess, checkpoints: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Ranks, "_explain", interrupt)  # called when all have reported
+    with Ranks(TP, device="cpu") as mine:
+        start = time.monotonic()
+        with pytest.raises(CheckpointEngineError, match="nowhere"):
+            mine.run(job(engine, checkpoints / "nowhere"), ignore)
+    assert time.monotonic() - start < 30
 
 
 def set_fault(engine: ReferenceProcess, name: str) -> None:

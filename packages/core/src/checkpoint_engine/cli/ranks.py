@@ -67,6 +67,8 @@ class Ranks:
         self._phase = Phase.START
         """Of the job that runs, as the first rank has it."""
         self._ended: dict[int, _Ended] = {}
+        self._over: dict[int, Done | JobFailed] = {}
+        """What ranks have said of the job that runs; whoever interrupts it has not to wait for those again."""
         self._stopped = StoppedWatch()
         self._doubted: dict[int, Deadline] = {}
         """Ranks that another one calls lost, and how long they have to speak for themselves."""
@@ -111,14 +113,14 @@ class Ranks:
         """
         self._jobs += 1
         job = msgspec.structs.replace(job, number=self._jobs)
-        self._phase, self._doubted = Phase.START, {}
+        self._phase, self._doubted, self._over = Phase.START, {}, {}
         try:
             return self._run(job, listener)
         except KeyboardInterrupt as interrupt:
             # The engines shall not stay paused because somebody lost patience.
             why = RankError(str(interrupt) or "interrupted by the user")
             interrupted = JobFailed(job.number, Failure.of(why, Phase.UPDATE, 0))
-            failures = self._collect_failures(None, interrupted, set(), listener)
+            failures = self._collect_failures(None, interrupted, listener)
             raise self._explain(failures or {0: interrupted}, job) from None
 
     def wait(self, seconds: float) -> None:
@@ -163,7 +165,7 @@ class Ranks:
             elif isinstance(event, Done):
                 done[rank] = event
             else:
-                failures = {rank: event, **self._collect_failures(rank, event, set(done), listener)}
+                failures = {rank: event, **self._collect_failures(rank, event, listener)}
                 raise self._explain(failures, job)
         return [done[rank] for rank in sorted(done)]
 
@@ -197,6 +199,8 @@ class Ranks:
                 continue
             if isinstance(event, Done | JobFailed):
                 self._doubted.pop(rank, None)
+            if isinstance(event, Done | JobFailed) and event.job in (0, self._jobs):
+                self._over[rank] = event
             if isinstance(event, _Ended):
                 event = self._ended[rank] = _Ended(self._put_down.get(rank, event.how))
             if not isinstance(event, Done | JobFailed) or event.job in (0, self._jobs):
@@ -217,24 +221,20 @@ class Ranks:
             child.kill()
 
     def _collect_failures(
-        self, first: int | None, event: JobFailed | _Ended, over: set[int], listener: Listener
+        self, first: int | None, event: JobFailed | _Ended, listener: Listener
     ) -> dict[int, JobFailed | _Ended]:
         """Makes the other ranks give up, and waits until they have."""
         how = f"rank {first} {event.how}" if isinstance(event, _Ended) else event.failure.message
         self._tell_all(AbortJob(how, self._jobs), but=() if first is None else [first])
         others = set(range(len(self._children))) - {first}
-        failures: dict[int, JobFailed | _Ended] = {}
         deadline = Deadline(limits.PARENT_SETTLE)
         with contextlib.suppress(queue.Empty):
-            while others - failures.keys() - self._ended.keys() - over:
-                rank, other = self._next_of_job(deadline)
+            while others - self._over.keys() - self._ended.keys():
+                _, other = self._next_of_job(deadline)
                 if isinstance(other, Logged):
                     listener(other)
-                elif isinstance(other, Done):
-                    over.add(rank)
-                elif not isinstance(other, Progressed) and rank != first:
-                    failures.setdefault(rank, other)
-        return failures
+        said = {**self._ended, **self._over}
+        return {rank: each for rank, each in said.items() if rank in others and not isinstance(each, Done)}
 
     def _explain(self, failures: dict[int, JobFailed | _Ended], job: Job | None) -> CheckpointEngineError:
         """The error that says most: a rank that died, then the first that has a cause of its own."""
