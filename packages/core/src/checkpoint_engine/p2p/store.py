@@ -220,7 +220,7 @@ class P2PStore:
         try:
             with socket.create_connection((host.strip("[]"), int(port)), limits.PEER_KNOCK):
                 pass
-        except ConnectionRefusedError:
+        except (ConnectionRefusedError, ConnectionResetError):  # the latter while it is ending
             return "nobody listens there: the process has ended, or the metas are old"
         except TimeoutError:
             return f"its host does not answer within {limits.PEER_KNOCK:g} s: is it up, is the port open?"

@@ -32,7 +32,7 @@ from checkpoint_engine.server.membership import Membership
 from checkpoint_engine.server.not_a_number import refuse_nan
 from checkpoint_engine.server.sharing import Sharing
 from checkpoint_engine.server.update_events import UpdateEvents
-from checkpoint_engine.server.updates import Updates
+from checkpoint_engine.server.update_runner import UpdateRunner
 from checkpoint_engine.settings import Settings, rank_from_environment
 from checkpoint_engine.source.loader import Files
 from checkpoint_engine.source.safetensors_file import Opener
@@ -120,7 +120,7 @@ class ParameterServer:
         """How many steps of each training loop have succeeded."""
         self._to_remove: dict[str, Mapping[Path, tuple[int, int]]] = {}
         self._events = UpdateEvents(events, self._rank)
-        self._updates = Updates(
+        self._updates = UpdateRunner(
             self._membership, self._device, self._settings, collective, self._store, self._sharing, self._events
         )
 

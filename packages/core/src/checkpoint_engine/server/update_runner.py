@@ -27,10 +27,10 @@ from checkpoint_engine.transfer.transport import RankResources, Transport
 from checkpoint_engine.transfer.transports import choose_transport
 from checkpoint_engine.transfer.update import UpdateRun
 
-__all__ = ["Updates"]
+__all__ = ["UpdateRunner"]
 
 
-class Updates:
+class UpdateRunner:
     """Runs what this rank is ordered to; keeps memory, plans and connections from one update to the next."""
 
     def __init__(
