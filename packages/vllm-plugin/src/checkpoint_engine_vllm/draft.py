@@ -14,7 +14,7 @@ import torch
 from checkpoint_engine.sdk import ReloadMode, Tensors, TensorSpec, WeightsRejectedError
 from checkpoint_engine_vllm import compat
 from checkpoint_engine_vllm.loadplan import Find, LoadPlan, Planner, missing_parameters
-from checkpoint_engine_vllm.plans import AnyReload, ModelLadder, open_reload
+from checkpoint_engine_vllm.plans import AnyReload, LayersLadder, open_reload
 from checkpoint_engine_vllm.protocols import ModelConfig, Worker
 from checkpoint_engine_vllm.repairs import Repairs
 
@@ -28,7 +28,7 @@ PREFIX = "draft_model."
 
 
 def open_draft(
-    worker: Worker, tensors: Mapping[str, TensorSpec], planner: Planner, ladder: ModelLadder, mode: ReloadMode
+    worker: Worker, tensors: Mapping[str, TensorSpec], planner: Planner, ladder: LayersLadder, mode: ReloadMode
 ) -> DraftReload | None:
     """The draft model's part in an update; None if there is no draft model, or the update has nothing for it.
 
@@ -58,7 +58,7 @@ class DraftReload:
         model: torch.nn.Module,
         model_config: ModelConfig,
         plan: LoadPlan | None,
-        ladder: ModelLadder,
+        ladder: LayersLadder,
         mode: ReloadMode,
         *,
         prefixed: bool,

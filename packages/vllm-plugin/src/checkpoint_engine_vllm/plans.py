@@ -17,12 +17,12 @@ from checkpoint_engine_vllm.proving import ProvingReload
 from checkpoint_engine_vllm.reload import LayerwiseReload
 from checkpoint_engine_vllm.repairs import Repairs
 
-__all__ = ["AnyReload", "ModelLadder", "open_reload"]
+__all__ = ["AnyReload", "LayersLadder", "open_reload"]
 
 AnyReload = LayerwiseReload | PlannedReload
 
 
-class ModelLadder(Ladder[Layers]):
+class LayersLadder(Ladder[Layers]):
     """For one model of a worker, of any name. A proof is of the plan, and of the way of each layer."""
 
     def __init__(self, model: str, kept: Callable[[], KeptProofs | None] | None = None) -> None:
@@ -38,7 +38,7 @@ class ModelLadder(Ladder[Layers]):
 
 
 def open_reload(
-    ladder: ModelLadder,
+    ladder: LayersLadder,
     mode: ReloadMode,
     plan: LoadPlan | None,
     model: torch.nn.Module,

@@ -23,7 +23,7 @@ from checkpoint_engine_vllm.adapters import renew_adapters, wrapped_experts
 from checkpoint_engine_vllm.aliases import Aliases
 from checkpoint_engine_vllm.draft import NAME, PREFIX, DraftReload, open_draft
 from checkpoint_engine_vllm.loadplan import LoadPlan, Planner, missing_parameters
-from checkpoint_engine_vllm.plans import AnyReload, ModelLadder, open_reload
+from checkpoint_engine_vllm.plans import AnyReload, LayersLadder, open_reload
 from checkpoint_engine_vllm.protocols import Worker
 from checkpoint_engine_vllm.reload import is_torn
 from checkpoint_engine_vllm.repairs import CpuRepairs, Repairs
@@ -62,8 +62,8 @@ class VllmSink(EngineSink):
         super().__init__()
         self._worker = worker
         self._planner = planner or Planner()
-        self._ladder = ModelLadder(_SERVED, lambda: kept_proofs(worker))
-        self._draft_ladder = ModelLadder(NAME)
+        self._ladder = LayersLadder(_SERVED, lambda: kept_proofs(worker))
+        self._draft_ladder = LayersLadder(NAME)
         self._plan: LoadPlan | None = None
         self._fitting: LoadPlan | None = None
         """The last plan whose tensors were found to fit the served model."""
