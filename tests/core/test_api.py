@@ -304,6 +304,7 @@ def test_files_can_be_cut_by_tensor_names(ranks: HttpRanks, checkpoints: Path) -
     assert ranks.clients[0].delete("/v1/checkpoints/cut").status_code == 200
 
 
+@pytest.mark.long
 def test_sockets_are_private_and_go_with_the_server(checkpoints: Path, tmp_path: Path) -> None:
     path = tmp_path / "made" / "ps.sock"
     arguments = ["--allow-root", str(checkpoints), "--uds", str(path)]

@@ -139,6 +139,7 @@ def test_a_rank_that_was_started_again_by_itself_is_refused() -> None:
         plane.close()
 
 
+@pytest.mark.long
 def test_nothing_is_left_behind_and_what_a_dead_rank_left_is_removed(tmp_path: Path) -> None:
     code = (
         "import os, sys; from checkpoint_engine.collective import connect_ranks;"

@@ -88,6 +88,7 @@ def test_without_another_seed_the_error_names_it_and_a_later_try_succeeds(here: 
     assert_holds(here, 1)
 
 
+@pytest.mark.long
 def test_another_seed_takes_over_for_one_that_hangs(here: Cluster, survivor: Seed) -> None:
     with Seed() as victim:
         join(here, [victim.catalog, survivor.catalog], 3, lambda: victim.signal("SIGSTOP"))
@@ -154,6 +155,7 @@ def test_pulling_leaves_nothing_registered(survivor: Seed, registered: list[int]
     assert len(registered) == late_answers
 
 
+@pytest.mark.long
 def test_reads_that_fail_after_all_was_given_up_leave_nothing_registered(
     registered: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
