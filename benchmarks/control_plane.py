@@ -127,7 +127,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 def one_update(server: ParameterServer, tell: Callable[[str], None], replies: Any, **options: Any) -> dict[str, float]:  # noqa: ANN401 - see rank.py
     """One update; returns the seconds of CPU time that its parts took."""
     clock = CpuClock()
-    server.progress = WatchedProgress(clock=clock)
+    server._updates.progress = WatchedProgress(clock=clock)  # noqa: SLF001 - it is watched from inside
     plain, report.StageClock.step = report.StageClock.step, lambda _self, name: clock.step(name)
     begin, wall = time.process_time(), time.perf_counter()
     try:

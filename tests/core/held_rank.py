@@ -54,7 +54,7 @@ def main() -> None:
 
     def make(server: rank.ParameterServer, **options: str) -> None:
         made(server, **options)
-        server.progress = HeldProgress()
+        server._updates.progress = HeldProgress()
 
     rank.ParameterServer.__init__ = make  # pyright: ignore[reportAttributeAccessIssue]
     rank.main()
