@@ -62,7 +62,8 @@ def test_two_workers_from_a_to_b_and_back(
     assert "--tensor-parallel-size 2" in refused.stderr
     assert first.tokens() == tokens[a]
     tokens[b] = after_update
-    one_worker_fails_and_both_get_back_what_they_had(first, checkpoints, a, b, tokens)
+    if kind == "moe":  # which has all kinds of layers that the other has
+        one_worker_fails_and_both_get_back_what_they_had(first, checkpoints, a, b, tokens)
     vllms_trainer_side_publishes_through_us(first, trainers, checkpoints, {name: tokens[name] for name in (b, a)})
     first.close()
 
