@@ -185,6 +185,8 @@ class Matrix:
             self._wait_for_end(cell, launched, cause, outcome, pids)
         self._judge(cell, outcome, pids)
         self._heal(cell, target, outcome, pids)
+        if (cell.role, cell.signal, cell.method) == ("launcher", "KILL", "p2p"):  # nobody is left who could
+            owned_directory._sweep(self._directory / "t", "checkpoint-engine-join-")  # as the next `join` does
         outcome.problems += [f"left behind: {name}" for name in sorted(self._litter() - before)]
         return outcome
 
@@ -354,7 +356,6 @@ class Matrix:
             self._engine = None
 
     def _litter(self) -> set[str]:
-        owned_directory._sweep(self._directory / "t", "checkpoint-engine-join-")  # as the next `join` does
         top = [path for path in (self._directory / "t").iterdir() if not path.name.startswith(_KEPT)]
         inside = [path for each in top if each.name.startswith(_MEETINGS) for path in each.iterdir()]
         links = [path for path in top if not path.name.startswith(_MEETINGS)]

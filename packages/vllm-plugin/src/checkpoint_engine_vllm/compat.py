@@ -395,8 +395,9 @@ def keep_scales_of_packed_weights() -> None:
     cast("Any", operators).create_onednn_scaled_mm = create_onednn_scaled_mm
 
 
+@cache
 def compile_for_plain_tensors() -> None:
-    """Has vLLM's compiled cast to FP8 in blocks get plain tensors: given a parameter of its own kind, it breaks off.
+    """Has vLLM's compiled cast to FP8 in blocks get plain tensors from now on; given its parameters, it breaks off.
 
     What it computes is the same (0.26; not seen in 0.32).
     """
