@@ -50,9 +50,9 @@ class ChecksumExtension(WorkerExtension):
         return torch.cuda.mem_get_info()
 
     def checkpoint_engine_bits(self: Any) -> int:
-        """The sum of all parameters' 16-bit patterns, which neither fusing nor transposing changes."""
+        """The sum of all parameters' 16-bit patterns, which neither fusing nor transposing 16-bit weights changes."""
         parameters = compat.target_model(self).parameters()
-        return sum(int(parameter.data.view(torch.int16).sum(dtype=torch.int64)) for parameter in parameters)
+        return sum(int(each.data.reshape(-1).view(torch.int16).sum(dtype=torch.int64)) for each in parameters)
 
     def checkpoint_engine_takeover(self: Any) -> dict[str, float]:
         """Seconds that buckets of the last layout take once they lie on the GPU; leaves nonsense as weights."""

@@ -6,7 +6,9 @@ Trainer and engine share a GPU. Every step draws all weights anew, brings them o
 compares the sum of all bit patterns that the engine's parameters hold with the trainer's. `ipc` packs its tensors, over
 vLLM's own routes; in vLLM 0.26 its module imports `ray`, of which it needs nothing: an empty module of that name does.
 `ipc-ours` is the same trainer of vLLM's, sending to our backend `checkpoint_engine_ipc`; a number behind either says
-how many GiB the trainer packs at a time, where vLLM's default is one.
+how many GiB the trainer packs at a time, where vLLM's default is one. Where the engine quantises what it gets
+(`--serve-options "--quantization fp8_per_channel"`), its sum is compared with that of the first system of the run,
+after the same step: name one that is vLLM's own.
 """
 
 from __future__ import annotations
@@ -43,6 +45,7 @@ class Trainer:
     """Seconds of the parts of a step."""
     close: Callable[[], object] = lambda: None
     """Lets go of the weights."""
+    traced: bool = False
 
     def change(self, step: int) -> int:
         """Trains; returns the sum of all bit patterns."""
@@ -72,7 +75,7 @@ class Trainer:
 
         def publish(step: int) -> None:
             version, stay = f"step-{step}", system == "device"
-            options: dict[str, Any] = {"version": version, "method": "direct", "in_place": stay}
+            options: dict[str, Any] = {"version": version, "method": "direct", "in_place": stay, "trace": self.traced}
             self.lap("update", lambda: ps.publish(self.weights, asks(version), **options))
 
         def host(step: int) -> None:
@@ -89,7 +92,12 @@ class Trainer:
             report = ps.last_report
             stages = {} if report is None else {name: round(value, 4) for name, value in report.seconds.items()}
             asked = {path: round(seconds, 4) for path, seconds in self.server.timed.seconds.items()}
-            return {"stages": stages, "requests": asked, "engine": {} if report is None else dict(report.engine)}
+            spans = [] if report is None or report.trace is None else report.trace.spans
+            phases = [
+                (span.name, round(span.begin - spans[0].begin, 4), round(span.end - span.begin, 4)) for span in spans
+            ]
+            told = {"stages": stages, "requests": asked, "engine": {} if report is None else dict(report.engine)}
+            return {**told, "phases": [(name, *(round(at, 4) for at in times)) for name, *times in phases]}
 
         return (publish if system in {"device", "host"} else host), tell
 
@@ -129,8 +137,10 @@ def ipc_of(system: str) -> tuple[str, dict[str, int]]:
     return "checkpoint_engine_ipc" if ours else "ipc", packed
 
 
-def run(system: str, tensors: list[Tensor], arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """The steps of one system, in an engine of its own."""
+def run(
+    system: str, tensors: list[Tensor], arguments: argparse.Namespace, sums: dict[int, int]
+) -> list[dict[str, Any]]:
+    """The steps of one system, in an engine of its own; `sums` is what quantised engines held after each step."""
     model = arguments.work / arguments.workload
     model.mkdir(parents=True, exist_ok=True)
     (model / "config.json").write_text(json.dumps(configuration(tensors)))
@@ -147,18 +157,19 @@ def run(system: str, tensors: list[Tensor], arguments: argparse.Namespace) -> li
     rows: list[dict[str, Any]] = []
     with serving([model], arguments.work, *options, **environment) as (server,):
         weights = {t.name: torch.empty(t.shape, dtype=torch.bfloat16, device="cuda") for t in tensors}
-        trainer = Trainer(server, weights)
+        trainer = Trainer(server, weights, traced=arguments.trace)
         step, tell = (trainer.ipc(packed), trainer.reports) if door else trainer.ours(system)
         for number in range(arguments.steps):
             expected = trainer.change(number)
             begin = time.perf_counter()
             step(number)
             seconds = {**trainer.laps, "whole": time.perf_counter() - begin}
-            right = int(str(server.rpc("checkpoint_engine_bits")[0])) == expected
-            free = server.rpc("checkpoint_engine_memory")[0][0]
+            held = int(str(server.rpc("checkpoint_engine_bits")[0]))
+            right = held == (sums.setdefault(number, held) if "--quantization" in options else expected)
+            free = int(str(server.rpc("checkpoint_engine_memory")[0]).strip("([").split(",")[0])
             rows.append({"system": system, "step": number, "seconds": seconds, "right": right, "free": free, **tell()})
             shown = {name: round(value, 4) for name, value in seconds.items()}
-            told = {name: rows[-1].get(name, {}) for name in ("stages", "requests")}
+            told = {name: rows[-1].get(name, {}) for name in ("stages", "requests", "phases")}
             print(f"  {system:16} {number:3} {json.dumps(shown)} {json.dumps(told)}", flush=True)
             if not right:
                 raise SystemExit(f"{system}: the engine holds something else than the trainer")
@@ -175,6 +186,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--work", type=Path, default=Path("/dev/shm/checkpoint-engine-bench"))
     parser.add_argument("--output", type=Path, default=HERE / "results")
+    parser.add_argument("--trace", action="store_true", help="say what was done when within each step")
     parser.add_argument("--serve-options", default="", help="more options of vllm serve, in one string")
     arguments = parser.parse_args()
     os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29611")
@@ -190,8 +202,9 @@ def main() -> None:
     record |= {"device": torch.cuda.get_device_name(), "versions": {"torch": torch.__version__}, "steps": {}}
     arguments.output.mkdir(parents=True, exist_ok=True)
     path = arguments.output / f"rl-step-vllm-{arguments.workload}-{time.strftime('%Y%m%d-%H%M%S')}.json"
+    sums: dict[int, int] = {}
     for system in arguments.systems:
-        record["steps"][system] = run(system, tensors, arguments)
+        record["steps"][system] = run(system, tensors, arguments, sums)
         path.write_text(json.dumps(record, indent=1) + "\n")
         torch.cuda.empty_cache()
     print(f"\n{arguments.workload}: {nbytes / 1e9:.1f} GB in {len(tensors)} tensors into vLLM, {record['device']}")

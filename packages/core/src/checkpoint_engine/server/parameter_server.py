@@ -477,6 +477,7 @@ class ParameterServer:
         reload: ReloadMode = "auto",
         rollback: bool = False,
         workers: int = 1,
+        trace: bool = False,
     ) -> None:
         """One step of a training loop: brings tensors as they are now to the engine workers of all ranks.
 
@@ -497,6 +498,7 @@ class ParameterServer:
             rollback: Keep the last step that succeeded in host memory, beside this one's: should a step leave engines
                 with a mixture, they get it back. Takes that memory twice, and nothing is left in place for it.
             workers: As in `update`.
+            trace: As in `update`.
 
         Raises:
             CheckpointEngineError: as `register_checkpoint`, `gather_metas` and `update`.
@@ -522,6 +524,7 @@ class ParameterServer:
                 reload=reload,
                 rollback=rollback,
                 workers=workers,
+                trace=trace,
             )
             self._steps[loop] = self._steps.get(loop, 0) + 1
         finally:
