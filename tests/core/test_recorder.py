@@ -207,6 +207,37 @@ def test_tensors_side_by_side_and_then_sharded(rank: int) -> None:
     assert plan.recording.computed_with == set()
 
 
+@given(st.permutations(range(4)), st.permutations(range(4)), st.integers(0, 3), st.booleans(), st.data())
+@settings(max_examples=60, deadline=None)
+def test_tensors_side_by_side_copied_with_dimensions_in_another_order(
+    first: list[int], second: list[int], dimension: int, stacked: bool, data: st.DataObject
+) -> None:
+    """As experts of which gate and up are put in turns, and that are then turned round and cut."""
+
+    def made_of(given: dict[str, torch.Tensor]) -> torch.Tensor:
+        parts = [given["a"].transpose(0, 1), given["b"].transpose(0, 1)]
+        made = torch.stack(parts, dim=dimension) if stacked else torch.cat(parts, dim=min(dimension, 2))[None]
+        whole = made.permute(first).contiguous().permute(second).contiguous()
+        return whole.flatten(*pair).t() if whole.flatten(*pair).dim() == 2 else whole.flatten(*pair)
+
+    def load(parameters: dict[str, torch.Tensor], tensors: Tensors) -> None:
+        parameters["all"].copy_(made_of(dict(tensors)))
+
+    pair = data.draw(st.sampled_from([(0, 1), (1, 2), (2, 3)]))
+    sources = {"a": numbered(2, 3, 4), "b": numbered(2, 3, 4, first=100)}
+    check(load, {"all": tuple(made_of(sources).shape)}, sources)
+
+
+def test_a_part_of_tensors_side_by_side_that_is_copied_is_not_guessed() -> None:
+    def load(parameters: dict[str, torch.Tensor], tensors: Tensors) -> None:
+        given = dict(tensors)
+        part = torch.cat([given["a"], given["b"]]).narrow(1, 0, 2).contiguous()
+        parameters["part"].copy_(part)
+
+    sources = {"a": numbered(2, 3), "b": numbered(2, 3, first=50)}
+    assert "computed from" in plan_of(load, {"part": (4, 2)}, sources).flaws["part"]
+
+
 def test_a_padded_vocabulary_is_filled_and_a_tied_head_shares_it() -> None:
     def load(parameters: dict[str, torch.Tensor], tensors: Tensors) -> None:
         for _, tensor in tensors:

@@ -26,9 +26,10 @@ SAMPLE = {
     "Ernie4_5_MoeForCausalLM": BY_PLAN,  # routes in float32
     "GraniteMoeHybridForCausalLM": PARTLY,  # keeps a view of a weight that is packed; computes A from A_log
     "GptOssForCausalLM": BY_PLAN,  # its loader writes experts into parameters by itself
-    "OpenAIPrivacyFilterForTokenClassification": PARTLY,  # its loader writes into parameters by itself
+    "OpenAIPrivacyFilterForTokenClassification": BY_PLAN,  # likewise, of tensors that it puts side by side and turns
     "Qwen3NextForCausalLM": BY_PLAN,  # makes a parameter on a device that it names
-    "Olmo2ForCausalLM": BY_PLAN,  # transformers' own model
+    "VaultGemmaForCausalLM": BY_PLAN,  # transformers' own model; a layer that is packed keeps a constant in a buffer
+    "Gemma4ForCausalLM": BY_PLAN,  # has weights that are buffers
 }
 """Family -> how its updates go. Each takes two seconds to load cold, and four for its updates and comparisons."""
 
@@ -109,3 +110,49 @@ def test_what_a_loader_changes_and_no_copy_reaches_is_left_to_it(more_than_copie
     assert (found["equal"]["different"], found["equal"]["unseen_tensors"]) == ("", 0)
     assert found["spoiled"]["different"] in ("model.norm.held.twice", "total"), found["spoiled"]
     assert found["changed by it"] == []
+
+
+@pytest.fixture(scope="module")
+def unnamed(zoo: Path, vllm_bin: Path) -> dict[str, Any]:
+    """What became of updates without the buffers of a model that started with noise for weights."""
+    command = [vllm_bin / "python", "-m", "tests.zoo.unnamed_buffers", zoo / "Gemma4ForCausalLM"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+NOISE = "a start with dummy weights has filled these buffers with noise"
+
+
+@pytest.mark.timeout(2 * SECONDS)
+def test_a_buffer_that_would_stay_noise_is_named(unnamed: dict[str, Any]) -> None:
+    first = unnamed["first"]
+    assert "model.layers.0.layer_scalar (nothing)" in first["error"]
+    assert NOISE in first["error"]
+    assert (first["intact"], first["version"]) == (True, "")
+    assert NOISE in unnamed["first compared"]["error"]
+    assert (unnamed["whole"]["version"], unnamed["whole"]["differing"]) == ("v", [])
+
+
+@pytest.mark.timeout(2 * SECONDS)
+def test_a_buffer_that_would_stay_noise_is_named_where_nothing_is_announced(unnamed: dict[str, Any]) -> None:
+    assert NOISE in unnamed["unannounced"]["error"]
+    assert (unnamed["unannounced"]["intact"], unnamed["unannounced"]["version"]) == (False, "")
+    assert unnamed["unannounced and whole"] == {"error": "", "version": "v", "differing": []}
+
+
+@pytest.mark.timeout(2 * SECONDS)
+def test_buffers_that_came_once_stay(unnamed: dict[str, Any]) -> None:
+    """They are no noise any more, and a trainer that changes them has to say so: a comparison sees it."""
+    assert "error" not in unnamed["later"]
+    assert unnamed["later"]["differing"]
+    assert all("layer_scalar" in path for path in unnamed["later"]["differing"])
+    assert (unnamed["later compared"]["different_tensors"], unnamed["later compared"]["unseen_tensors"]) == (0, 0)
+    assert "model.layers.0.layer_scalar" in unnamed["later compared with all"]["different"]
+
+
+@pytest.mark.timeout(2 * SECONDS)
+def test_noise_that_was_accepted_is_told_by_a_comparison(unnamed: dict[str, Any]) -> None:
+    assert all("layer_scalar" in path for path in unnamed["lenient"]["differing"])
+    assert unnamed["lenient compared"]["unseen_tensors"] == len(unnamed["lenient"]["differing"]) // 2 > 0
+    assert "model.layers.0.layer_scalar (it holds the noise of the start" in unnamed["lenient compared"]["not_compared"]
+    assert "model.layers.0.layer_scalar" in unnamed["lenient compared with all"]["different"]

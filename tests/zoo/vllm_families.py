@@ -122,6 +122,18 @@ _PLAIN = [
     "GraniteSWAForCausalLM",
     "HYV4ForCausalLM",
     "Jais2ForCausalLM",
+    "ExaoneMoeForCausalLM",
+    "GlmMoeDsaForCausalLM",
+    "AXK1ForCausalLM",
+    "MiMoV2FlashForCausalLM",
+    "HrmTextForCausalLM",
+    "Glm4vMoeForConditionalGeneration",
+    "GlmOcrForConditionalGeneration",
+    "Qwen3_5MoeForConditionalGeneration",
+    "Cohere2VisionForConditionalGeneration",
+    "AudioFlamingo3ForConditionalGeneration",
+    "DeepseekV4ForCausalLM",
+    "InklingForCausalLM",
 ]
 _POOLING = [
     "BertForMaskedLM",
@@ -184,6 +196,15 @@ _CHANGED: dict[str, Family] = {
     "Qwen3_5ForConditionalGeneration": Family("Qwen3_5ForConditionalGeneration", _VISION),
     "Glm4vForConditionalGeneration": Family("Glm4vForConditionalGeneration", _VISION),
     "MiniMaxM2ForCausalLM": Family("MiniMaxM2ForCausalLM", {"rotary_dim": 16}),
+    "Gemma4ForCausalLM": Family("Gemma4ForCausalLM", whole={"per_layer_config": {}}),
+    "Gemma4ForCausalLM experts": Family(
+        "Gemma4ForCausalLM",
+        {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 64},
+        whole={"per_layer_config": {}},
+    ),
+    "Lfm2MoeForCausalLM": Family("Lfm2MoeForCausalLM", {"layer_types": ["conv", "full_attention"]}),
+    "HunYuanDenseV1ForCausalLM": Family("HunYuanDenseV1ForCausalLM", {"head_dim": 32}),
+    "HunYuanMoEV1ForCausalLM": Family("HunYuanMoEV1ForCausalLM", {"head_dim": 32}),
 }
 
 FAMILIES: dict[str, Family] = {

@@ -51,6 +51,7 @@ __all__ = [
     "modules_by_name",
     "moves_experts",
     "on_cpu",
+    "own_constants",
     "place_kernel_tensors",
     "process_attention",
     "reloads_attention_scales",
@@ -107,6 +108,10 @@ def layerwise() -> Layerwise:
             finally:
                 module.materialize_layer = materialize
 
+        def materialize_keeping(layer: torch.nn.Module) -> None:
+            _ = materialize(layer, info(layer)) if wants_info else materialize(layer)
+            _give_back_constants(layer, info(layer))
+
         def initialize(model: torch.nn.Module) -> None:
             module.initialize_layerwise_reload(model)
             for layer in filter(is_attention, model.modules()):
@@ -117,7 +122,7 @@ def layerwise() -> Layerwise:
             initialize=initialize,
             finalize=module.finalize_layerwise_reload,
             info=info,
-            materialize=lambda layer: materialize(layer, info(layer)) if wants_info else materialize(layer),
+            materialize=materialize_keeping,
             process=process_filled,
         )
     except (ImportError, AttributeError) as error:
@@ -164,6 +169,20 @@ def keep_state(state: LayerState) -> Callable[[], None]:
         return lambda: None
     before: object = getattr(state, name)
     return lambda: setattr(state, name, before)
+
+
+def own_constants(layer: torch.nn.Module) -> set[str]:
+    """Buffers that a model makes itself and no checkpoint has, such as the scale of an embedding."""
+    return set(cast("Any", layer)._non_persistent_buffers_set)  # noqa: SLF001 - torch has no public name for it
+
+
+def _give_back_constants(layer: torch.nn.Module, state: LayerState) -> None:
+    """Fills memory that a layer has just got with what no checkpoint brings."""
+    held = (state.kernel_tensors or ({}, {}))[1]
+    for name, buffer in layer.named_buffers(recurse=False):
+        before = held.get(name) if name in own_constants(layer) else None
+        if before is not None and before is not buffer and before.shape == buffer.shape and not buffer.is_meta:
+            buffer.copy_(before)
 
 
 def _no(*_: object) -> bool:
@@ -422,20 +441,20 @@ def _for_plain_tensors(function: Callable[..., object]) -> Callable[..., object]
     return call
 
 
-def made_up_buffers(worker: Worker, model: torch.nn.Module) -> list[str]:
+def made_up_buffers(worker: Worker, model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Buffers that a start with dummy weights has filled with noise, and that only a checkpoint can mend.
 
     Scales of attention are not among them; see `forget_dummy_scales`.
     """
     if worker.vllm_config.load_config.load_format != "dummy":
-        return []
-    return [
-        f"{name}.{own}".lstrip(".")
+        return {}
+    return {
+        f"{name}.{own}".lstrip("."): buffer
         for name, layer in modules_by_name(model).items()
         if not is_attention(layer)
         for own, buffer in layer.named_buffers(recurse=False)
-        if buffer.is_floating_point() and own not in cast("Any", layer)._non_persistent_buffers_set  # noqa: SLF001
-    ]
+        if buffer.is_floating_point() and own not in own_constants(layer)
+    }
 
 
 def forget_dummy_scales(worker: Worker, model: torch.nn.Module) -> None:

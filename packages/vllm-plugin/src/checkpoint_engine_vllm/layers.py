@@ -256,8 +256,9 @@ class Layers:
     def obstacle_to_rebuilding(self, layer: Layer) -> str:
         """Says what keeps a layer from being rebuilt; empty if nothing does."""
         parameters, buffers = compat.layerwise().info(layer.module).restore_metadata
-        if buffers:
-            return f"has buffers of its own ({', '.join(buffers)})"
+        lasting = sorted(buffers.keys() - compat.own_constants(layer.module))
+        if lasting:
+            return f"has buffers of its own ({', '.join(lasting)})"
         own = set(layer.targets.values())
         unfilled = [name for name in parameters if name not in own]
         missing = [name for name in unfilled if f"{layer.name}.{name}" not in self.load_plan.computed]

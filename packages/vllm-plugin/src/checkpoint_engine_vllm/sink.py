@@ -23,6 +23,7 @@ from checkpoint_engine_vllm.adapters import renew_adapters, wrapped_experts
 from checkpoint_engine_vllm.aliases import Aliases
 from checkpoint_engine_vllm.draft import NAME, PREFIX, DraftReload, open_draft
 from checkpoint_engine_vllm.loadplan import LoadPlan, Planner, missing_parameters
+from checkpoint_engine_vllm.noise import Noise
 from checkpoint_engine_vllm.plans import AnyReload, LayersLadder, open_reload
 from checkpoint_engine_vllm.protocols import Worker
 from checkpoint_engine_vllm.reload import is_torn
@@ -49,7 +50,7 @@ _WRAPPED = (
 )
 _NOISE = (
     "a start with dummy weights has filled these buffers with noise, and a trainer's named_parameters() does not list "
-    "them: bring its named_buffers() too"
+    "them: bring its named_buffers() too; where checkpoints have none of them either, start the engine with weights"
 )
 _ASLEEP = "its weights sleep: wake them (tags=weights; the cache may sleep on), and update again"
 _SCALES = "this vLLM cannot reload scales of attention"
@@ -58,9 +59,11 @@ _SCALES = "this vLLM cannot reload scales of attention"
 class VllmSink(EngineSink):
     """The sink of one worker; see `checkpoint_engine.contract.engine_sink`."""
 
-    def __init__(self, worker: Worker, planner: Planner | None = None) -> None:
+    def __init__(self, worker: Worker, planner: Planner | None = None, noise: Noise | None = None) -> None:
         super().__init__()
         self._worker = worker
+        self._noise = noise
+        """Known from the first update or comparison on."""
         self._planner = planner or Planner()
         self._ladder = LayersLadder(_SERVED, lambda: kept_proofs(worker))
         self._draft_ladder = LayersLadder(NAME)
@@ -86,6 +89,7 @@ class VllmSink(EngineSink):
         compat.layerwise()
         if compat.weights_sleep(self._worker):
             raise WeightsRejectedError(_ASLEEP)
+        self._made_up()
         if compat.moves_experts(self._worker):
             raise WeightsRejectedError(_MOVING)
         if experts := wrapped_experts(compat.target_model(self._worker)):
@@ -144,7 +148,7 @@ class VllmSink(EngineSink):
         """Completes the models.
 
         Raises:
-            WeightsRejectedError: parameters got nothing; nothing was completed.
+            WeightsRejectedError: parameters got nothing, and nothing was completed; or buffers are noise still.
         """
         del update
         target, draft = self._opened(), self._draft
@@ -156,6 +160,8 @@ class VllmSink(EngineSink):
         target.finish()
         if draft is not None:
             draft.finish()
+        if self._plan is None or not self._plan.is_complete:
+            _refuse(NOT_FILLED, [f"{name} (nothing)" for name in self._made_up().left()], hint=_NOISE)
         renew_adapters(compat.target_model(self._worker))
         figures = self._figures(target, draft)
         for ladder in (self._ladder, self._draft_ladder):
@@ -179,7 +185,8 @@ class VllmSink(EngineSink):
 
     def verifier(self) -> VllmVerifier:
         """See `checkpoint_engine.contract.sink.Verifiable`."""
-        return VllmVerifier(self._worker, self, VllmSink(self._worker, self._planner))
+        noise = self._made_up()
+        return VllmVerifier(self._worker, self, VllmSink(self._worker, self._planner, noise), noise)
 
     def put_back(self) -> None:
         """Gives tensors that show a parameter in another way what they held before the update."""
@@ -200,6 +207,11 @@ class VllmSink(EngineSink):
         if self._target is None:
             raise CheckpointStateError("the served model was not made ready for new weights")
         return self._target
+
+    def _made_up(self) -> Noise:
+        if self._noise is None:
+            self._noise = Noise(self._worker)
+        return self._noise
 
     def _repairs(self) -> Repairs:
         return CpuRepairs() if compat.on_cpu(self._worker) else Repairs()
@@ -227,8 +239,7 @@ class VllmSink(EngineSink):
             quantised = config.quant_config is not None
             found = [missing_parameters(plan, served, quantised=quantised, find=find) for find in (missing, torn)]
             _refuse(NOT_FILLED, *found, **_passed_over(plan, found[0]))
-            if not self.version:
-                _refuse(NOT_FILLED, _left_as_noise(plan, compat.made_up_buffers(self._worker, served)), hint=_NOISE)
+            _refuse(NOT_FILLED, _left_as_noise(plan, self._made_up().left()), hint=_NOISE)
             _refuse(TOO_LARGE, plan.too_large)
             self._fitting = plan
         if not compat.reloads_attention_scales():

@@ -29,6 +29,7 @@ from checkpoint_engine.sdk import (
 from checkpoint_engine.sdk.plans import Checksums, HeldTensors, Reached
 from checkpoint_engine_vllm import compat
 from checkpoint_engine_vllm.adapters import without_adapters
+from checkpoint_engine_vllm.noise import Noise
 from checkpoint_engine_vllm.protocols import LayerState, Worker
 from checkpoint_engine_vllm.reaching import reach_weights
 
@@ -62,17 +63,19 @@ class Rehearsal(WeightSink, Protocol):
 class VllmVerifier(ComparisonSink):
     """See `checkpoint_engine.contract.sink.Verifiable`."""
 
-    def __init__(self, worker: Worker, engine: EngineSink, reload: Rehearsal) -> None:
+    def __init__(self, worker: Worker, engine: EngineSink, reload: Rehearsal, noise: Noise) -> None:
         """Makes one.
 
         Args:
             worker: What is looked at.
             engine: Its sink.
             reload: A sink of its own, through which the checkpoint goes; what is noted there counts for nothing.
+            noise: What the worker's start has made up.
         """
         super().__init__(engine)
         self._worker = worker
         self._reload = reload
+        self._noise = noise
         self._sources: _Sources = {}
         self._names: dict[torch.nn.Module, str] = {}
         self._models: dict[str, torch.nn.Module] = {}
@@ -156,6 +159,9 @@ class VllmVerifier(ComparisonSink):
         finally:
             self._end()
         self._check_put_back()
+        for name in self._noise.left():
+            if name not in self._findings.different:
+                self._findings.leave_out(name, "it holds the noise of the start, and the checkpoint has nothing for it")
         return self._findings.figures()
 
     def restore(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -28,6 +28,20 @@ class JoinedPart:
     box: TensorBox
     held: Region
     """The same elements in the box, which lies row-major."""
+
+    def reordered(self, order: Sequence[int | None], whole: Shape) -> JoinedPart | None:
+        """The same where dimensions are in another order: for each its old place; None for one of a single place."""
+        size = self.box.shape
+        box = TensorBox(
+            tuple(0 if at is None else self.box.begin[at] for at in order),
+            tuple(1 if at is None else size[at] for at in order),
+        )
+        steps = {at: step for at, step in zip(order, contiguous(box.shape), strict=True) if at is not None}
+        moved = Region(0, size, tuple(steps.get(at, 0) for at in range(len(whole))))
+        traced = trace_back(self.held, Region(0, size, contiguous(size)), moved)
+        if traced is None:
+            return None
+        return replace(self, box=box, held=traced[1], region=self.region.refined(traced[0]))
 
 
 @dataclass(frozen=True)
@@ -55,6 +69,33 @@ class JoinedTensors:
                     return None
                 found.append((part, traced[1], into.refined(traced[0])))
         return found
+
+    def copied(self, view: Region, copy: Region) -> JoinedTensors | None:
+        """What a copy of all of it is that has its dimensions in another order; None for any other copy.
+
+        Args:
+            view: What is copied.
+            copy: Where the copy lies in memory of its own.
+        """
+        whole = Region(0, self.shape, contiguous(self.shape))
+        traced = trace_back(view, whole, whole)
+        if traced is None or copy != Region(0, copy.shape, contiguous(copy.shape)):
+            return None
+        order = _order(traced[1], whole)
+        if order is None:
+            return None
+        parts = [part.reordered(order, self.shape) for part in self.parts]
+        found = tuple(part for part in parts if part is not None)
+        return JoinedTensors(traced[1].shape, found) if len(found) == len(parts) else None
+
+
+def _order(view: Region, whole: Region) -> list[int | None] | None:
+    """Which dimension of `whole` each of a view's is (None: one of a single place), if it shows each of them once."""
+    places = {step: at for at, (size, step) in enumerate(zip(whole.shape, whole.stride, strict=True)) if size > 1}
+    order = [None if size == 1 else places.get(step) for size, step in zip(view.shape, view.stride, strict=True)]
+    shown = [at for at in order if at is not None]
+    sizes = [whole.shape[at] if at is not None else 1 for at in order]
+    return order if sorted(shown) == sorted(places.values()) and tuple(sizes) == view.shape else None
 
 
 def join(

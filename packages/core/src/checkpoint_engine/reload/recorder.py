@@ -296,10 +296,16 @@ class _Recorder(TorchDispatchMode):
         self._keep_alive.append(made)
         return True
 
-    def _copy_of(self, tensor: torch.Tensor, copy: torch.Tensor) -> _Copy | None:
+    def _copy_of(self, tensor: torch.Tensor, copy: torch.Tensor) -> _Copy | JoinedTensors | None:
         target_region = Region.of(copy)
+        if target_region.offset or int(copy.untyped_storage().nbytes()) != copy.nbytes:
+            return None
+        joined = self._memory.get(_storage(tensor))
+        if isinstance(joined, JoinedTensors):
+            alike = {tensor.dtype, copy.dtype, *(part.dtype for part in joined.parts)}
+            return joined.copied(Region.of(tensor), target_region) if len(alike) == 1 else None
         found = self._trace(tensor)
-        if found is None or target_region.offset or int(copy.untyped_storage().nbytes()) != copy.nbytes:
+        if found is None:
             return None
         source, splits, region, dtype = found
         if tensor.dtype not in {dtype, copy.dtype}:

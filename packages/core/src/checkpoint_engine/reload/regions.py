@@ -128,7 +128,7 @@ def trace_back(view: Region, copy: Region, source: Region) -> tuple[Splits, Regi
         return None
     splits: list[tuple[int, int]] = []
     while True:  # every round makes a dimension smaller
-        digits = [_digits(step, radix) for step in view.stride]
+        digits = [_digits(step if size > 1 else 0, radix) for size, step in zip(view.shape, view.stride, strict=True)]
         if any(step is None for step in digits):
             return None
         steps = [step for step in digits if step is not None]
