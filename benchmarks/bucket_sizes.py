@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from update import HERE, System, host_to_device_rate
+from ceilings import host_to_device_rate
+from update import HERE, System
 from workloads import WORKLOADS
 
 MIB = 1 << 20

@@ -12,50 +12,25 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from steps import HERE, StepsError, medians, run_steps
 from workloads import WORKLOADS
 
-HERE = Path(__file__).parent
 SYSTEMS = ("device", "host", "host-direct", "host-broadcast")
-UNCOUNTED = 3
-"""Steps in which plans are recorded, proved and checked."""
 
 
 def run(system: str, arguments: argparse.Namespace, port: int) -> list[dict[str, Any]]:
     """The steps of one system, in a process of its own."""
-    environment = {
-        **os.environ,
-        "RANK": "0",
-        "WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "LOGURU_LEVEL": "WARNING",
-    }
-    if system.startswith("upstream"):
-        environment["PYTHONPATH"] = f"{arguments.upstream}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    command = [sys.executable, str(HERE / "trainer.py"), system, arguments.workload, arguments.device]
-    rows: list[dict[str, Any]] = []
-    with subprocess.Popen(
-        [*command, str(arguments.steps)], env=environment, stdout=subprocess.PIPE, text=True, bufsize=1
-    ) as process:
-        for line in process.stdout or ():
-            row = json.loads(line)
-            rows.append(row)
-            seconds = {name: round(value, 4) for name, value in row["seconds"].items()}
-            print(f"  {system:16} {row['step']:3} {json.dumps(seconds)} {json.dumps(row['stages'])}", flush=True)
-            if row["failure"] or row["wrong_bytes"]:
-                raise SystemExit(f"{system}: {row['failure'] or str(row['wrong_bytes']) + ' bytes are wrong'}")
-    if process.returncode or len(rows) < arguments.steps:
-        raise SystemExit(f"{system}: ended after {len(rows)} of {arguments.steps} steps; see its output above")
-    return rows
+    try:
+        return run_steps(
+            system, arguments.workload, arguments.device, arguments.steps, port=port, site=arguments.upstream
+        )
+    except StepsError as error:
+        raise SystemExit(f"{system}: {error}") from None
 
 
 def show(record: dict[str, Any]) -> None:
@@ -63,12 +38,9 @@ def show(record: dict[str, Any]) -> None:
     print(f"\n{record['workload']}: {record['bytes'] / 1e9:.1f} GB, {record['tensors']} tensors, {record['device']}")
     print(f"{'':18}{'register':>9}{'gather':>9}{'update':>9}{'whole':>9}{'first':>9}{'GB/s':>9}")
     for system, rows in record["steps"].items():
-        counted = rows[UNCOUNTED:] or rows
-        medians = [
-            statistics.median(row["seconds"].get(name, 0.0) for row in counted)
-            for name in ("register", "gather", "update", "whole")
-        ]
-        cells = [*medians, rows[0]["seconds"]["whole"], record["bytes"] / medians[-1] / 1e9]
+        found = medians(rows)
+        cells = [found.get(name, 0.0) for name in ("register", "gather", "update", "whole")]
+        cells += [rows[0]["seconds"]["whole"], record["bytes"] / found["whole"] / 1e9]
         print(f"{system:18}" + "".join(f"{cell:9.3f}" for cell in cells))
 
 

@@ -1,9 +1,10 @@
-"""One trainer, and a stand-in engine on the same device, for `rl_step.py`: new weights every step.
+"""One rank of a trainer, and its stand-in engine's worker on the same device: new weights every step.
 
-    python benchmarks/trainer.py SYSTEM WORKLOAD DEVICE STEPS
+    python benchmarks/trainer.py SYSTEM[+SYSTEM…] WORKLOAD DEVICE STEPS
 
-It runs on whichever `checkpoint_engine` is on the path. Every step changes every byte, brings the weights over, and has
-the engine compare all it holds with what it should. Prints one line of JSON a step.
+It runs on whichever `checkpoint_engine` is on the path, as rank `RANK` of `WORLD_SIZE`: each holds its share of the
+whole tensors, and its worker keeps its part of each. Every step changes every byte, brings the weights over, and has
+the worker compare all it holds with what it should. Prints one line of JSON a step; `steps.py` starts the ranks.
 """
 
 from __future__ import annotations
@@ -13,66 +14,114 @@ import os
 import queue
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from rank import make_receiver, system_name
 from torch import multiprocessing
-from workloads import WORKLOADS, Tensor
+from workloads import Tensor, share_of, tensors_of
 
 PERIOD = 251
 ANSWER_SECONDS = 300.0
+FLAT_BYTES = 1 << 30
+ALIGNMENT = 256
 
 
-def byte_of(index: int, step: int) -> int:
-    """What every byte of a tensor is after a step; neighbours and successive steps differ."""
-    return (index * 7 + step * 13) % PERIOD
+class Pattern:
+    """What the bytes of all tensors are after a step: neighbours differ in it, successive steps, and parts of one."""
+
+    def __init__(self, tensors: Sequence[Tensor], place: torch.device) -> None:
+        longest = max(tensor.nbytes for tensor in tensors)
+        period = torch.arange(PERIOD, dtype=torch.uint8, device=place)
+        self._bytes = period.repeat(longest // PERIOD + 2)
+
+    def of(self, index: int, tensor: Tensor, step: int) -> torch.Tensor:
+        """Bytes of a tensor, shaped like it: [..., last dimension in bytes]."""
+        begin = (index * 7 + step * 13) % PERIOD
+        return self._bytes[begin : begin + tensor.nbytes].view(*tensor.shape[:-1], -1)
+
+    def part(self, index: int, tensor: Tensor, step: int, rank: int, world: int) -> torch.Tensor:
+        """Bytes of what one of so many workers keeps."""
+        whole = self.of(index, tensor, step)
+        if tensor.dim is None:
+            return whole
+        size = whole.shape[tensor.dim] // world
+        return whole.narrow(tensor.dim, rank * size, size)
 
 
-def engine(workload: str, device: str, orders: queue.Queue[Any], replies: queue.Queue[Any]) -> None:
-    """A stand-in for an engine's worker: parameters as the checkpoint has them."""
-    gpu = 0 if device == "cuda" else None
-    place = torch.device(device, gpu) if gpu is not None else torch.device("cpu")
-    tensors = WORKLOADS[workload]()
-    held = {t.name: torch.zeros(t.shape, dtype=torch.bfloat16, device=place) for t in tensors}
+def place_of(rank: int, device: str) -> torch.device:
+    """Where this rank's tensors lie."""
+    if device == "cpu":
+        return torch.device("cpu")
+    place = torch.device("cuda", rank % torch.cuda.device_count())
+    torch.cuda.set_device(place)
+    return place
+
+
+def engine(
+    rank: int, world: int, workload: str, device: str, orders: queue.Queue[Any], replies: queue.Queue[Any]
+) -> None:
+    """A stand-in for an engine's worker: its part of each tensor."""
+    place = place_of(rank, device)
+    tensors = tensors_of(workload)
+    pattern = Pattern(tensors, place)
+    held = {t.name: torch.zeros(t.shard_shape(world), dtype=getattr(torch, t.dtype), device=place) for t in tensors}
+    dims = {t.name: t.dim for t in tensors}
 
     def load(weights: list[tuple[str, torch.Tensor]]) -> None:
         for name, weight in weights:
-            held[name].copy_(weight, non_blocking=True)
-        if gpu is not None:
+            shard, dim = held[name], dims[name]
+            source = weight if dim is None else weight.narrow(dim, rank * shard.shape[dim], shard.shape[dim])
+            shard.copy_(source, non_blocking=True)
+        if device == "cuda":
             torch.cuda.synchronize()
 
-    receive = make_receiver(load, held, {t.name: t.dim for t in tensors}, 0, gpu)
+    receive = make_receiver(load, held, dims, rank, place.index)
     replies.put("ready")
     while (order := orders.get()) is not None:
         if isinstance(order, int):
-            wrong = ((held[t.name].view(torch.uint8) != byte_of(index, order)).sum() for index, t in enumerate(tensors))
-            replies.put(int(sum(wrong)))
+            replies.put(wrong_bytes(held, pattern, tensors, order, rank, world))
             continue
+        begin = time.process_time()
         try:
             receive(order)
-            replies.put("")
+            failure = ""
         except Exception as error:  # noqa: BLE001 - the trainer shows it
-            replies.put(f"{type(error).__name__}: {error}")
+            failure = f"{type(error).__name__}: {error}"
+        replies.put((failure, time.process_time() - begin))
+
+
+def wrong_bytes(
+    held: Mapping[str, torch.Tensor], pattern: Pattern, tensors: Sequence[Tensor], step: int, rank: int, world: int
+) -> int:
+    """How many of a worker's bytes are not what they should be after a step."""
+    differing = [
+        (held[tensor.name].view(torch.uint8) != pattern.part(index, tensor, step, rank, world)).sum()
+        for index, tensor in enumerate(tensors)
+    ]
+    return int(torch.stack(differing).sum())
 
 
 @dataclass
 class Trainer:
-    """Weights that change, and what takes them over."""
+    """The weights that change, and what takes them over."""
 
-    tensors: list[Tensor]
+    share: list[tuple[int, Tensor]]
     weights: dict[str, torch.Tensor]
+    pattern: Pattern
     ask: Callable[[list[tuple[str, str]]], None]
     server: Any
+    world: int
     laps: dict[str, float] = field(default_factory=dict)
     """Seconds of the parts of a step."""
 
     def change(self, step: int) -> None:
         """Trains."""
-        for index, tensor in enumerate(self.tensors):
-            self.weights[tensor.name].view(torch.uint8).fill_(byte_of(index, step))
+        for index, tensor in self.share:
+            weight = self.weights[tensor.name].view(torch.uint8)
+            weight.copy_(self.pattern.of(index, tensor, step))
         if torch.cuda.is_available():
             torch.cuda.synchronize()
 
@@ -89,76 +138,136 @@ class Trainer:
 
     def host_memory(self, step: int, method: str) -> None:
         """Ours, call by call, as upstream's users do it."""
-        name = f"step-{step}"
+        self._by_calls(f"step-{step}", method=method)
+
+    def upstream(self, step: int, *, peers: bool = False) -> None:
+        """Upstream's way of the same; what it forgets in every update, its group of ranks, is timed apart."""
+        del step
+        self.lap("connect", self._connect)
+        self._by_calls("step", **({"ranks": list(range(self.world))} if peers else {}))
+
+    def _connect(self) -> None:
+        if not torch.distributed.is_initialized():
+            self.server.init_process_group()
+        torch.distributed.barrier()
+
+    def _by_calls(self, name: str, **options: Any) -> None:  # noqa: ANN401 - of the system under test
         pooled = {"named_tensors": self.weights, "use_shared_memory_pool": True}
         self.lap("register", lambda: self.server.register_checkpoint(name, **pooled))
         self.lap("gather", lambda: self.server.gather_metas(name))
-        self.lap("update", lambda: self.server.update(name, self.ask, method=method))
+        self.lap("update", lambda: self.server.update(name, self.ask, **options))
         self.lap("unregister", lambda: self.server.unregister_checkpoint(name))
 
-    def upstream(self, step: int) -> None:
-        """Upstream's way of the same."""
-        del step
-        pooled = {"named_tensors": self.weights, "use_shared_memory_pool": True}
-        self.lap("register", lambda: self.server.register_checkpoint("step", **pooled))
-        self.lap("gather", lambda: self.server.gather_metas("step"))
-        self.lap("update", lambda: self.server.update("step", self.ask))
-        self.lap("unregister", lambda: self.server.unregister_checkpoint("step"))
+    def way(self, system: str) -> Callable[[int], None]:
+        """How a step of a system goes."""
+        return {
+            "device": lambda step: self.publish(step, in_place=True),
+            "host": lambda step: self.publish(step, in_place=False),
+            "host-direct": lambda step: self.host_memory(step, "direct"),
+            "host-broadcast": lambda step: self.host_memory(step, "broadcast"),
+            "upstream": self.upstream,
+            "upstream-p2p": lambda step: self.upstream(step, peers=True),
+        }[system.removesuffix("-cpu")]
 
 
 def main() -> None:
     """Runs the steps."""
-    system, workload, device, steps = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
+    systems, workload, device, steps = sys.argv[1].split("+"), sys.argv[2], sys.argv[3], int(sys.argv[4])
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     answer = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # libraries print as they please; answers keep the pipe for themselves
     from checkpoint_engine.ps import ParameterServer  # noqa: PLC0415 - the system under test
 
     context = multiprocessing.get_context("spawn")
     orders, replies = context.Queue(), context.Queue()
-    where = "cuda" if device == "cuda" else "cpu"
-    worker = context.Process(target=engine, args=(workload, where, orders, replies), daemon=True)
+    arguments = (rank, world, workload, device, orders, replies)
+    worker = context.Process(target=engine, args=arguments, daemon=True)
     worker.start()
-    tensors = WORKLOADS[workload]()
-    source = "cpu" if system.endswith("-cpu") or device == "cpu" else "cuda"
-    weights = {t.name: torch.empty(t.shape, dtype=torch.bfloat16, device=source) for t in tensors}
-    if source == "cpu":
-        for weight in weights.values():
-            weight.share_memory_()
+    place = place_of(rank, device)
+    tensors = tensors_of(workload)
+    share = share_of(tensors, rank, world)
+    source = torch.device("cpu") if systems[0].endswith("-cpu") else place
+    weights = flat_weights([tensor for _, tensor in share], source)
+    pattern = Pattern([tensor for _, tensor in share], source)
     replies.get(timeout=ANSWER_SECONDS)
     server = ParameterServer(auto_pg=True)
-    if system.startswith("upstream"):
+    bucket_sizes = watch_bucket_size(server)
+    if world > 1 or systems[0].startswith("upstream"):
         server.init_process_group()
-    trainer = Trainer(tensors, weights, lambda handles: orders.put(handles[0][1]), server)
-    ways: dict[str, Callable[[int], None]] = {
-        "device": lambda step: trainer.publish(step, in_place=True),
-        "host": lambda step: trainer.publish(step, in_place=False),
-        "host-direct": lambda step: trainer.host_memory(step, "direct"),
-        "host-broadcast": lambda step: trainer.host_memory(step, "broadcast"),
-        "upstream": trainer.upstream,
-    }
-    for step in range(steps):
-        trainer.change(step)
-        begin = time.perf_counter()
-        ways[system.removesuffix("-cpu")](step)
-        whole = time.perf_counter() - begin
-        failure = replies.get(timeout=ANSWER_SECONDS)
-        orders.put(step)
-        wrong = replies.get(timeout=ANSWER_SECONDS)
-        free, total = torch.cuda.mem_get_info() if device == "cuda" else (0, 0)
-        report = getattr(server, "last_report", None)
-        row = {
-            "system": system,
-            "implementation": system_name(),
-            "step": step,
-            "seconds": {**trainer.laps, "whole": whole},
-            "stages": {} if report is None else {name: round(value, 4) for name, value in report.seconds.items()},
-            "failure": failure,
-            "wrong_bytes": wrong,
-            "device_bytes_used": total - free,
-        }
-        print(json.dumps(row), file=answer, flush=True)
+    trainer = Trainer(share, weights, pattern, lambda handles: orders.put(handles[rank][1]), server, world)
+    number = 0
+    for system in systems:
+        for step in range(steps):
+            row = {"system": system, "rank": rank, "step": step, **one_step(trainer, system, number, orders, replies)}
+            row["bucket_bytes"] = bucket_sizes[-1]
+            print(json.dumps(row), file=answer, flush=True)
+            number += 1
     orders.put(None)
     worker.join(30)
+
+
+def flat_weights(tensors: Sequence[Tensor], place: torch.device) -> dict[str, torch.Tensor]:
+    """All in few allocations, as trainers' flat buffers of parameters are; on the CPU in shared memory."""
+    weights: dict[str, torch.Tensor] = {}
+    waiting: list[Tensor] = []
+
+    def allocate() -> None:
+        sizes = [-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in waiting]
+        block = torch.empty(sum(sizes), dtype=torch.uint8, device=place)
+        if place.type == "cpu":
+            block.share_memory_()
+        for tensor, part in zip(waiting, block.split(sizes), strict=True):
+            weights[tensor.name] = part[: tensor.nbytes].view(getattr(torch, tensor.dtype)).view(tensor.shape)
+        waiting.clear()
+
+    for tensor in tensors:
+        if waiting and sum(each.nbytes for each in waiting) + tensor.nbytes > FLAT_BYTES:
+            allocate()
+        waiting.append(tensor)
+    if waiting:
+        allocate()
+    return weights
+
+
+def watch_bucket_size(server: Any) -> list[int]:  # noqa: ANN401 - of the system under test
+    """Bytes of a bucket; ours says so beforehand, upstream finds out in every update."""
+    if not hasattr(server, "_detect_bucket_size"):
+        return [server._settings.bucket_size]  # noqa: SLF001 - one figure, for the table
+    detect, found = server._detect_bucket_size, [0]  # noqa: SLF001
+
+    def note(*arguments: Any, **options: Any) -> tuple[int, bool]:  # noqa: ANN401
+        size, without = detect(*arguments, **options)
+        found.append(size)
+        return size, without
+
+    server._detect_bucket_size = note  # noqa: SLF001
+    return found
+
+
+def one_step(
+    trainer: Trainer, system: str, number: int, orders: queue.Queue[Any], replies: queue.Queue[Any]
+) -> dict[str, Any]:
+    """Changes all weights, brings them over, and has them compared."""
+    trainer.change(number)
+    trainer.laps.clear()
+    trainer.server.store_based_barrier()
+    begin, worked = time.perf_counter(), time.process_time()
+    trainer.way(system)(number)
+    whole, worked = time.perf_counter() - begin, time.process_time() - worked
+    failure, engine_worked = replies.get(timeout=ANSWER_SECONDS)
+    orders.put(number)
+    wrong = replies.get(timeout=ANSWER_SECONDS)
+    free, total = torch.cuda.mem_get_info() if torch.cuda.is_available() else (0, 0)
+    report = getattr(trainer.server, "last_report", None)
+    return {
+        "implementation": system_name(),
+        "seconds": {**trainer.laps, "whole": whole},
+        "cpu_seconds": worked + engine_worked,
+        "stages": {} if report is None else {name: round(value, 4) for name, value in report.seconds.items()},
+        "failure": failure,
+        "wrong_bytes": wrong,
+        "device_bytes_used": total - free,
+    }
 
 
 if __name__ == "__main__":

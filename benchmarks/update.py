@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from ceilings import host_to_device_rate
 from workloads import WORKLOADS
 
 HERE = Path(__file__).parent
@@ -108,23 +109,6 @@ class System:
             }
             for way, updates in self.updates.items()
         }
-
-
-def host_to_device_rate(ranks: int) -> float:
-    """Bytes a second into each GPU when all copy at once from pinned memory."""
-    size = 2 << 30
-    ranks = min(ranks, torch.cuda.device_count())
-    host = [torch.empty(size, dtype=torch.uint8).pin_memory() for _ in range(ranks)]
-    target = [torch.empty(size, dtype=torch.uint8, device=f"cuda:{rank}") for rank in range(ranks)]
-    best = float("inf")
-    for _ in range(4):
-        begin = time.perf_counter()
-        for rank in range(ranks):
-            target[rank].copy_(host[rank], non_blocking=True)
-        for rank in range(ranks):
-            torch.cuda.synchronize(rank)
-        best = min(best, time.perf_counter() - begin)
-    return size / best
 
 
 def main() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from workloads import WORKLOADS
@@ -16,7 +15,6 @@ from checkpoint_engine.source.filling import SEGMENT_TARGET
 
 __all__ = ["MODELS", "Shape", "catalog_of"]
 
-_BLOCK = 128
 _SMALLEST_SEGMENT = 1 << 30
 _SEGMENTS = 16
 
@@ -34,89 +32,11 @@ class Shape(NamedTuple):
         return math.prod(self.shape) * item_size(self.dtype)
 
 
-@dataclass(frozen=True)
-class _Mixture:
-    """A mixture of experts, as its configuration gives it."""
-
-    layers: int
-    dense: int
-    """Layers at the start that have no experts."""
-    hidden: int
-    experts: int
-    expert: int
-    """Width of an expert."""
-    inner: int
-    """Width of the dense layers."""
-    vocabulary: int
-    attention: tuple[tuple[str, int, int], ...]
-    shared: bool
-    fp8: bool
-
-    def shapes(self) -> Iterator[Shape]:
-        yield Shape("model.embed_tokens.weight", "bfloat16", (self.vocabulary, self.hidden))
-        for layer in range(self.layers):
-            prefix = f"model.layers.{layer}."
-            for name, rows, columns in self.attention:
-                yield from self._matrix(f"{prefix}self_attn.{name}", rows, columns)
-            for norm in ("input_layernorm", "post_attention_layernorm"):
-                yield Shape(f"{prefix}{norm}.weight", "bfloat16", (self.hidden,))
-            if layer < self.dense:
-                yield from self._mlp(f"{prefix}mlp.", self.inner)
-                continue
-            yield Shape(f"{prefix}mlp.gate.weight", "bfloat16", (self.experts, self.hidden))
-            if self.shared:
-                yield from self._mlp(f"{prefix}mlp.shared_experts.", self.expert)
-            for expert in range(self.experts):
-                yield from self._mlp(f"{prefix}mlp.experts.{expert}.", self.expert)
-        yield Shape("model.norm.weight", "bfloat16", (self.hidden,))
-        yield Shape("lm_head.weight", "bfloat16", (self.vocabulary, self.hidden))
-
-    def _mlp(self, prefix: str, width: int) -> Iterator[Shape]:
-        yield from self._matrix(f"{prefix}gate_proj", width, self.hidden)
-        yield from self._matrix(f"{prefix}up_proj", width, self.hidden)
-        yield from self._matrix(f"{prefix}down_proj", self.hidden, width)
-
-    def _matrix(self, name: str, rows: int, columns: int) -> Iterator[Shape]:
-        if not self.fp8:
-            yield Shape(f"{name}.weight", "bfloat16", (rows, columns))
-            return
-        yield Shape(f"{name}.weight", "float8_e4m3fn", (rows, columns))
-        yield Shape(f"{name}.weight_scale_inv", "float32", (-(-rows // _BLOCK), -(-columns // _BLOCK)))
+def _shapes(name: str) -> list[Shape]:
+    return [Shape(tensor.name, tensor.dtype, tensor.shape) for tensor in WORKLOADS[name]()]
 
 
-def _grouped(hidden: int, queries: int, keys: int) -> tuple[tuple[str, int, int], ...]:
-    return (
-        ("q_proj", queries, hidden),
-        ("k_proj", keys, hidden),
-        ("v_proj", keys, hidden),
-        ("o_proj", hidden, queries),
-    )
-
-
-def _latent(hidden: int, heads: int) -> tuple[tuple[str, int, int], ...]:
-    return (
-        ("q_a_proj", 1536, hidden),
-        ("q_b_proj", heads * 192, 1536),
-        ("kv_a_proj_with_mqa", 576, hidden),
-        ("kv_b_proj", heads * 256, 512),
-        ("o_proj", hidden, heads * 128),
-    )
-
-
-def _workload(name: str) -> list[Shape]:
-    return [Shape(tensor.name, "bfloat16", tensor.shape) for tensor in WORKLOADS[name]()]
-
-
-_MIXTURES = {
-    "glm-4.5-air": _Mixture(46, 1, 4096, 128, 1408, 10944, 151_552, _grouped(4096, 12288, 1024), True, False),
-    "qwen3-235b": _Mixture(94, 0, 4096, 128, 1536, 12288, 151_936, _grouped(4096, 8192, 512), False, False),
-    "deepseek-v3.1": _Mixture(61, 3, 7168, 256, 2048, 18432, 129_280, _latent(7168, 128), True, True),
-    "kimi-k2": _Mixture(61, 1, 7168, 384, 2048, 18432, 163_840, _latent(7168, 64), True, True),
-}
-MODELS = {
-    **{name: lambda name=name: _workload(name) for name in ("moe15b", "moe30b", "dense32b")},
-    **{name: lambda mixture=mixture: list(mixture.shapes()) for name, mixture in _MIXTURES.items()},
-}
+MODELS = {name: lambda name=name: _shapes(name) for name in WORKLOADS}
 """Makes the tensors of each."""
 
 
