@@ -171,6 +171,7 @@ def measure(run: Run, arguments: argparse.Namespace) -> None:
         if why := missing(systems, arguments.upstream):
             run.failures[systems] = why
             print(f"  {systems}: {why}", flush=True)
+            run.save(arguments.output)
             continue
         try:
             rows = run_steps(

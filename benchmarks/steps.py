@@ -52,6 +52,7 @@ def run_steps(
     command = [sys.executable, str(HERE / "trainer.py"), system, workload, device, str(steps)]
     lines: queue.Queue[str | None] = queue.Queue()
     processes: list[subprocess.Popen[str]] = []
+    readers: list[threading.Thread] = []
     rows: list[Row] = []
     expected = steps * len(system.split("+"))
     try:
@@ -62,7 +63,8 @@ def run_steps(
                     command, env=environment, stdout=subprocess.PIPE, text=True, bufsize=1, start_new_session=True
                 )
             )
-            threading.Thread(target=_read, args=(processes[-1], lines, expected), daemon=True).start()
+            readers.append(threading.Thread(target=_read, args=(processes[-1], lines, expected), daemon=True))
+            readers[-1].start()
         deadline = time.monotonic() + seconds
         while len(rows) < expected:
             rows.append(_together(lines, ranks, deadline, rows, seconds))
@@ -74,6 +76,8 @@ def run_steps(
     finally:
         for process in processes:
             _kill(process)
+        for reader in readers:
+            reader.join(5)
     return rows
 
 
@@ -93,9 +97,10 @@ def _environment(rank: int, ranks: int, port: int, site: Path | None) -> dict[st
 
 def _read(process: subprocess.Popen[str], lines: queue.Queue[str | None], expected: int) -> None:
     """Passes on a rank's lines, and None once it has ended without some of them."""
-    for line in process.stdout or ():
-        lines.put(line)
-        expected -= 1
+    with process.stdout or contextlib.nullcontext(()) as output:
+        for line in output:
+            lines.put(line)
+            expected -= 1
     if expected > 0:
         lines.put(None)
 

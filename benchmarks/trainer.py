@@ -114,6 +114,8 @@ class Trainer:
     ask: Callable[[list[tuple[str, str]]], None]
     server: Any
     world: int
+    meet: Callable[[int], None]
+    """Waits for the trainers of all ranks, whatever the system under test has for that."""
     laps: dict[str, float] = field(default_factory=dict)
     """Seconds of the parts of a step."""
 
@@ -194,7 +196,9 @@ def main() -> None:
     bucket_sizes = watch_bucket_size(server)
     if world > 1 or systems[0].startswith("upstream"):
         server.init_process_group()
-    trainer = Trainer(share, weights, pattern, lambda handles: orders.put(handles[rank][1]), server, world)
+    trainer = Trainer(
+        share, weights, pattern, lambda handles: orders.put(handles[rank][1]), server, world, meeting(rank, world)
+    )
     number = 0
     for system in systems:
         for step in range(steps):
@@ -229,6 +233,19 @@ def flat_weights(tensors: Sequence[Tensor], place: torch.device) -> dict[str, to
     return weights
 
 
+def meeting(rank: int, world: int) -> Callable[[int], None]:
+    """Where all ranks wait for each other, before each step."""
+    place = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]) + 7)
+    store = torch.distributed.TCPStore(*place, world, rank == 0)
+
+    def meet(number: int) -> None:
+        if store.add(f"here-{number}", 1) == world:
+            store.set(f"all-{number}", "here")
+        store.wait([f"all-{number}"])
+
+    return meet
+
+
 def watch_bucket_size(server: Any) -> list[int]:  # noqa: ANN401 - of the system under test
     """Bytes of a bucket; ours says so beforehand, upstream finds out in every update."""
     if not hasattr(server, "_detect_bucket_size"):
@@ -250,7 +267,7 @@ def one_step(
     """Changes all weights, brings them over, and has them compared."""
     trainer.change(number)
     trainer.laps.clear()
-    trainer.server.store_based_barrier()
+    trainer.meet(number)
     begin, worked = time.perf_counter(), time.process_time()
     trainer.way(system)(number)
     whole, worked = time.perf_counter() - begin, time.process_time() - worked
