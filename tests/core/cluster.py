@@ -34,6 +34,7 @@ class Recorder:
     finishes: int = 0
     buckets: int = 0
     on_load: Callable[[], None] | None = None
+    on_finish: Callable[[], None] | None = None
 
     def begin(self, update: Update) -> None:
         self._maybe_fail("begin")
@@ -51,6 +52,8 @@ class Recorder:
             self.loaded[name] = tensor.clone()
 
     def finish(self) -> Mapping[str, str | int | float]:
+        if self.on_finish is not None:
+            self.on_finish()
         self._maybe_fail("finish")
         self.finishes += 1
         return {"tensors": len(self.loaded)}

@@ -43,6 +43,7 @@ from checkpoint_engine.link.messages import (
     Hello,
     Load,
     Loaded,
+    Released,
     TensorSlice,
     encode_buckets,
 )
@@ -157,6 +158,7 @@ def test_what_the_sender_says_arrives(pair: tuple[SenderChannel, ReceiverChannel
         hello("token"),
         Accepted(),
         Loaded(3, 0.25),
+        Released(),
         Finished("v7", 1.5, {"tensors": 3, "how": "fast", "share": 0.5}),
         Failed("load", "ValueError", "no such tensor", dirty=True),
         Aborted(dirty=False),

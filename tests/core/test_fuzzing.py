@@ -41,7 +41,7 @@ from checkpoint_engine.data_types import catalog_to_metas, metas_to_json
 from checkpoint_engine.deadline import Cancel, Deadline
 from checkpoint_engine.errors import CheckpointEngineError, LinkError
 from checkpoint_engine.link.channel import SenderChannel
-from checkpoint_engine.link.messages import Accepted, Failed, Finished, FromReceiver, Hello, Loaded
+from checkpoint_engine.link.messages import Accepted, Failed, Finished, FromReceiver, Hello, Loaded, Released
 from checkpoint_engine.planning.buckets import plan_buckets
 from checkpoint_engine.server.metas import parse_metas
 from checkpoint_engine.server.parameter_server import ParameterServer
@@ -104,6 +104,7 @@ FRAMES = [
         Hello(1, "token", "cpu:0", "0.1.0", "2.11", 7, ("a",)),
         Accepted((None, ((0, 4),))),
         Loaded(3, 0.5),
+        Released(),
         Finished("v", 0.5, {"a": 1, "b": "c"}),
         Failed("load", "WorkerError", "because", dirty=True),
     )

@@ -219,6 +219,26 @@ def test_staging_grows_with_the_plan_and_does_not_shrink(pair: Cluster) -> None:
     assert mapped[1] == mapped[2]
 
 
+@pytest.mark.parametrize("staging", ["release", "persistent"])
+def test_engines_complete_an_update_without_staging_unless_that_is_kept(
+    clusters: Callable[[int], Cluster], monkeypatch: pytest.MonkeyPatch, staging: str
+) -> None:
+    """What a layer needs to be repacked in may be just what staging took: an old script asks for buckets of 8 GiB."""
+    monkeypatch.setenv("PS_STAGING", staging)
+    pair = clusters(2)
+    content = tensors()
+    pair.register("a", content)
+    loading: list[int] = []
+    finishing: list[bool] = []
+    for recorder in pair.recorders:
+        recorder.on_load = lambda: loading.append(len(stagings_of(os.getpid())))
+        recorder.on_finish = lambda: finishing.append(within(1, lambda: not stagings_of(os.getpid())))
+    check(pair.update("a"))
+    assert_delivered(pair, content)
+    assert set(loading) == {2}  # of two ranks; here they and their workers are one process
+    assert finishing == [staging == "release"] * 2
+
+
 @pytest.mark.parametrize("phase", ["begin", "load", "finish"])
 def test_nothing_is_kept_after_a_failure(pair: Cluster, phase: str) -> None:
     content = tensors()

@@ -9,6 +9,7 @@ One update, in order:
                        <-        Load            one for each bucket, several may be under way
     Loaded             ->                        one for each Load, in the same order
                        <-        Finish          once every rank has loaded everything
+    Released           ->                        only without a lease: staging is unmapped, and the engine goes on
     Finished           ->
     Failed             ->                        instead of any answer
                        <-        Abort           instead of any request
@@ -45,6 +46,7 @@ __all__ = [
     "Hello",
     "Load",
     "Loaded",
+    "Released",
     "TensorSlice",
     "Wanted",
     "decode_buckets",
@@ -52,7 +54,7 @@ __all__ = [
     "name_of_layout",
 ]
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Raised whenever a message changes its meaning; both sides must state the same."""
 
 WORKER_NAME = "worker:"
@@ -172,6 +174,10 @@ class Loaded(msgspec.Struct, frozen=True, tag=True):
     began: float = 0.0
 
 
+class Released(msgspec.Struct, frozen=True, tag=True):
+    """The receiver has unmapped the staging memory, and now completes the update; the sender may free it."""
+
+
 class Finished(msgspec.Struct, frozen=True, tag=True):
     """The engine holds exactly this version. `details` are its sink's figures; see `contract.figures`."""
 
@@ -199,5 +205,5 @@ class Aborted(msgspec.Struct, frozen=True, tag=True):
     dirty: bool
 
 
-FromReceiver = Hello | Accepted | Loaded | Finished | Failed | Aborted
+FromReceiver = Hello | Accepted | Loaded | Released | Finished | Failed | Aborted
 FromSender = Begin | Load | Finish | Abort

@@ -23,7 +23,7 @@ from checkpoint_engine.deadline import Cancel, Deadline
 from checkpoint_engine.device import Device, Mapped
 from checkpoint_engine.device.memory import Memory
 from checkpoint_engine.device.segments import MappedSegments, Part
-from checkpoint_engine.errors import CheckpointEngineError, LinkError, LinkRefusedError, WorkerError
+from checkpoint_engine.errors import CheckpointEngineError, LinkClosedError, LinkError, LinkRefusedError, WorkerError
 from checkpoint_engine.link.channel import ReceiverChannel, connect
 from checkpoint_engine.link.messages import (
     PROTOCOL,
@@ -39,6 +39,7 @@ from checkpoint_engine.link.messages import (
     Hello,
     Load,
     Loaded,
+    Released,
     TensorSlice,
     Wanted,
 )
@@ -183,11 +184,11 @@ class _Reception:
                 layout = self._cache.layouts.layout_of(begin, self._offered)
                 self._begin(begin, layout)
                 self._load_all(begin, layout, staging)
+                self._let_go(begin, staging)
                 details, seconds = self._finish()
         except Exception as error:
             self._say_goodbye(error)
             raise
-        # Only now: the sender frees the staging memory once it hears this.
         self._say_finished(Finished(begin.version, seconds, details))
         return Received(
             version=begin.version,
@@ -257,6 +258,16 @@ class _Reception:
             raise LinkError(f"a bucket lies in segment {segment} of staging memory, which has one")
         return mapped.tensor
 
+    def _let_go(self, begin: Begin, staging: Mapped) -> None:
+        """Unmaps staging before the engine completes the update, which may take memory, unless it is to stay mapped.
+
+        Nothing refers to it any more: a sink has copied what it needs for longer than its `load`.
+        """
+        if not begin.staging.lease:
+            staging.close()
+            with contextlib.suppress(LinkClosedError):  # all workers have everything: this one completes it all the same
+                self._send(Released())
+
     def _finish(self) -> tuple[dict[str, str | int | float], float]:
         """Completes the update; it has, once the device has done all that it was told."""
         self._phase = Phase.FINISH
@@ -277,7 +288,7 @@ class _Reception:
 
     @contextlib.contextmanager
     def _aborting_on_error(self) -> Generator[None]:
-        """Puts the engine into a known state while the staging memory, which it may refer to, is still mapped."""
+        """Puts the engine into a known state while memory that it may refer to is still mapped."""
         try:
             yield
         except Exception:
@@ -304,7 +315,7 @@ class _Reception:
             raise SenderAbortedError(f"the parameter server gave the update up: {message.reason}")
         return message
 
-    def _send(self, message: Accepted | Loaded | Finished) -> None:
+    def _send(self, message: Accepted | Loaded | Released | Finished) -> None:
         self._channel.send(message, self._deadline)
 
 

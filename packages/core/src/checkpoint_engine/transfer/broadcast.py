@@ -118,6 +118,11 @@ class Broadcast(Transport):
             raise CheckpointStateError("a broadcast is prepared before it runs")
         self._pipeline.run(workers.links[0])
 
+    def let_go(self) -> None:
+        """See `Transport`; the pipeline has done its part."""
+        self._pipeline = None
+        super().let_go()
+
     def close(self) -> None:
         """Stops fetching, if there is anything to fetch."""
         for each in (self._source, self._gate):

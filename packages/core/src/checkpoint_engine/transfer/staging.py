@@ -67,8 +67,15 @@ class StagingCache:
             yield
             done = True
         finally:
-            if not done or not (self._keep or self._exported is not None):
+            if done:
+                self.free_unless_kept()
+            else:
                 self.release()
+
+    def free_unless_kept(self) -> None:
+        """Frees what is for one update only; the worker has unmapped it."""
+        if not self._keep and self._exported is None:
+            self.release()
 
     def export(self, memory: ExportedMemory) -> None:
         """Uses memory that is not staging in its place; the worker keeps its mapping if that is of the same memory."""

@@ -1,6 +1,6 @@
 """What a transport is: one object for one update on one rank, which brings its bytes to the engine's workers.
 
-Its life: `introduce`, `settle`, `plan`, `prepare`, `run`, `confirm`, `finished`, `close`. Whatever goes wrong, `close`
+Its life: `introduce`, `settle`, `plan`, `prepare`, `run`, `confirm`, `let_go`, `finished`, `close`. Whatever goes wrong, `close`
 comes last. On ranks whose engines are not updated it ends with `plan`. A new transport is a class here beside the
 others, a name in `methods` and a line in `transports`.
 """
@@ -172,6 +172,10 @@ class Transport(ABC):
         Raises:
             PeerMovedError: its holder had something else by then.
         """
+
+    def let_go(self) -> None:
+        """Frees memory for one update that no worker has mapped any more, while the engines complete the update."""
+        self._rank.stagings.free_unless_kept()
 
     def finished(self) -> None:  # noqa: B027 - most have nothing to do
         """All engines have completed the update."""

@@ -213,7 +213,7 @@ class UpdateRun:
         self._progress.phase = Phase.FINISH
         finishing = time.perf_counter()
         with self._clock.step("worker finishes"):
-            details = self._workers.finish()
+            details = self._workers.finish(self._transport.let_go)
         self._rank.stagings.leave_with_workers(self._workers.channels)
         self._agree("finished")
         self.all_finished = True

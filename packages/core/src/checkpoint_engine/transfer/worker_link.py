@@ -37,6 +37,7 @@ from checkpoint_engine.link.messages import (
     Hello,
     Load,
     Loaded,
+    Released,
     Wanted,
     encode_buckets,
 )
@@ -48,7 +49,7 @@ from checkpoint_engine.version import __version__
 __all__ = ["WorkerLink"]
 
 _NO_BUCKETS = encode_buckets(())
-_Answer = TypeVar("_Answer", Accepted, Loaded, Finished)
+_Answer = TypeVar("_Answer", Accepted, Loaded, Released, Finished)
 
 
 class WorkerLink:
@@ -61,6 +62,7 @@ class WorkerLink:
         self._deadline = deadline
         self._loading: deque[tuple[int, float]] = deque()
         self._over = False
+        self._lets_go = False
         self.held = Held.OLD
         """What the worker holds, as far as it has said so or nothing was sent to it."""
         self.done = -1
@@ -105,6 +107,7 @@ class WorkerLink:
             what.layout if known else "",
             tuple(remote),
         )
+        self._lets_go = not memory.memory.lease
         self._channel.send(message, self._deadline, memory.descriptors)
 
     def wait_until_ready(self) -> tuple[Wanted, ...]:
@@ -155,6 +158,15 @@ class WorkerLink:
         """Has the worker complete the update; does not wait."""
         self.held = Held.UNKNOWN
         self._channel.send(Finish(), self._deadline)
+
+    def wait_until_released(self) -> None:
+        """Waits until the worker has unmapped the staging memory, unless it keeps that.
+
+        Raises:
+            WorkerError: the worker failed.
+        """
+        if self._lets_go:
+            self._expect(Released, "unmapping the staging memory")
 
     def wait_until_finished(self) -> Finished:
         """Waits until it has.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from checkpoint_engine import limits
 from checkpoint_engine.contract.failure import Held
@@ -48,14 +48,19 @@ class WorkerLinks:
         """
         self.wanted = [link.wait_until_ready() for link in self.links]
 
-    def finish(self) -> dict[str, str | int | float]:
+    def finish(self, released: Callable[[], None]) -> dict[str, str | int | float]:
         """Has all complete the update side by side; returns what the first tells of itself.
+
+        Calls `released` as soon as none has staging memory mapped that is not to stay.
 
         Raises:
             WorkerError: one failed.
         """
         for link in self.links:
             link.ask_to_finish()
+        for link in self.links:
+            link.wait_until_released()
+        released()
         finished = [link.wait_until_finished() for link in self.links]
         return finished[0].details
 
