@@ -265,7 +265,7 @@ class _Reception:
         """
         if not begin.staging.lease:
             staging.close()
-            with contextlib.suppress(LinkClosedError):  # all workers have everything: this one completes it all the same
+            with contextlib.suppress(LinkClosedError):  # all have everything: it is completed all the same
                 self._send(Released())
 
     def _finish(self) -> tuple[dict[str, str | int | float], float]:

@@ -1,8 +1,8 @@
 """What a transport is: one object for one update on one rank, which brings its bytes to the engine's workers.
 
-Its life: `introduce`, `settle`, `plan`, `prepare`, `run`, `confirm`, `let_go`, `finished`, `close`. Whatever goes wrong, `close`
-comes last. On ranks whose engines are not updated it ends with `plan`. A new transport is a class here beside the
-others, a name in `methods` and a line in `transports`.
+Its life: `introduce`, `settle`, `plan`, `prepare`, `run`, `confirm`, `let_go`, `finished`, `close`. Whatever goes
+wrong, `close` comes last. On ranks whose engines are not updated it ends with `plan`. A new transport is a class here
+beside the others, a name in `methods` and a line in `transports`.
 """
 
 from __future__ import annotations
