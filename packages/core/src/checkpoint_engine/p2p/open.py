@@ -22,6 +22,7 @@ from checkpoint_engine.host.network_cards import (
     gpu_of_host,
     select_cards,
 )
+from checkpoint_engine.host.pci import gpu_addresses, pair_cards, path_of, path_of_card
 from checkpoint_engine.p2p.mooncake import CHECKS_ADDRESSES, MooncakeEngine, Transport, installed_version
 from checkpoint_engine.p2p.store import P2PStore
 from checkpoint_engine.settings import P2PSettings
@@ -100,7 +101,17 @@ def transport_of_this_process(settings: P2PSettings, local_gpu: int, gpus_seen: 
     allowed = select_cards(find_cards(), os.environ.get(DEVICES_VARIABLE), os.environ.get(NCCL_VARIABLE))
     gpu, gpus = gpu_of_host(local_gpu, os.environ.get("CUDA_VISIBLE_DEVICES"), find_gpus(), gpus_seen)
     memlock = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
-    return choose_transport(settings.transport, cards_for_gpu(allowed, gpu, gpus), memlock)
+    return choose_transport(settings.transport, _cards_of(allowed, gpu, gpus), memlock)
+
+
+def _cards_of(allowed: Sequence[Card], gpu: int, gpus: int) -> list[Card]:
+    """In the order in which somebody has named them, else what is near on the bus."""
+    named = os.environ.get(DEVICES_VARIABLE) or os.environ.get(NCCL_VARIABLE, "^")
+    addresses = gpu_addresses()
+    if not named.startswith("^") or len(addresses) != gpus:
+        return cards_for_gpu(allowed, gpu, gpus)
+    paths = {card: path_of_card(card) for card in allowed}
+    return pair_cards(allowed, paths, [path_of(address) for address in addresses], gpu)
 
 
 def open_p2p_store(settings: P2PSettings, host: str, local_gpu: int, gpus_seen: int) -> P2PStore:
