@@ -53,7 +53,7 @@ class SGLangSink(EngineSink):
 
         def enter(model: PlannedModel, names: Mapping[str, str]) -> ModelUpdate:
             ladder = self._ladders[model.runner.role]
-            ladder.begin(update.reload, model)
+            ladder.begin(update.reload, model, compared=update.compared)
             return ModelUpdate(model, names, ladder)
 
         self._updates = []

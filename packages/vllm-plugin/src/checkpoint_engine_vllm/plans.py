@@ -47,6 +47,8 @@ def open_reload(
     shared: frozenset[torch.nn.Module] = frozenset(),
     obstacle: str = "",
     tensors: Mapping[str, TensorSpec] | None = None,
+    *,
+    compared: bool = False,
 ) -> AnyReload:
     """The reload of `model` for one update.
 
@@ -59,6 +61,7 @@ def open_reload(
         repairs: What vLLM forgets.
         shared: Modules of another model, whose reload fills them.
         obstacle: Why the plan cannot be used.
+        compared: Whether what copies bring is compared although they are trusted.
         tensors: What comes, if other processes may learn that the plan was proved, and this one from them.
 
     Raises:
@@ -68,7 +71,7 @@ def open_reload(
     if mode != "loader" and plan is not None and plan.is_complete:
         known = plan  # what is recorded is this one
         layers = ladder.layers_for(_bindings(plan, model, shared), lambda: Layers(known, model, shared), tensors)
-    rung = ladder.begin(mode, layers, obstacle=obstacle or "its loader cannot be run without data")
+    rung = ladder.begin(mode, layers, obstacle=obstacle or "its loader cannot be run without data", compared=compared)
     if layers is None or rung is Rung.LOADER:
         return LayerwiseReload(model, model_config, repairs, shared, plan=plan)
     if rung is Rung.PROOF:

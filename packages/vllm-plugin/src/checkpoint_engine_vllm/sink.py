@@ -118,6 +118,7 @@ class VllmSink(EngineSink):
             self._repairs(),
             obstacle=why,
             tensors=served if draft is None else None,  # beside a draft model, both prove theirs
+            compared=update.compared,
         )
 
     def open(self, update: Update) -> None:

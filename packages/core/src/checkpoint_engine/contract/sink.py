@@ -36,6 +36,8 @@ class Update:
     reload: ReloadMode = "auto"
     open_ended: bool = False
     """Whether nobody can say beforehand what comes: `tensors` is empty, and what is missing shows at the end."""
+    compared: bool = False
+    """Whether every copy by reload plan is to be compared with what came, also once the plan is trusted."""
 
 
 class WeightSink(Protocol):

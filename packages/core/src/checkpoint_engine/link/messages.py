@@ -135,6 +135,8 @@ class Begin(msgspec.Struct, frozen=True, tag=True):
     layout: str = ""
     away: tuple[int, ...] = ()
     """Buckets that are to be fetched from other hosts: the receiver says what it wants of them."""
+    checksums: bool = False
+    """Whether the receiver takes checksums of all tensors, for `Finish`, and compares all copies that it makes."""
 
 
 class Load(msgspec.Struct, frozen=True, tag=True):
@@ -149,6 +151,9 @@ class Load(msgspec.Struct, frozen=True, tag=True):
 
 class Finish(msgspec.Struct, frozen=True, tag=True):
     """Everything was sent, and every worker has loaded it."""
+
+    sums: tuple[int, ...] = ()
+    """Where they were asked for: checksums of all tensors where they were sent from, in the order of the buckets."""
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):

@@ -46,6 +46,7 @@ from checkpoint_engine.link.messages import (
 from checkpoint_engine.receiver.cache import ReceiverCache, process_cache
 from checkpoint_engine.receiver.deliveries import DeliveryCache, view_bucket
 from checkpoint_engine.receiver.layouts import UpdateLayout
+from checkpoint_engine.receiver.received_sums import ReceivedSums
 from checkpoint_engine.receiver.scattered import ShardAssembly
 from checkpoint_engine.version import __version__
 
@@ -176,6 +177,7 @@ class _Reception:
         self._complete = False
         """Whether they are those of this update."""
         self._load_seconds = 0.0
+        self._sums: ReceivedSums | None = None
 
     def run(self) -> Received:
         start = time.perf_counter()
@@ -218,7 +220,9 @@ class _Reception:
             self._sink = _verifier_of(self._sink)
         mode = mode_of(begin.reload)
         self._begun = True
-        self._sink.begin(Update(self._name, begin.checkpoint, begin.version, layout.tensors, mode))
+        self._sink.begin(
+            Update(self._name, begin.checkpoint, begin.version, layout.tensors, mode, compared=begin.checksums)
+        )
         self._send(Accepted(tuple(_wanted(self._sink, layout.buckets[index].entries) for index in begin.away)))
 
     def _load_all(self, begin: Begin, layout: UpdateLayout, staging: Mapped) -> None:
@@ -226,12 +230,16 @@ class _Reception:
         buckets = layout.buckets
         deliveries = _Deliveries(layout, self._cache.deliveries, staging, begin.staging, self._device.torch_device)
         done: set[int] = set()
+        if begin.checksums:
+            self._sums = ReceivedSums(layout, self._device.torch_device)
         while (message := self._next_load(len(buckets), done)) is not None:
             began = time.perf_counter()
             done.add(message.bucket)
             delivery = deliveries.of(message, lambda segment: self._part(staging, segment))
             if delivery is not None:
                 self._sink.load(delivery)
+            if self._sums is not None:
+                self._sums.take(message, self._part(staging, message.segment))
             if _is_overwritten(staging, message) or len(done) == len(buckets):
                 self._device.synchronize()
             seconds = time.perf_counter() - began
@@ -244,6 +252,8 @@ class _Reception:
         """The next bucket; None once the parameter server says that there are no more."""
         message = self._receive("the next bucket")
         if isinstance(message, Finish):
+            if self._sums is not None and len(done) == buckets:
+                self._sums.check(message.sums)
             return None
         if not isinstance(message, Load) or not 0 <= message.bucket < buckets:
             raise LinkError(f"expected a bucket, {message} came")

@@ -43,7 +43,7 @@ class ReferenceSink(EngineSink):
     def open(self, update: Update) -> None:
         """Finds out how to take it over."""
         self._written = False
-        self._reloader.begin(update.tensors, update.reload)
+        self._reloader.begin(update.tensors, update.reload, compared=update.compared)
 
     def wanted(self, bucket: Sequence[tuple[str, int]]) -> tuple[tuple[int, int], ...] | None:
         """Only what the plan copies, once it is checked."""

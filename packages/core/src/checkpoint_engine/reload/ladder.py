@@ -179,13 +179,14 @@ class Ladder(Generic[_Layers]):
         if self._climb is not None:
             self._climb.stage, self._climb.proved_elsewhere = PlanStage.RECORDED, False
 
-    def begin(self, mode: ReloadMode, layers: _Layers | None, *, obstacle: str = "") -> Rung:
+    def begin(self, mode: ReloadMode, layers: _Layers | None, *, obstacle: str = "", compared: bool = False) -> Rung:
         """Begins an update.
 
         Args:
             mode: How it is to be taken over.
             layers: As `layers_for` gave them; None if the model has no plan.
             obstacle: Why it has none.
+            compared: Whether what copies bring is compared although they are trusted.
 
         Raises:
             WeightsRejectedError: nothing but the plan may be used, and it does not cover everything.
@@ -204,6 +205,8 @@ class Ladder(Generic[_Layers]):
         if not layers.targets:
             return self.rung
         self.rung = (Rung.PROOF, Rung.CHECK, Rung.PLAN)[self.stage]
+        if compared and self.rung is Rung.PLAN:
+            self.rung = Rung.CHECK
         if self.rung is Rung.PROOF:
             self.reason = "the first update proves the plan"
         if self.rung is not Rung.PLAN:

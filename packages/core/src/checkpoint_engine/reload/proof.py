@@ -11,7 +11,7 @@ from checkpoint_engine.reload.overheads import without_functions
 from checkpoint_engine.reload.plan import Fill, Piece, ReloadPlan
 from checkpoint_engine.reload.replay import view_of
 
-__all__ = ["Checksums", "Numbered", "Proof"]
+__all__ = ["Checksums", "Numbered", "NumberedSums", "Proof"]
 
 _CHUNK = 1 << 20
 """Words that have weights of their own; what is longer is summed in chunks."""
@@ -79,10 +79,11 @@ def _words(tensors: list[torch.Tensor]) -> torch.Tensor:
     return raw.view(torch.int64)
 
 
-class _Sums:
+class NumberedSums:
     """Checksums of numbered pieces, many at a time."""
 
     def __init__(self, checksums: Checksums) -> None:
+        """Begins without any."""
         self._checksums = checksums
         self._taken: list[tuple[list[int], torch.Tensor]] = []
         self._known: dict[int, int] = {}
@@ -133,7 +134,7 @@ class Proof:
             self._of_source.setdefault(piece.source, []).append((number, piece))
         for number, write in enumerate(self._writes):
             self._of_target.setdefault(write.target, []).append((number, write))
-        self._expected, self._found = _Sums(self.checksums), _Sums(self.checksums)
+        self._expected, self._found = NumberedSums(self.checksums), NumberedSums(self.checksums)
         self._short: dict[str, str] = {}
         """Targets in which something is not written, and a tensor that comes into them."""
 

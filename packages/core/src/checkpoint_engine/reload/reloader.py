@@ -76,8 +76,8 @@ class Reloader:
         self._nbytes = {True: 0, False: 0}
         """Bytes that came by plan, and by the loader."""
 
-    def begin(self, tensors: Mapping[str, TensorSpec], mode: ReloadMode) -> None:
-        """Starts an update.
+    def begin(self, tensors: Mapping[str, TensorSpec], mode: ReloadMode, *, compared: bool = False) -> None:
+        """Starts an update; `compared` as in `Update`.
 
         Raises:
             WeightsRejectedError: nothing but the plan may be used, and it does not cover everything.
@@ -86,7 +86,7 @@ class Reloader:
         layers = None
         if mode != "loader":
             layers = self._ladder.layers_for(dict(tensors), lambda: self._record(tensors), tensors)
-        rung = self._ladder.begin(mode, layers)
+        rung = self._ladder.begin(mode, layers, compared=compared)
         self._layers = layers if rung.by_plan else None
 
     def wanted(self, bucket: Sequence[tuple[str, int]]) -> tuple[tuple[int, int], ...] | None:

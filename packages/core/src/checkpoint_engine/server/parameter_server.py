@@ -461,6 +461,7 @@ class ParameterServer:
                 keep=keep,
                 workers=workers,
                 rollback=rollback,
+                checksum=self._settings.checksum,
             )
         )
 

@@ -93,6 +93,7 @@ class Broadcast(Transport):
             cancel=self._update.cancel,
             progress=self._rank.progress,
             clock=clock,
+            sums=self.sums,
         )
         progress = self._rank.progress
         before, progress.phase = progress.phase, Phase.LOAD  # what fails here fails to be loaded, only earlier

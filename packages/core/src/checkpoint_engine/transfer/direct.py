@@ -7,7 +7,7 @@ ranks of other hosts hold is fetched, as far as the workers of this one want it 
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from msgspec.structs import replace
 
@@ -22,6 +22,7 @@ from checkpoint_engine.transfer.methods import Method
 from checkpoint_engine.transfer.order import UpdateOrder
 from checkpoint_engine.transfer.remote import RemoteBuckets, unite
 from checkpoint_engine.transfer.report import Progress, StageClock
+from checkpoint_engine.transfer.sources import find_bucket
 from checkpoint_engine.transfer.transport import Prepared, Transport, UpdateContext
 from checkpoint_engine.transfer.worker_link import WorkerLink
 from checkpoint_engine.transfer.worker_links import WorkerLinks
@@ -127,9 +128,17 @@ class Direct(Transport):
             cancel=self._update.cancel,
             progress=self._rank.progress,
             clock=self._update.clock,
+            take_sums=self._take_sums,
         ).run()
         if self._remote is not None:
             self._remote.complete = True
+
+    def _take_sums(self, index: int) -> None:
+        if self.sums is None or self._plan is None:
+            return
+        bucket = self._plan.buckets[index]
+        if bucket.owner == self._update.number:
+            self.sums.take(index, find_bucket(self._update.held, bucket, self._order.catalog.name))
 
     def close(self) -> None:
         """Stops fetching. What is exported stays, and with it what workers have mapped."""
@@ -200,6 +209,7 @@ class DirectPipeline:
         cancel: Cancel,
         progress: Progress,
         clock: StageClock,
+        take_sums: Callable[[int], None],
     ) -> None:
         self._plan = plan
         self._exported = exported
@@ -213,6 +223,7 @@ class DirectPipeline:
         self._cancel = cancel
         self._progress = progress
         self._clock = clock
+        self._take_sums = take_sums
 
     def run(self) -> None:
         """Returns once the workers have taken everything.
@@ -244,6 +255,7 @@ class DirectPipeline:
         for link in self._links:
             link.load(index, bucket.start, self._exported.number(bucket.owner, bucket.segment))
         self._sent.append(index)
+        self._take_sums(index)
 
     def _pass_on(self, remote: RemoteBuckets, index: int) -> None:
         if not remote.source.ready(index):

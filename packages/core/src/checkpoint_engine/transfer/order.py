@@ -51,6 +51,9 @@ class UpdateOrder:
     rollback: bool = False
     """Whether engines get back what the update before brought, should this one fail half-way."""
 
+    checksum: bool = False
+    """Whether what arrives is compared with what was sent, and what copies have written with what arrived."""
+
     def __post_init__(self) -> None:
         """Refuses what no transport could do.
 

@@ -21,6 +21,7 @@ from checkpoint_engine.planning.buckets import BucketPlan
 from checkpoint_engine.planning.staging import StagingRange
 from checkpoint_engine.transfer.gate import BroadcastGate
 from checkpoint_engine.transfer.report import Progress, StageClock
+from checkpoint_engine.transfer.sent_sums import SentSums
 from checkpoint_engine.transfer.sources import BucketSource
 from checkpoint_engine.transfer.trace import DeviceClock, Span, covered
 from checkpoint_engine.transfer.worker_link import WorkerLink
@@ -60,6 +61,7 @@ class BroadcastPipeline:
         cancel: Cancel,
         progress: Progress,
         clock: StageClock,
+        sums: SentSums | None = None,
     ) -> None:
         """Prepares.
 
@@ -75,6 +77,7 @@ class BroadcastPipeline:
             cancel: Thrown when another rank or the engine has failed.
             progress: Kept up to date.
             clock: Gets the seconds of each stage.
+            sums: Gets the bytes of this rank's own buckets, where checksums are wanted.
         """
         self._rank = rank
         self._plan = plan
@@ -87,6 +90,7 @@ class BroadcastPipeline:
         self._cancel = cancel
         self._progress = progress
         self._clock = clock
+        self._sums = sums
         self._copies = device.stream()
         self._broadcasts = device.stream()
         self._own = [index for index, bucket in enumerate(plan.buckets) if bucket.owner == rank]
@@ -130,6 +134,8 @@ class BroadcastPipeline:
         begin = self._copies.record()
         self._copies.copy(self._view(index), source)
         self._copied[index] = _Span(begin, self._copies.record())
+        if self._sums is not None:
+            self._sums.take(index, source)
         self._next_copy += 1
         return True
 

@@ -28,6 +28,7 @@ from checkpoint_engine.transfer.methods import Method
 from checkpoint_engine.transfer.order import UpdateOrder
 from checkpoint_engine.transfer.remote import RingCache
 from checkpoint_engine.transfer.report import Progress, StageClock
+from checkpoint_engine.transfer.sent_sums import SentSums
 from checkpoint_engine.transfer.staging import StagingCache
 from checkpoint_engine.transfer.worker_links import WorkerLinks
 
@@ -93,6 +94,8 @@ class Transport(ABC):
     """What it is called in reports."""
     yields_to_p2p: ClassVar[bool] = False
     """Whether P2P takes its place where that is needed; else it refuses."""
+    sums: SentSums | None = None
+    """Takes the checksums of what this rank sends, where somebody wants them; from `plan` on."""
     staging = "none"
     """For people: through which memory the bytes went."""
 

@@ -24,6 +24,7 @@ from checkpoint_engine.source.store import Registered
 from checkpoint_engine.transfer.introduction import Introduction, addresses_of, decode_introductions
 from checkpoint_engine.transfer.order import UpdateOrder
 from checkpoint_engine.transfer.report import StageClock, UpdateReport
+from checkpoint_engine.transfer.sent_sums import AfterLoading, SentSums
 from checkpoint_engine.transfer.trace import Trace
 from checkpoint_engine.transfer.transport import Prepared, RankResources, Transport, UpdateContext
 from checkpoint_engine.transfer.watch import EngineRequest, Watch
@@ -166,6 +167,8 @@ class UpdateRun:
         plan = self._transport.plan(ranks)
         self._progress.buckets, self._progress.nbytes = len(plan.buckets), plan.nbytes
         self._progress.buckets_done = self._progress.bytes_done = 0
+        if self._order.checksum:
+            self._transport.sums = SentSums(plan)
         return plan
 
     def _meet_workers(
@@ -199,6 +202,7 @@ class UpdateRun:
                     prepared.memory,
                     word_for(order.operation, order.reload),
                     prepared.remote,
+                    checksums=order.checksum,
                 )
             self._workers.wait_until_ready()
         self._agree("connected")
@@ -209,11 +213,11 @@ class UpdateRun:
     def _complete(self, request: EngineRequest) -> dict[str, str | int | float]:
         """Has the worker finish once all ranks' workers have loaded everything; returns what it tells of itself."""
         self._transport.confirm()
-        self._agree_on_loaded()
+        sums = self._agree_on_loaded()
         self._progress.phase = Phase.FINISH
         finishing = time.perf_counter()
         with self._clock.step("worker finishes"):
-            details = self._workers.finish(self._transport.let_go)
+            details = self._workers.finish(self._transport.let_go, sums)
         self._rank.stagings.leave_with_workers(self._workers.channels)
         self._agree("finished")
         self.all_finished = True
@@ -225,15 +229,21 @@ class UpdateRun:
         self._clock.lap(Phase.FINISH.value, finishing)
         return details
 
-    def _agree_on_loaded(self) -> None:
-        """All workers have everything, and nothing that it came from has changed meanwhile, as far as one looks."""
-        can_change = self._held is not None and self._held.can_change
+    def _agree_on_loaded(self) -> tuple[int, ...]:
+        """All workers have everything, and nothing that it came from has changed meanwhile, as far as one looks.
+
+        Returns the checksums of all that was sent, where they were asked for.
+        """
+        sums = self._transport.sums
+        mine = AfterLoading(self._held is not None and self._held.can_change, sums.taken() if sums is not None else {})
         with self._clock.step("wait for other ranks"):
-            loaded = self._gather("loaded", b"in place" if can_change else b"")
-        if any(loaded):
+            parts = self._gather("loaded", msgspec.msgpack.encode(mine))
+        loaded = [msgspec.msgpack.decode(part, type=AfterLoading) for part in parts]
+        if any(rank.can_change for rank in loaded):
             if self._held is not None:
                 self._held.check()
             self._agree("sure of what was sent")
+        return sums.united(loaded) if sums is not None else ()
 
     def _agree(self, what: str) -> None:
         with self._clock.step("wait for other ranks"):

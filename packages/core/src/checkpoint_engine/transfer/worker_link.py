@@ -88,10 +88,12 @@ class WorkerLink:
         memory: ExportedMemory,
         reload: WireMode,
         remote: Sequence[int] = (),
+        *,
+        checksums: bool = False,
     ) -> None:
         """Announces the update; the worker then makes itself ready for it.
 
-        Of the buckets in `remote` it says what it wants.
+        Of the buckets in `remote` it says what it wants; with `checksums` it compares what arrives.
         """
         known = what.layout in self._hello.layouts
         message = Begin(
@@ -106,6 +108,7 @@ class WorkerLink:
             reload,
             what.layout if known else "",
             tuple(remote),
+            checksums,
         )
         self._lets_go = not memory.memory.lease
         self._channel.send(message, self._deadline, memory.descriptors)
@@ -154,10 +157,10 @@ class WorkerLink:
             for index, (began, seconds) in self.loads.items()
         ]
 
-    def ask_to_finish(self) -> None:
-        """Has the worker complete the update; does not wait."""
+    def ask_to_finish(self, sums: tuple[int, ...]) -> None:
+        """Has the worker complete the update, once it has compared checksums, if any; does not wait."""
         self.held = Held.UNKNOWN
-        self._channel.send(Finish(), self._deadline)
+        self._channel.send(Finish(sums), self._deadline)
 
     def wait_until_released(self) -> None:
         """Waits until the worker has unmapped the staging memory, unless it keeps that.

@@ -48,16 +48,17 @@ class WorkerLinks:
         """
         self.wanted = [link.wait_until_ready() for link in self.links]
 
-    def finish(self, released: Callable[[], None]) -> dict[str, str | int | float]:
+    def finish(self, released: Callable[[], None], sums: tuple[int, ...] = ()) -> dict[str, str | int | float]:
         """Has all complete the update side by side; returns what the first tells of itself.
 
-        Calls `released` as soon as none has staging memory mapped that is not to stay.
+        With `sums` of all tensors they compare those first. Calls `released` as soon as none has staging memory mapped
+        that is not to stay.
 
         Raises:
             WorkerError: one failed.
         """
         for link in self.links:
-            link.ask_to_finish()
+            link.ask_to_finish(sums)
         for link in self.links:
             link.wait_until_released()
         released()
