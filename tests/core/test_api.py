@@ -110,13 +110,21 @@ def test_a_checkpoint_reaches_an_engine_over_http(
             assert report["buckets"] > 2
             assert report["seconds"]["total"] > 0
         assert_holds(engine, checkpoints / name)
+    how = {"inference_group_ranks": [0, 1], "version": "v-part"}
+    for answer in update(ranks, "b", rpc(engine), only=["*.norm.weight"], **how):
+        assert answer.status_code == 200, answer.text
+        assert (answer.json()["tensors"], answer.json()["engine"]["partial"]) == (1, 1)
+    nothing = update(ranks, "b", rpc(engine), only=["nosuch"], **how)
+    assert [error_of(answer) for answer in nothing] == ["SettingError"] * 2
+    assert all(each.status_code == 200 for each in update(ranks, "a", rpc(engine), **{**how, "version": "v-a"}))
+    assert_holds(engine, checkpoints / "a")
     current = ranks.clients[1].get("/v1/updates/current").json()
     assert current["running"] is None
     assert current["last"]["version"] == "v-a"
     assert current["last_error"] is None
     assert current["last"]["trace"] is None
     told = ranks.clients[1].get("/metrics").text
-    assert 'checkpoint_engine_update_seconds_count{phase="total"} 3.0' in told
+    assert 'checkpoint_engine_update_seconds_count{phase="total"} 5.0' in told
     assert 'checkpoint_engine_weights_version_info{version="v-a"} 1.0' in told
     for rank, answer in enumerate(update(ranks, "b", rpc(engine), inference_group_ranks=[0, 1], trace=True)):
         trace = answer.json()["trace"]

@@ -33,6 +33,13 @@ def test_what_would_be_wrong_is_refused() -> None:
         NameRules(ignore=("a", "b*")).apply(["a", "bc"])
 
 
+def test_some_names_only() -> None:
+    rules = NameRules(ignore=("*.bias",), strip=("module.",), only=("a.*", "b"))
+    assert rules.apply(["module.a.x", "module.a.bias", "b", "c"]) == {"module.a.x": "a.x", "b": "b"}
+    with pytest.raises(SettingError, match=r"--only 'z\*' fits no tensor"):
+        NameRules(only=("a", "z*")).apply(["a", "b"])
+
+
 def test_rules_that_fit_nothing_are_known() -> None:
     rules = NameRules(ignore=("x.*", "a"), strip=("module.", "nosuch."))
     assert rules.unused(["module.a", "module.b"]) == ["x.*", "nosuch."]

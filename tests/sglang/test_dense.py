@@ -141,6 +141,32 @@ def test_by_plan_and_directly(
         assert on_a.state() == cold[name]
 
 
+def test_some_tensors_only(
+    on_a: Server, update_command: Update, checkpoints: Path, cold: dict[str, Any], weights: dict[str, Any]
+) -> None:
+    """Two parts make the whole, and a part is taken back by itself; what is fused comes whole or not at all."""
+    layer, rest = ("--only", "model.layers.1.*"), ("--only", "*", "--ignore", "model.layers.1.*")
+    for name, part, how, expected in (
+        ("qwen3-b", layer, (), None),
+        ("qwen3", layer, ("--method", "direct"), "qwen3"),
+        ("qwen3-b", layer, ("--reload", "loader"), None),
+        ("qwen3-b", rest, (), "qwen3-b"),
+    ):
+        done = update_command(checkpoints / name, on_a, "--engine", "sglang", *part, *how)
+        assert done.returncode == 0, done.stderr
+        state = on_a.state()
+        assert state == cold[expected] if expected else state not in cold.values()
+        worker = on_a.status()["workers"][0]
+        assert (worker["version"], worker["partial"], worker["whole_version"]) == (f"{name} (in part)", True, "qwen3")
+    done = update_command(checkpoints / "qwen3", on_a, "--engine", "sglang", "--only", "*.1.self_attn.q_proj.*")
+    assert done.returncode == 1
+    assert "model.layers.1.self_attn.qkv_proj.weight" in done.stderr
+    assert on_a.state() == cold["qwen3-b"]
+    push(on_a, weights["qwen3"], "qwen3")
+    assert on_a.state() == cold["qwen3"]
+    assert on_a.status()["workers"][0]["partial"] is False
+
+
 def test_the_weights_are_compared_with_a_checkpoint(
     on_a: Server, verify_command: Update, checkpoints: Path, cold: dict[str, Any]
 ) -> None:

@@ -17,6 +17,7 @@ import sys
 import traceback
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -124,6 +125,8 @@ class Engine:
         reload: Any = "auto",
         shards: int = 0,
         at_once: int | None = None,
+        only: tuple[str, ...] = (),
+        spill: str | None = None,
         *,
         lenient: bool = False,
         **change: Any,
@@ -131,6 +134,8 @@ class Engine:
         tensors = changed(read(checkpoint), **change)
         if draft is not None:
             tensors.update({f"draft_model.{name}": tensor for name, tensor in read(draft).items()})
+        if only:
+            tensors = {name: each for name, each in tensors.items() if any(fnmatchcase(name, one) for one in only)}
         specs = {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
         with ExitStack() as faults:
             faults.enter_context(mock.patch.dict(os.environ, {LENIENT: str(int(lenient))}))
@@ -139,11 +144,13 @@ class Engine:
                 faults.enter_context(lacking(thing))
             if alter is not None:
                 faults.enter_context(altered_plan(alter))
+            if spill is not None:
+                faults.enter_context(spilling_loader(compat.target_model(self.worker), spill))
             if fail_after is not None:
                 faults.enter_context(broken_loader(compat.target_model(self.worker), fail_after))
             adapter = self.adapter.verifier() if reload == "verify" else self.adapter
             try:
-                adapter.begin(Update("id", "test", Path(checkpoint).name, specs, reload))
+                adapter.begin(Update("id", "test", Path(checkpoint).name, specs, reload, partial=bool(only)))
                 for bucket in cut_off(buckets(tensors, bucket_bytes), break_after):
                     adapter.load(in_shards(bucket, shards) if shards else placed(bucket))
                     SCRATCH.fill_(0x41)
@@ -158,7 +165,7 @@ class Engine:
                     "dirty": self.adapter.dirty,
                 }
         held = {"dirty": self.adapter.dirty, "version": self.adapter.version, "opened": max(opened, default=0)}
-        return {"error": None, **held, "details": details}
+        return {"error": None, **held, **self.adapter.life.parts(), "details": details}
 
     def native(
         self, checkpoint: str, steps: str = "isuf", break_after: int | None = None, **change: Any
@@ -517,6 +524,23 @@ def watched_layers(at_once: int | None) -> Iterator[list[int]]:
         if at_once is not None:
             patches.enter_context(mock.patch.object(parting, "AT_ONCE", at_once))
         yield opened
+
+
+@contextmanager
+def spilling_loader(model: Any, parameter: str) -> Iterator[None]:
+    """Makes the model's loader write into a parameter that nothing was brought for."""
+    original = model.load_weights
+
+    def load_weights(weights: Any) -> Any:
+        loaded = original(weights)
+        model.get_parameter(parameter).data.add_(1)
+        return loaded
+
+    model.load_weights = load_weights
+    try:
+        yield
+    finally:
+        del model.load_weights
 
 
 @contextmanager

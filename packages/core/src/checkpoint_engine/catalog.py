@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -104,6 +104,14 @@ class Holding(msgspec.Struct, frozen=True):
     settling: float = 0.0
     """Seconds until `generation` tells of whoever wrote to segments that are files; 0 if none is."""
 
+    def only(self, chosen: Callable[[str], bool]) -> Holding:
+        """See `Catalog.only`."""
+        segments = tuple(
+            msgspec.structs.replace(segment, tensors=tuple(each for each in segment.tensors if chosen(each.name)))
+            for segment in self.segments
+        )
+        return msgspec.structs.replace(self, segments=segments)
+
 
 class Catalog(msgspec.Struct, frozen=True):
     """All that is known of one checkpoint, by holders in ascending order of rank."""
@@ -150,6 +158,10 @@ class Catalog(msgspec.Struct, frozen=True):
         for holding in self.holdings:
             for segment in holding.segments:
                 yield from segment.tensors
+
+    def only(self, chosen: Callable[[str], bool]) -> Catalog:
+        """The same with no other tensors than those whose names are chosen; holdings and segments stay."""
+        return msgspec.structs.replace(self, holdings=tuple(holding.only(chosen) for holding in self.holdings))
 
     def fingerprint(self) -> str:
         """SHA-256 over names, dtypes and shapes, whoever holds them: equal for checkpoints that are interchangeable."""

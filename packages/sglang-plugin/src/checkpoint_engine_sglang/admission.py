@@ -12,6 +12,7 @@ from checkpoint_engine.sdk import CheckpointEngineError, TensorSpec, Update, Wor
 from checkpoint_engine_sglang import quantised
 from checkpoint_engine_sglang.compat import Runner
 from checkpoint_engine_sglang.model_update import ModelUpdate
+from checkpoint_engine_sglang.part import refuse_part
 from checkpoint_engine_sglang.planned_model import PlannedModel
 
 __all__ = ["LENIENT", "Admission", "Agree", "Plan", "Verdict"]
@@ -70,7 +71,11 @@ class Admission:
                     _refuse_unsafe(runner)
                     specs = {own: update.tensors[name] for name, own in names.items()}
                     model = plan(runner, specs)
-                    self._refuse_unfit(model, specs, [one.model.runner for one in entered])
+                    if update.partial:
+                        refuse_part(model)
+                        _refuse(fit.TOO_LARGE, model.too_large(specs, self._tensor_parallel_size))
+                    else:
+                        self._refuse_unfit(model, specs, [one.model.runner for one in entered])
                     entered.append(enter(model, names))
         except CheckpointEngineError as error:
             self.agree(Verdict(error=str(error)))
@@ -110,7 +115,9 @@ def _unplaced(update: Update, entered: Sequence[ModelUpdate]) -> set[str]:
         dry_run, runner = one.model.dry_run, one.model.runner
         if dry_run.obstacle:
             return set()
-        left = dry_run.unplaced({own: update.tensors[name] for name, own in one.names.items()}, runner)
+        own_specs = {own: update.tensors[name] for name, own in one.names.items()}
+        # Of a part, nothing may come in vain.
+        left = own_specs.keys() - dry_run.placed if update.partial else dry_run.unplaced(own_specs, runner)
         found -= {name for name, own in one.names.items() if own not in left}
     return found
 

@@ -56,6 +56,9 @@ class Report(msgspec.Struct, frozen=True):
     update: str = ""
     """The one that brought its weights, as the client names it."""
     updating: bool = False
+    partial: bool = False
+    """Whether `version` brought a part of the weights, over those of `whole_version`."""
+    whole_version: str = ""
     error: str = ""
     phase: str = ""
     seconds: float = 0.0

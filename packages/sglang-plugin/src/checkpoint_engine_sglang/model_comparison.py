@@ -25,8 +25,8 @@ __all__ = ["ModelComparison"]
 class ModelComparison(ModelUpdate):
     """One model of a worker while a checkpoint passes by."""
 
-    def __init__(self, model: PlannedModel, names: Mapping[str, str]) -> None:
-        """Makes it.
+    def __init__(self, model: PlannedModel, names: Mapping[str, str], *, partial: bool = False) -> None:
+        """Makes it; of a checkpoint that is `partial`, nothing else is looked at.
 
         Raises:
             WeightsRejectedError: where tensors go is not known.
@@ -36,6 +36,7 @@ class ModelComparison(ModelUpdate):
         if not compat.is_reloading_by_itself(model.runner.model) and not model.is_fed_whole:
             model.rebuild_too(_to_be_opened(model))
         super().__init__(model, names, ModelLadder(LOADER, model.runner.role))
+        self._partial = partial
         self._proof = Proof(model.plan, model.device) if model.targets else None
         self._proved = {target for target in model.targets if not model.layer_of(target)}
         self.findings = Findings()
@@ -57,7 +58,8 @@ class ModelComparison(ModelUpdate):
         Raises:
             WorkerError: SGLang's processing failed, or the model did when it derived something.
         """
-        self._compare_derived()
+        if not self._partial:
+            self._compare_derived()
         for layer in list(self._open):
             self._close_layer(layer)
         wrong: Mapping[str, str] = {}
@@ -70,11 +72,12 @@ class ModelComparison(ModelUpdate):
         found.tensors += len(live)
         found.nbytes += sum(tensor.nbytes for tensor in live.values())
         found.different += sorted(wrong)
-        for name, value in self.model.dry_run.constants.items():
+        for name, value in self.model.dry_run.constants.items() if not self._partial else ():
             held = self.model.live(name)
             if held is not None:
                 found.note(name, held, value.to(held.device).expand(held.shape))
-        self._note_left_out({tensor.data_ptr() for tensor in live.values()})
+        if not self._partial:
+            self._note_left_out({tensor.data_ptr() for tensor in live.values()})
         self.abort()
 
     def _note_left_out(self, compared: set[int]) -> None:

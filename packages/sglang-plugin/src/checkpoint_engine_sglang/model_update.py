@@ -7,11 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 
 from checkpoint_engine.sdk import Tensors, UpdateFigures, WorkerError
-from checkpoint_engine.sdk.plans import give_to_loader, names_of, nbytes_of
+from checkpoint_engine.sdk.plans import Rung, give_to_loader, names_of, nbytes_of
 from checkpoint_engine_sglang import compat
 from checkpoint_engine_sglang.derived import derive
 from checkpoint_engine_sglang.dry_run import LOADER
 from checkpoint_engine_sglang.layouts import deriving_nothing
+from checkpoint_engine_sglang.part import Untouched
 from checkpoint_engine_sglang.planned_model import ModelLadder, PlannedModel, inverted
 from checkpoint_engine_sglang.rebuilding import OpenLayer, attributes, process_in_place, put_back
 from checkpoint_engine_sglang.whole_call import WholeCall
@@ -29,15 +30,20 @@ class ModelUpdate:
     processed once they have all of them.
     """
 
-    def __init__(self, model: PlannedModel, names: Mapping[str, str], ladder: ModelLadder) -> None:
+    def __init__(
+        self, model: PlannedModel, names: Mapping[str, str], ladder: ModelLadder, *, partial: bool = False
+    ) -> None:
         """Makes it.
 
         Args:
             model: What takes the weights.
             names: Name of a tensor -> its name in this model; others are not for it.
             ladder: What the update does with the plan: it has begun there.
+            partial: Whether these tensors are all that may change anything.
         """
         self.model = model
+        self._partial = partial
+        self._untouched = Untouched(model) if partial and ladder.rung is not Rung.PLAN else None
         self.names = names
         self._ladder = ladder
         self._by_plan = ladder.rung.by_plan
@@ -108,14 +114,14 @@ class ModelUpdate:
         """
         if self._call is not None:
             self._call.finish()
-        for layer, (_, layout) in self.model.rebuilt.items():
+        for layer, (_, layout) in self.model.rebuilt.items() if not self._partial else ():
             # What a checkpoint brings nothing for goes back to what it was at first.
             if layer not in self._done | self._open.keys() and all(
                 slot.initial is not None for _, slot in layout.slots
             ):
                 self._open_layer(layer)
         self._finish_in_place()
-        for name, value in self.model.dry_run.constants.items():
+        for name, value in self.model.dry_run.constants.items() if not self._partial else ():
             held = self.model.live(name)
             if held is not None:
                 held.copy_(value)
@@ -126,6 +132,8 @@ class ModelUpdate:
         if self._proof is not None:
             self._ladder.judge(self._proof.differing(self._proved))
         self._refuse_moved()
+        if self._untouched is not None:
+            self._untouched.check()
         self._ladder.succeeded()
 
     def abort(self) -> None:
@@ -205,8 +213,9 @@ class ModelUpdate:
         runner = self.model.runner
         if compat.is_reloading_by_itself(runner.model):
             return
+        filled = {target.rpartition(".")[0] for target in self.model.origins}
         for name, module, _ in compat.processed_modules(runner.model):
-            if name not in self.model.rebuilt:
+            if name not in self.model.rebuilt and not (self._partial and name not in filled):
                 process_in_place(name, module, runner)
 
     def _derive(self) -> None:

@@ -34,6 +34,8 @@ __all__ = ["SGLangSink"]
 class SGLangSink(EngineSink):
     """The sink of one worker; lives as long as the worker. See `checkpoint_engine.contract.engine_sink.EngineSink`."""
 
+    takes_parts = True
+
     def __init__(self, runners: Sequence[Runner], tensor_parallel_size: int, place: str = "") -> None:
         """Begins with what the engine started with; `place` is the worker's among the others, as people know it."""
         super().__init__()
@@ -43,18 +45,21 @@ class SGLangSink(EngineSink):
             return ModelLadder(LOADER, runner.role, lambda: KeptProofs(serving(runner, place)))
 
         self._ladders = {runner.role: new_ladder(runner) for runner in runners}
+        self._part_ladders = {runner.role: new_ladder(runner) for runner in runners}
+        """Of updates that bring some tensors only: they must not forget what is known of whole ones."""
         self._updates: list[ModelUpdate] = []
 
     def check(self, update: Update) -> None:
         """Checks the announced tensors with all workers of the engine; see `Admission.admit`."""
+        ladders = self._part_ladders if update.partial else self._ladders
 
         def plan(runner: Runner, specs: Mapping[str, TensorSpec]) -> PlannedModel:
-            return self._ladders[runner.role].model_for(runner, specs)
+            return ladders[runner.role].model_for(runner, specs)
 
         def enter(model: PlannedModel, names: Mapping[str, str]) -> ModelUpdate:
-            ladder = self._ladders[model.runner.role]
+            ladder = ladders[model.runner.role]
             ladder.begin(update.reload, model, compared=update.compared)
-            return ModelUpdate(model, names, ladder)
+            return ModelUpdate(model, names, ladder, partial=update.partial)
 
         self._updates = []
         self._updates = self.admission.admit(update, plan, enter)
@@ -93,14 +98,14 @@ class SGLangSink(EngineSink):
         for one in self._updates:
             one.abort()
         self._updates = []
-        for ladder in self._ladders.values():
+        for ladder in (*self._ladders.values(), *self._part_ladders.values()):
             ladder.failed()
         return self.state is WeightsState.BEGUN
 
     def others_brought(self, version: str) -> None:
         """SGLang's own routes have put other weights there; what was learned of the models is learned anew."""
         self.life.others_brought(version)
-        for ladder in self._ladders.values():
+        for ladder in (*self._ladders.values(), *self._part_ladders.values()):
             ladder.failed()
 
     def verifier(self) -> WeightSink:
@@ -111,6 +116,8 @@ class SGLangSink(EngineSink):
 class _SGLangComparison(ComparisonSink):
     """Compares the weights of one worker; made anew for each comparison."""
 
+    takes_parts = True
+
     def __init__(self, sink: SGLangSink) -> None:
         super().__init__(sink)
         self._admission = sink.admission
@@ -119,7 +126,9 @@ class _SGLangComparison(ComparisonSink):
     def check(self, update: Update) -> None:
         """Refuses what an update would not take either."""
         self._models = self._admission.admit(
-            update, lambda runner, specs: PlannedModel(runner, run_dry(runner, specs)), ModelComparison
+            update,
+            lambda runner, specs: PlannedModel(runner, run_dry(runner, specs)),
+            lambda model, names: ModelComparison(model, names, partial=update.partial),
         )
 
     def open(self, update: Update) -> None:

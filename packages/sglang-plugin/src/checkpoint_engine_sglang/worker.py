@@ -64,7 +64,12 @@ class WorkerSide:
         report = self._report(ok=True, error=self._error[:_LONGEST_WORD])
         figures = {name: _shortened(value) for name, value in report.last_update.items()}
         return self._workers.start(
-            msgspec.structs.replace(report, version=report.version[:_LONGEST_WORD], last_update=figures)
+            msgspec.structs.replace(
+                report,
+                version=report.version[:_LONGEST_WORD],
+                whole_version=report.whole_version[:_LONGEST_WORD],
+                last_update=figures,
+            )
         )
 
     def run(self, handles: Mapping[str, str], order: Order, *, flush: bool) -> list[Report]:
@@ -195,6 +200,8 @@ class WorkerSide:
             dirty=self.dirty,
             version=self._sink.version,
             update=self._sink.life.brought_by,
+            partial=self._sink.life.partial,
+            whole_version=self._sink.life.whole_version,
             error=error,
             phase=phase,
             door=self._door,

@@ -85,6 +85,11 @@ class DraftReload:
         kept = sum(tensor.nbytes for _, tensor in self._held_back)
         return kept + (0 if self._reload is None else self._reload.cloned_bytes)
 
+    @property
+    def needed(self) -> frozenset[str]:
+        """Tensors for what is the draft model's own; all that were announced for it where that is not known."""
+        return frozenset((self._model.__class__.__name__,)) if self._needed is None else self._needed
+
     def only(self, name: str) -> bool:
         """Whether a tensor is the draft model's alone."""
         return self._prefixed and name.startswith(PREFIX)

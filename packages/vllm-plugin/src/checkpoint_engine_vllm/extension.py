@@ -89,6 +89,7 @@ class WorkerState:
             "dirty": self.sink.dirty,
             "state": self.sink.state.value,
             "update": self.sink.life.brought_by,
+            **self.sink.life.parts(),
             "updating": self._busy.locked(),
             "door": self._door,
             "error": self._error,

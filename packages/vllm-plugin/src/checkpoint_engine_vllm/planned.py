@@ -29,6 +29,7 @@ class PlannedReload:
         shared: frozenset[torch.nn.Module],
         ladder: Ladder[Layers],
         layers: Layers,
+        only: Sequence[torch.nn.Module] | None = None,
     ) -> None:
         """Makes the reload.
 
@@ -39,8 +40,10 @@ class PlannedReload:
             shared: Modules of another model, whose reload fills them.
             ladder: Says whether checksums of all that was copied are compared, and judges them.
             layers: The model's.
+            only: Modules that nothing else than which may change; all if None.
         """
         self._model = model
+        self._scope = model if only is None else compat.Scope(only)
         self._model_config = model_config
         self._repairs = repairs
         self._ladder = ladder
@@ -76,7 +79,7 @@ class PlannedReload:
 
     def begin(self) -> None:
         """Makes the model ready for new weights."""
-        self._repairs.before(self._model)
+        self._repairs.before(self._scope)
         compat.compile_for_plain_tensors()  # no loader need have run before
         if self._loader is not None:
             self._loader.begin()
@@ -112,7 +115,7 @@ class PlannedReload:
             self._loader.finish()
         for module in self._routes.attention:
             compat.process_attention(module, self._model_config)
-        self._repairs.after(self._model)
+        self._repairs.after(self._scope)
 
     def abort(self) -> bool:
         """Puts the old weights back into layers that are not complete; returns whether those were all."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -47,6 +47,7 @@ def open_reload(
     shared: frozenset[torch.nn.Module] = frozenset(),
     obstacle: str = "",
     tensors: Mapping[str, TensorSpec] | None = None,
+    only: Sequence[torch.nn.Module] | None = None,
     *,
     compared: bool = False,
 ) -> AnyReload:
@@ -63,6 +64,7 @@ def open_reload(
         obstacle: Why the plan cannot be used.
         compared: Whether what copies bring is compared although they are trusted.
         tensors: What comes, if other processes may learn that the plan was proved, and this one from them.
+        only: Modules that nothing else than which may change, all others being in `shared`; all if None.
 
     Raises:
         WeightsRejectedError: nothing but the plan may be used, and it does not cover the whole model.
@@ -73,10 +75,10 @@ def open_reload(
         layers = ladder.layers_for(_bindings(plan, model, shared), lambda: Layers(known, model, shared), tensors)
     rung = ladder.begin(mode, layers, obstacle=obstacle or "its loader cannot be run without data", compared=compared)
     if layers is None or rung is Rung.LOADER:
-        return LayerwiseReload(model, model_config, repairs, shared, plan=plan)
+        return LayerwiseReload(model, model_config, repairs, shared, only, plan=plan)
     if rung is Rung.PROOF:
-        return ProvingReload(model, model_config, repairs, shared, ladder, layers)
-    return PlannedReload(model, model_config, repairs, shared, ladder, layers)
+        return ProvingReload(model, model_config, repairs, shared, ladder, layers, only)
+    return PlannedReload(model, model_config, repairs, shared, ladder, layers, only)
 
 
 def _bindings(plan: LoadPlan, model: torch.nn.Module, shared: frozenset[torch.nn.Module]) -> tuple[object, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -34,8 +34,9 @@ class ProvingReload(LayerwiseReload):
         shared: frozenset[torch.nn.Module],
         ladder: Ladder[Layers],
         layers: Layers,
+        only: Sequence[torch.nn.Module] | None = None,
     ) -> None:
-        super().__init__(model, model_config, repairs, shared, plan=layers.load_plan)
+        super().__init__(model, model_config, repairs, shared, only, plan=layers.load_plan)
         self._ladder = ladder
         self._layers = layers
         self._proof = ladder.proof or Proof(layers.plan, layers.device)

@@ -16,14 +16,17 @@ from checkpoint_engine.sdk import (
     Update,
     UpdateFigures,
     WeightsRejectedError,
+    listed,
 )
 from checkpoint_engine.sdk.fit import NOT_FILLED, TOO_LARGE, missing, refuse, torn
+from checkpoint_engine.sdk.plans import Rung
 from checkpoint_engine_vllm import compat, formats
 from checkpoint_engine_vllm.adapters import renew_adapters, wrapped_experts
 from checkpoint_engine_vllm.aliases import Aliases
 from checkpoint_engine_vllm.draft import NAME, PREFIX, DraftReload, open_draft
 from checkpoint_engine_vllm.loadplan import LoadPlan, Planner, missing_parameters
 from checkpoint_engine_vllm.noise import Noise
+from checkpoint_engine_vllm.part import Part
 from checkpoint_engine_vllm.plans import AnyReload, LayersLadder, open_reload
 from checkpoint_engine_vllm.protocols import Worker
 from checkpoint_engine_vllm.reload import is_torn
@@ -39,6 +42,9 @@ LENIENT = "CHECKPOINT_ENGINE_VLLM_LENIENT"
 
 _SERVED = "served"
 """The served model, among a worker's plans."""
+_PART = "served, in part"
+"""That, where an update brings some tensors only."""
+_TORN = "these tensors are not all of what these parameters are made of"
 _STALE = "this vLLM cannot reload what these layers keep beside their parameters"
 _MOVING = (
     "this vLLM moves experts between its workers (--enable-eplb), and its loaders put new weights where they were when "
@@ -59,6 +65,8 @@ _SCALES = "this vLLM cannot reload scales of attention"
 class VllmSink(EngineSink):
     """The sink of one worker; see `checkpoint_engine.contract.engine_sink`."""
 
+    takes_parts = True
+
     def __init__(self, worker: Worker, planner: Planner | None = None, noise: Noise | None = None) -> None:
         super().__init__()
         self._worker = worker
@@ -66,12 +74,15 @@ class VllmSink(EngineSink):
         """Known from the first update or comparison on."""
         self._planner = planner or Planner()
         self._ladder = LayersLadder(_SERVED, lambda: kept_proofs(worker))
+        self._part_ladder = LayersLadder(_SERVED)
+        """Of updates that bring some tensors only: they must not forget what is known of whole ones."""
         self._draft_ladder = LayersLadder(NAME)
         self._plan: LoadPlan | None = None
         self._fitting: LoadPlan | None = None
         """The last plan whose tensors were found to fit the served model."""
         self._target: AnyReload | None = None
         self._draft: DraftReload | None = None
+        self._part: Part | None = None
         self._aliases, self._ties = Aliases(None, torch.nn.Module()), Ties(None, torch.nn.Module())
 
     def running(self) -> AbstractContextManager[object]:
@@ -94,8 +105,11 @@ class VllmSink(EngineSink):
             raise WeightsRejectedError(_MOVING)
         if experts := wrapped_experts(compat.target_model(self._worker)):
             raise WeightsRejectedError(f"{_WRAPPED} (here {experts[0]})")
-        self._target = None
+        self._target = self._part = None
         self._check_reloadable()
+        if update.partial:
+            self._check_part(update)
+            return
         if update.open_ended:
             self._open_by_loader(update)
             return
@@ -126,6 +140,8 @@ class VllmSink(EngineSink):
         del update
         if not self.version:
             compat.forget_dummy_scales(self._worker, compat.target_model(self._worker))
+        if self._part is not None and self._part_ladder.rung is not Rung.PLAN:
+            self._part.watch()
         self._opened().begin()
         if self._draft is not None:
             self._draft.begin(self._repairs())
@@ -164,17 +180,19 @@ class VllmSink(EngineSink):
         if self._plan is None or not self._plan.is_complete:
             _refuse(NOT_FILLED, [f"{name} (nothing)" for name in self._made_up().left()], hint=_NOISE)
         renew_adapters(compat.target_model(self._worker))
+        if self._part is not None:
+            self._part.check()
         figures = self._figures(target, draft)
-        for ladder in (self._ladder, self._draft_ladder):
+        for ladder in (self._part_ladder,) if self._part is not None else (self._ladder, self._draft_ladder):
             ladder.succeeded()
-        self._target = self._draft = None
+        self._target = self._draft = self._part = None
         return figures
 
     def restore(self) -> bool:
         """Puts the old weights back where layers are not complete; returns whether all weights are the old ones."""
         target, draft = self._target, self._draft
-        self._target = self._draft = None
-        for ladder in (self._ladder, self._draft_ladder):
+        self._target = self._draft = self._part = None
+        for ladder in (self._ladder, self._part_ladder, self._draft_ladder):
             ladder.failed()
         if target is None:
             return True
@@ -225,6 +243,35 @@ class VllmSink(EngineSink):
         model, model_config = compat.target_model(self._worker), self._worker.model_config
         self._target = open_reload(self._ladder, "loader", None, model, model_config, self._repairs())
 
+    def _check_part(self, update: Update) -> None:
+        """Some tensors only: the served model alone gets them, and nothing else of it is opened."""
+        model, model_config = compat.target_model(self._worker), self._worker.model_config
+        _refuse_draft(self._worker, update.tensors, self._planner)
+        self._draft = None
+        config = self._worker.vllm_config
+        self._plan = plan = self._planner.plan(_PART, config, model_config, update.tensors, model)
+        why = self._planner.obstacle(_PART)
+        self._part = part = Part(plan, why, model, update.tensors, int(config.parallel_config.pipeline_parallel_size))
+        if plan is not None:
+            found = missing_parameters(plan, model, quantised=config.quant_config is not None, find=torn)
+            if found:
+                raise WeightsRejectedError(f"{_TORN}: {listed(found)}; bring all tensors of these layers, or none")
+            if plan.too_large:
+                raise WeightsRejectedError(f"{TOO_LARGE}: {listed(plan.too_large)}; is it of the served model?")
+        self._aliases, self._ties = Aliases(plan, model), Ties(plan, model)
+        self._target = open_reload(
+            self._part_ladder,
+            update.reload,
+            plan,
+            model,
+            model_config,
+            self._repairs(),
+            part.others,
+            obstacle=why,
+            only=part.layers,
+            compared=update.compared,
+        )
+
     def _check_reloadable(self) -> None:
         if not self.version:
             graphs = compat.captures_graphs(self._worker)
@@ -247,15 +294,25 @@ class VllmSink(EngineSink):
             _refuse(_SCALES, _attention_scales(plan, served), hint="leave them out, or use vLLM 0.20 or newer")
 
     def _figures(self, target: AnyReload, draft: DraftReload | None) -> UpdateFigures:
-        rung = self._ladder.rung
+        ladder = self._ladder if self._part is None else self._part_ladder
+        rung = ladder.rung
         by_loader = target.loader_bytes if rung.by_plan else self.nbytes
         return UpdateFigures(
             reload=rung.word,
             plan_bytes=self.nbytes - by_loader,
             loader_bytes=by_loader,
-            loader_reason=self._ladder.reason,
+            loader_reason=ladder.reason,
             cloned_bytes=target.cloned_bytes + (0 if draft is None else draft.cloned_bytes),
             engine={"vllm": compat.version(), "draft_tensors": 0 if draft is None else draft.tensors},
+        )
+
+
+def _refuse_draft(worker: Worker, tensors: Mapping[str, TensorSpec], planner: Planner) -> None:
+    """Refuses what the draft model would need as well: it shares the checkpoint, but not these layers."""
+    draft = open_draft(worker, tensors, planner, LayersLadder(NAME), "loader")
+    if draft is not None and (found := sorted(draft.needed)):
+        raise WeightsRejectedError(
+            f"{listed(found)}: for the draft model too, which takes whole checkpoints only: leave them out"
         )
 
 

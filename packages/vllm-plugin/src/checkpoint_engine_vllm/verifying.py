@@ -63,6 +63,8 @@ class Rehearsal(WeightSink, Protocol):
 class VllmVerifier(ComparisonSink):
     """See `checkpoint_engine.contract.sink.Verifiable`."""
 
+    takes_parts = True
+
     def __init__(self, worker: Worker, engine: EngineSink, reload: Rehearsal, noise: Noise) -> None:
         """Makes one.
 
@@ -143,7 +145,6 @@ class VllmVerifier(ComparisonSink):
         Raises:
             WorkerError: what the engine holds could not be put back.
         """
-        del update
         try:
             self._reload.finish()
             for module, contents in self._in_place.items():
@@ -155,7 +156,8 @@ class VllmVerifier(ComparisonSink):
                 self._compare_packed(module)
             for prefix, model in self._models.items():
                 self._compare_beside(prefix, reach_weights(model), last=True)
-            self._note_left_out()
+            if not update.partial:
+                self._note_left_out()
         finally:
             self._end()
         self._check_put_back()

@@ -95,6 +95,13 @@ class UpdateBody(BaseModel):
             "all workers of its host; it then needs no GPU.",
         ),
     ] = 1
+    only: Annotated[
+        list[str],
+        Field(
+            description="Patterns, as of a shell, of the names of tensors: no others are brought, and all other "
+            "weights stay as they are, bit for bit. Empty for all of the checkpoint."
+        ),
+    ] = []
     rollback: Annotated[
         bool,
         Field(

@@ -114,6 +114,7 @@ class Service:
                     reload=body.reload,
                     method=body.method,
                     workers=body.workers,
+                    only=body.only,
                     rollback=body.rollback,
                 )
                 self._last_error = None

@@ -175,6 +175,7 @@ class Rank:
                 method=job.transfer.method,
                 keep=job.keep,
                 workers=each,
+                only=("*",) if job.tensors.only else (),
                 rollback=False,  # these ranks have brought nothing before
             )
         done = self._done(job)
@@ -224,7 +225,7 @@ class Rank:
             found = read_directory(directory)
             if found.left_out and self._server.rank == 0:
                 logger.warning("left out of %s: %s", directory, ", ".join(found.left_out))
-            rules = NameRules(job.tensors.ignore, job.tensors.strip)
+            rules = NameRules(job.tensors.ignore, job.tensors.strip, job.tensors.only)
             selections = found.select()
             names = rules.apply(tensor.name for selection in selections for tensor in selection.tensors)
             self._warn_of_names(rules, names, selections)

@@ -87,6 +87,8 @@ class TensorChoice:
     ignore: tuple[str, ...] = ()
     strip: tuple[str, ...] = ()
     reject_nan: bool = False
+    only: tuple[str, ...] = ()
+    """No others; then what is sent counts as a part, and the rest of the engines' weights keeps its bits."""
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,7 @@ def _roll_back(job: Job, directory: Path, error: CheckpointEngineError) -> Updat
         job,
         directory=str(directory),
         version=version,
+        tensors=replace(job.tensors, only=()),
         transfer=replace(job.transfer, reload="auto"),
         metas=(),
         afterwards=Afterwards(),
@@ -155,6 +156,7 @@ def _show(job: Job, reports: list[Done], *, as_json: bool) -> None:
                 "method": first.method,
                 "bytes": first.nbytes,
                 "tensors": first.tensors,
+                "partial": bool(job.tensors.only),
                 "buckets": first.buckets,
                 "endpoints": list(job.engines.endpoints),
                 "seconds": seconds["total"],
@@ -164,8 +166,10 @@ def _show(job: Job, reports: list[Done], *, as_json: bool) -> None:
         )
         return
     instances = "1 engine serves" if len(job.engines.endpoints) == 1 else f"{len(job.engines.endpoints)} engines serve"
+    part = f", {first.tensors} tensors of it" if job.tensors.only else ""
     output.print(
-        f"[bold green]✓[/] {instances} version [bold]{job.version}[/]: {size(first.nbytes)} in {seconds['total']:.2f} s"
+        f"[bold green]✓[/] {instances} version [bold]{job.version}[/]{part}: {size(first.nbytes)} in "
+        f"{seconds['total']:.2f} s"
     )
     print_stages(output, reports)
 

@@ -81,9 +81,14 @@ def _table(found: list[EndpointStatus]) -> Table:
             table.add_row(each.endpoint, "", "", Text("unknown", style="bold red"), each.error)
         for number, worker in enumerate(each.workers):
             table.add_row(
-                "" if number else each.endpoint, str(number), worker.version or "", _weights(worker), _last(worker)
+                "" if number else each.endpoint, str(number), _version(worker), _weights(worker), _last(worker)
             )
     return table
+
+
+def _version(worker: WorkerStatus) -> str:
+    over = f"\na part, over {worker.whole_version or 'what it started with'}" if worker.partial else ""
+    return f"{worker.version or ''}{over}"
 
 
 def _weights(worker: WorkerStatus) -> Text:

@@ -55,6 +55,16 @@ def update(
             help="What the engines shall call the weights; the directory's name if left out.", rich_help_panel=_WORK
         ),
     ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN",
+            help="Bring only tensors of such names, as 'model.layers.*', and leave all other weights as they are, bit "
+            "for bit. Repeatable.",
+            rich_help_panel=_WORK,
+            show_default=False,
+        ),
+    ] = None,
     ignore: Annotated[
         list[str] | None,
         typer.Option(
@@ -192,9 +202,9 @@ def update(
     engines = Engines(engine, tuple(endpoint), tensor_parallel_size)
     job = Job(
         directory=str(directory),
-        version=version or directory.resolve().name,
+        version=version or directory.resolve().name + (" (in part)" if only else ""),
         engines=engines,
-        tensors=TensorChoice(tuple(ignore or ()), tuple(strip_prefix or ()), reject_nan),
+        tensors=TensorChoice(tuple(ignore or ()), tuple(strip_prefix or ()), reject_nan, tuple(only or ())),
         transfer=Transfer(method, ranks or 0, device, reload.value),
         requests=Requests(pause, reset_caches),
         patience=Patience(timeout, wait),

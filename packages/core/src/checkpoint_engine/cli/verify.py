@@ -44,6 +44,15 @@ def verify(
     tensor_parallel_size: Annotated[
         int, typer.Option("--tensor-parallel-size", "-tp", min=1, help="Workers of each engine.", rich_help_panel=_WORK)
     ] = 1,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN",
+            help="Compare only tensors of such names. Repeatable.",
+            rich_help_panel=_WORK,
+            show_default=False,
+        ),
+    ] = None,
     ignore: Annotated[
         list[str] | None,
         typer.Option(
@@ -93,7 +102,7 @@ def verify(
         directory=str(directory),
         version=directory.resolve().name,
         engines=engines,
-        tensors=TensorChoice(tuple(ignore or ()), tuple(strip_prefix or ())),
+        tensors=TensorChoice(tuple(ignore or ()), tuple(strip_prefix or ()), only=tuple(only or ())),
         transfer=Transfer(device=device, reload="verify"),
         patience=Patience(timeout, wait),
     )

@@ -7,6 +7,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Generator
 from contextlib import AbstractContextManager
+from typing import ClassVar
 
 import msgspec
 
@@ -14,7 +15,7 @@ from checkpoint_engine.contract.delivery import names_of, nbytes_of
 from checkpoint_engine.contract.figures import ComparisonFigures, Figures, UpdateFigures
 from checkpoint_engine.contract.lifecycle import Lifecycle, WeightsState
 from checkpoint_engine.contract.sink import Tensors, Update
-from checkpoint_engine.errors import WeightsRejectedError
+from checkpoint_engine.errors import CheckpointStateError, WeightsRejectedError
 
 __all__ = ["ComparisonSink", "EngineSink"]
 
@@ -23,6 +24,9 @@ _STEPS: tuple[str, ...] = ("check", "load", "finish")
 
 class EngineSink(ABC):
     """A `WeightSink` for one worker, which lives as long as the worker."""
+
+    takes_parts: ClassVar[bool] = False
+    """Whether it knows what to do with an update that is `partial`; else it is given none."""
 
     def __init__(self) -> None:
         """Begins with whole weights of an unknown version."""
@@ -83,8 +87,10 @@ class EngineSink(ABC):
 
         Raises:
             WeightsRejectedError: the update does not fit; nothing has changed.
-            CheckpointStateError: another update is under way.
+            CheckpointStateError: another update is under way, or the weights are a mixture, which a part cannot heal.
         """
+        if update.partial:
+            self._check_takes_parts()
         self.life.begin(update)
         self.nbytes, self._open, self._seconds = 0, False, dict.fromkeys(_STEPS, 0.0)
         with self.running():
@@ -126,7 +132,7 @@ class EngineSink(ABC):
         if not isinstance(figures, UpdateFigures):
             return figures
         seconds = {f"{step}_seconds": round(self._seconds[step], 6) for step in _STEPS}
-        return msgspec.structs.replace(figures, tensors=tensors, **seconds)
+        return msgspec.structs.replace(figures, tensors=tensors, partial=int(update.partial), **seconds)
 
     def abort(self) -> bool:
         """Gives the update up, wherever it is; returns whether the weights are whole.
@@ -145,6 +151,15 @@ class EngineSink(ABC):
             else:
                 self.life.spoil()
         return not self.dirty
+
+    def _check_takes_parts(self) -> None:
+        if not self.takes_parts:
+            raise WeightsRejectedError(f"{type(self).__name__} takes whole checkpoints, not some tensors of one")
+        if self.dirty:
+            raise CheckpointStateError(
+                "the weights may be a mixture of old and new, which some tensors alone cannot heal: bring a whole "
+                "checkpoint"
+            )
 
     @contextlib.contextmanager
     def _timed(self, step: str) -> Generator[None]:

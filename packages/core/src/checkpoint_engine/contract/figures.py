@@ -20,6 +20,8 @@ class UpdateFigures(msgspec.Struct, frozen=True, kw_only=True):
     """Of one worker that took an update."""
 
     tensors: int = 0
+    partial: int = 0
+    """1 if they were a part of a checkpoint, asked for as that."""
     reload: str = ""
     """How they were taken over: by `plan`, by the `loader`, or by the loader in `proof` of the plan."""
     plan_bytes: int = 0

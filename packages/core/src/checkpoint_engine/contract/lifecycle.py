@@ -85,6 +85,10 @@ class Lifecycle:
         """Of the weights that were last whole."""
         self.brought_by = ""
         """The id of the update that brought those; a version may be brought twice, with other weights."""
+        self.partial = False
+        """Whether `version` brought a part of them: the rest is of `whole_version`, or of parts that came since."""
+        self.whole_version = version
+        """Of the last update that brought all."""
         self.update: Update | None = None
         """The one under way."""
         self.delivered: set[str] = set()
@@ -158,7 +162,7 @@ class Lifecycle:
     def finish(self) -> None:
         """The engine holds the update's weights, and nothing else."""
         update = self.check_complete()
-        self.version, self.brought_by = update.version, update.id
+        self._note(update.version, update.id, partial=update.partial)
         self._end(Move.FINISH)
 
     def restore(self) -> None:
@@ -171,7 +175,12 @@ class Lifecycle:
 
     def others_brought(self, version: str) -> None:
         """Weights came, wholly or in part, that did not come through here; their version is empty if nobody said it."""
-        self.version, self.brought_by = version, ""
+        self._note(version, "", partial=False)
+
+    def _note(self, version: str, update: str, *, partial: bool) -> None:
+        self.version, self.brought_by, self.partial = version, update, partial
+        if not partial:
+            self.whole_version = version
 
     def status(self) -> dict[str, str | bool]:
         """What a worker's status says of its weights, see `checkpoint_engine.contract.reports.WorkerStatus`."""
@@ -181,15 +190,19 @@ class Lifecycle:
             "version": self.version,
             "update": self.brought_by,
             "updating": self.under_way,
+            **self.parts(),
         }
+
+    def parts(self) -> dict[str, str | bool]:
+        """Whether what it holds came in parts, and over what."""
+        return {"partial": self.partial, "whole_version": self.whole_version}
 
     def describe(self) -> str:
         """What a worker holds, for people; goes on from "the worker"."""
         if self.dirty:
             return "may hold a mixture of old and new weights until a complete update succeeds"
-        if self._state is WeightsState.FINISHED:
-            return f"holds version {self.version!r}"
-        return f"still holds version {self.version!r}"
+        held = f"version {self.version!r}" + (f" (a part, over {self.whole_version!r})" if self.partial else "")
+        return f"holds {held}" if self._state is WeightsState.FINISHED else f"still holds {held}"
 
     def _end(self, move: Move) -> None:
         self._move(move)

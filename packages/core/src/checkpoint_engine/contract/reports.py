@@ -40,6 +40,9 @@ class WorkerStatus(msgspec.Struct, frozen=True):
     update: str | None = None
     """Names the update that brought the weights (`name_of_update`); empty for those of its start, None if it does not
     tell."""
+    partial: bool = False
+    """Whether `version` brought a part of the weights, over those of `whole_version`."""
+    whole_version: str | None = None
     error: str = ""
     """Of the last update, if that failed."""
     door: str = ""

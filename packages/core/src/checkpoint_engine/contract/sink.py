@@ -38,6 +38,8 @@ class Update:
     """Whether nobody can say beforehand what comes: `tensors` is empty, and what is missing shows at the end."""
     compared: bool = False
     """Whether every copy by reload plan is to be compared with what came, also once the plan is trusted."""
+    partial: bool = False
+    """Whether `tensors` are a part of a checkpoint, asked for as that: what they do not fill keeps what it holds."""
 
 
 class WeightSink(Protocol):

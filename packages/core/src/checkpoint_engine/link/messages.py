@@ -111,6 +111,8 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
     pid: int
     layouts: tuple[str, ...] = ()
     """Names of buckets that it has been told of and need not be told again."""
+    takes_parts: bool = False
+    """Whether it knows what an update is that is `partial`."""
     holds: str | None = None
     """Names the update that brought what it last held whole (`name_of_update`); empty for those of its start, None if
     it does not tell."""
@@ -137,6 +139,8 @@ class Begin(msgspec.Struct, frozen=True, tag=True):
     """Buckets that are to be fetched from other hosts: the receiver says what it wants of them."""
     checksums: bool = False
     """Whether the receiver takes checksums of all tensors, for `Finish`, and compares all copies that it makes."""
+    partial: bool = False
+    """Whether these tensors are a part of a checkpoint; only told to receivers that have said that they take such."""
 
 
 class Load(msgspec.Struct, frozen=True, tag=True):

@@ -21,6 +21,9 @@ __all__ = ["ALIGNMENT", "Bucket", "BucketPlan", "align_down", "align_up", "large
 ALIGNMENT = 256
 """Bytes; device copies and vectorised kernels like addresses that are multiples of this."""
 
+_WIDEST_GAP = 1 << 20
+"""Bytes that travel for nothing rather than another bucket: where some tensors of a checkpoint are left out."""
+
 
 def align_up(nbytes: int) -> int:
     """The next multiple of `ALIGNMENT`."""
@@ -128,7 +131,7 @@ def _cut_holding(holding: Holding, bucket_size: int) -> Iterator[Bucket]:
         start = end = 0
         for tensor in segment.tensors:
             tensor_end = align_up(tensor.offset + tensor.nbytes)
-            if tensors and tensor_end - start > bucket_size:
+            if tensors and (tensor_end - start > bucket_size or tensor.offset - end > _WIDEST_GAP):
                 yield Bucket(holding.rank, index, start, end - start, tuple(tensors))
                 tensors = []
             if not tensors:

@@ -142,6 +142,7 @@ def receive_update(
                 str(torch.__version__),
                 os.getpid(),
                 tuple(offered),
+                isinstance(sink, EngineSink) and sink.takes_parts,
                 _last_brought(sink),
             ),
             deadline,
@@ -221,7 +222,15 @@ class _Reception:
         mode = mode_of(begin.reload)
         self._begun = True
         self._sink.begin(
-            Update(self._name, begin.checkpoint, begin.version, layout.tensors, mode, compared=begin.checksums)
+            Update(
+                self._name,
+                begin.checkpoint,
+                begin.version,
+                layout.tensors,
+                mode,
+                compared=begin.checksums,
+                partial=begin.partial,
+            )
         )
         self._send(Accepted(tuple(_wanted(self._sink, layout.buckets[index].entries) for index in begin.away)))
 

@@ -23,6 +23,9 @@ __all__ = ["ReferenceSink", "ReferenceVerifier"]
 class ReferenceSink(EngineSink):
     """Takes weights for a `ReferenceEngine`. A refused update writes nothing."""
 
+    takes_parts = True
+    """Each tensor has a place of its own, also in parameters that are fused."""
+
     def __init__(self, engine: ReferenceEngine) -> None:
         super().__init__()
         self.engine = engine
@@ -38,7 +41,8 @@ class ReferenceSink(EngineSink):
             WeightsRejectedError: a tensor is unknown, misshapen or missing.
         """
         self.engine.check_tensors(update.tensors)
-        self.engine.check_complete(update.tensors)
+        if not update.partial:
+            self.engine.check_complete(update.tensors)
 
     def open(self, update: Update) -> None:
         """Finds out how to take it over."""
@@ -84,6 +88,8 @@ class ReferenceSink(EngineSink):
 class ReferenceVerifier(ComparisonSink):
     """Compares this worker's part of each tensor, and the zeros around it."""
 
+    takes_parts = True
+
     def __init__(self, sink: ReferenceSink) -> None:
         super().__init__(sink)
         self._model = sink.engine
@@ -96,7 +102,8 @@ class ReferenceVerifier(ComparisonSink):
             WeightsRejectedError: a tensor is unknown, misshapen or missing.
         """
         self._model.check_tensors(update.tensors)
-        self._model.check_complete(update.tensors)
+        if not update.partial:
+            self._model.check_complete(update.tensors)
 
     def open(self, update: Update) -> None:
         """Nothing is to be made ready."""
@@ -115,8 +122,8 @@ class ReferenceVerifier(ComparisonSink):
 
     def complete(self, update: Update) -> ComparisonFigures:
         """Tells what was found."""
-        del update
-        parameters = self._model.parameters
+        slots, held = self._model.layout.slots, self._model.parameters
+        parameters = {name: held[name] for name in (slots[tensor].parameter for tensor in update.tensors)}
         wrong = [name for name in parameters if name in self._wrong]
         return Findings(len(parameters), sum(p.nbytes for p in parameters.values()), wrong).figures()
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 
 import msgspec
 
 from checkpoint_engine.catalog import Catalog
-from checkpoint_engine.errors import CheckpointStateError
+from checkpoint_engine.errors import CheckpointStateError, SettingError
 
 __all__ = ["CheckpointHolders", "GatheredCatalogs"]
 
@@ -23,6 +24,21 @@ class CheckpointHolders:
     """Stands for all that is known, and is the same on ranks that know the same."""
     remote: bool = False
 
+    def only(self, patterns: Sequence[str]) -> CheckpointHolders:
+        """A part of it: the tensors whose names fit one of these patterns, as of a shell.
+
+        Raises:
+            SettingError: a pattern fits none.
+        """
+        names = {tensor.name for tensor in self.replicas[0].tensors()}
+        fitting = {pattern: {name for name in names if fnmatchcase(name, pattern)} for pattern in patterns}
+        unused = [pattern for pattern, found in fitting.items() if not found]
+        if unused:
+            raise SettingError(f"only={unused[0]!r} fits no tensor of {self.replicas[0].name!r}")
+        chosen = frozenset[str]().union(*fitting.values())
+        digest = hashlib.sha256("\n".join((self.digest, *sorted(chosen))).encode()).hexdigest()
+        return replace(self, replicas=tuple(each.only(chosen.__contains__) for each in self.replicas), digest=digest)
+
 
 class GatheredCatalogs:
     """The checkpoints that updates can bring, by name."""
@@ -32,6 +48,8 @@ class GatheredCatalogs:
         self._latest = ""
         self._for_any_name = ""
         """What stands for names that nobody knows."""
+        self._part: tuple[CheckpointHolders, tuple[str, ...], CheckpointHolders] | None = None
+        """The last part that was asked for, and of what."""
 
     def note(self, name: str, replicas: Sequence[Catalog], parts: Sequence[bytes], *, remote: bool) -> None:
         """Remembers who holds a checkpoint; `parts` are what that was learned from, the same on all ranks."""
@@ -53,12 +71,23 @@ class GatheredCatalogs:
         """Whether a checkpoint of these ranks was gathered under this very name."""
         return name in self._cached and not self._cached[name].remote
 
-    def get(self, name: str | None = None) -> CheckpointHolders:
-        """Who holds a checkpoint; the one noted last if no name is given.
+    def get(self, name: str | None = None, only: Sequence[str] = ()) -> CheckpointHolders:
+        """Who holds a checkpoint, or the part of it that is asked for; the one noted last if no name is given.
 
         Raises:
             CheckpointStateError: it was not gathered.
+            SettingError: a pattern of `only` fits no tensor.
         """
+        if isinstance(only, str):
+            raise SettingError(f"only={only!r} is text; give a list of patterns")
+        known = self._find(name)
+        if not only:
+            return known
+        if self._part is None or self._part[0] is not known or self._part[1] != tuple(only):
+            self._part = known, tuple(only), known.only(only)
+        return self._part[2]
+
+    def _find(self, name: str | None) -> CheckpointHolders:
         if name is None:
             if self._latest not in self._cached:
                 raise CheckpointStateError("nothing was gathered yet; call gather_metas on all ranks first")

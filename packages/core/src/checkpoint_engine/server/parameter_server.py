@@ -412,6 +412,7 @@ class ParameterServer:
         method: str = Method.BROADCAST,
         workers: int = 1,
         rollback: bool = True,
+        only: Sequence[str] = (),
     ) -> None:
         """Brings a checkpoint to the engine workers of all ranks, or of some, and returns once they have it.
 
@@ -437,12 +438,17 @@ class ParameterServer:
             rollback: Whether engines that are left with a mixture get back what the last update from here to the same
                 ranks brought them, if its checkpoint is still registered as it was, in host memory. The `req_func` of
                 that update is called again, and `timeout` counts anew. The error says what came of it.
+            only: Patterns, as of a shell, of tensors' names: no others are brought, and what they do not fill keeps
+                its bits. A layer comes whole or not at all, as far as its engine fuses or processes it; what an engine
+                cannot take by itself is refused before anything changes. `["*"]` says of a checkpoint that all of it
+                is such a part.
 
         Raises:
             CheckpointStateError: not gathered, or another update is running.
+            SettingError: a pattern of `only` fits no tensor.
             UpdateError: it did not complete; the message names the rank, the phase and the cause.
         """
-        known = self._gathered.get(checkpoint_name)
+        known = self._gathered.get(checkpoint_name, only)
         self._updates.run(
             UpdateOrder(
                 checkpoint_name,
@@ -460,6 +466,7 @@ class ParameterServer:
                 method=Method.of(method),
                 keep=keep,
                 workers=workers,
+                partial=bool(only),
                 rollback=rollback,
                 checksum=self._settings.checksum,
             )
@@ -479,6 +486,7 @@ class ParameterServer:
         rollback: bool = False,
         workers: int = 1,
         trace: bool = False,
+        only: Sequence[str] = (),
     ) -> None:
         """One step of a training loop: brings tensors as they are now to the engine workers of all ranks.
 
@@ -500,6 +508,7 @@ class ParameterServer:
                 with a mixture, they get it back. Takes that memory twice, and nothing is left in place for it.
             workers: As in `update`.
             trace: As in `update`.
+            only: As in `update`; `["*"]` where these tensors are a part of the model, and all of that comes.
 
         Raises:
             CheckpointEngineError: as `register_checkpoint`, `gather_metas` and `update`.
@@ -526,6 +535,7 @@ class ParameterServer:
                 rollback=rollback,
                 workers=workers,
                 trace=trace,
+                only=only,
             )
             self._steps[loop] = self._steps.get(loop, 0) + 1
         finally:
@@ -568,8 +578,9 @@ class ParameterServer:
         ranks: Sequence[int] | None = None,
         method: str = Method.BROADCAST,
         workers: int = 1,
+        only: Sequence[str] = (),
     ) -> ComparisonFigures:
-        """Compares what the engine workers hold with a checkpoint, bit by bit; nothing of it changes.
+        """Compares what the engine workers hold with a checkpoint, or a part of it, bit by bit; nothing changes.
 
         The checkpoint travels as in an update, and `req_func` asks the engines to verify; see there for all arguments.
         Returns what this rank's worker found.
@@ -579,7 +590,14 @@ class ParameterServer:
             UpdateError: it did not complete, or an engine cannot compare.
         """
         self.update(
-            checkpoint_name, req_func, timeout=timeout, ranks=ranks, reload="verify", method=method, workers=workers
+            checkpoint_name,
+            req_func,
+            timeout=timeout,
+            ranks=ranks,
+            reload="verify",
+            method=method,
+            workers=workers,
+            only=only,
         )
         return ComparisonFigures.from_details(self.last_report.engine if self.last_report else {})
 

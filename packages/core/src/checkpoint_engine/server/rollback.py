@@ -33,6 +33,8 @@ class _Brought:
     def obstacle(self, store: CheckpointStore, order: UpdateOrder, failed: UpdateRun) -> str:
         """Why the workers of the run that failed cannot have this back from here; empty if they can."""
         name = self.order.name
+        if self.order.partial:
+            return f"the update before, to {self.order.version!r}, brought only a part of the weights"
         if self.order.workers != order.workers:
             return "the update before was one of other engines"
         if self.held is not None:

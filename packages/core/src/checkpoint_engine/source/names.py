@@ -23,15 +23,20 @@ class NameRules:
     """Patterns, as of a shell, of names (as they are sent) that are not."""
     strip: tuple[str, ...] = ()
     """Prefixes that are cut off, each once; the compiler's wherever it stands, since it wraps layers too."""
+    only: tuple[str, ...] = ()
+    """Patterns of names (as they are sent): no others are sent. All are if there is none."""
 
     def apply(self, names: Iterable[str]) -> dict[str, str]:
         """Name -> the one to send it under, of all that are sent.
 
         Raises:
-            SettingError: nothing is left, or two would be sent under one name.
+            SettingError: nothing is left, a pattern of `only` fits nothing, or two would be sent under one name.
         """
         found = {name: self._stripped(name) for name in names}
-        sent = {name: new for name, new in found.items() if not any(fnmatchcase(new, each) for each in self.ignore)}
+        for pattern in self.only if found else ():
+            if not any(fnmatchcase(new, pattern) for new in found.values()):
+                raise SettingError(f"--only {pattern!r} fits no tensor of the checkpoint")
+        sent = {name: new for name, new in found.items() if self._is_sent(new)}
         if found and not sent:
             raise SettingError(f"--ignore {' '.join(self.ignore)} leaves no tensor to send")
         first: dict[str, str] = {}
@@ -46,6 +51,11 @@ class NameRules:
         patterns = [each for each in self.ignore if not any(fnmatchcase(self._stripped(name), each) for name in names)]
         prefixes = [each for each in self.strip if not any(each in name for name in names)]
         return patterns + prefixes
+
+    def _is_sent(self, name: str) -> bool:
+        if any(fnmatchcase(name, each) for each in self.ignore):
+            return False
+        return not self.only or any(fnmatchcase(name, each) for each in self.only)
 
     def _stripped(self, name: str) -> str:
         for prefix in self.strip:

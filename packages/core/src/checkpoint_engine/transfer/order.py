@@ -48,6 +48,8 @@ class UpdateOrder:
     """Whether what is read from elsewhere stays in host memory."""
     workers: int = 1
     """Engine workers that each rank feeds."""
+    partial: bool = False
+    """Whether `replicas` were narrowed down to a part of the checkpoint's tensors."""
     rollback: bool = False
     """Whether engines get back what the update before brought, should this one fail half-way."""
 

@@ -203,6 +203,7 @@ class UpdateRun:
                     word_for(order.operation, order.reload),
                     prepared.remote,
                     checksums=order.checksum,
+                    partial=order.partial,
                 )
             self._workers.wait_until_ready()
         self._agree("connected")

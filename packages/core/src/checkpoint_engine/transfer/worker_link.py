@@ -90,11 +90,20 @@ class WorkerLink:
         remote: Sequence[int] = (),
         *,
         checksums: bool = False,
+        partial: bool = False,
     ) -> None:
         """Announces the update; the worker then makes itself ready for it.
 
         Of the buckets in `remote` it says what it wants; with `checksums` it compares what arrives.
+
+        Raises:
+            WorkerError: the update is `partial`, and the worker takes whole checkpoints only.
         """
+        if partial and not self._hello.takes_parts:
+            raise WorkerError(
+                f"the engine worker on {self._device} (checkpoint-engine-core {self._hello.library}) takes whole "
+                "checkpoints, not some tensors of one: bring all, or upgrade its plugin"
+            )
         known = what.layout in self._hello.layouts
         message = Begin(
             PROTOCOL,
@@ -109,6 +118,7 @@ class WorkerLink:
             what.layout if known else "",
             tuple(remote),
             checksums,
+            partial,
         )
         self._lets_go = not memory.memory.lease
         self._channel.send(message, self._deadline, memory.descriptors)
