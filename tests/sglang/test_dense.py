@@ -23,6 +23,7 @@ from tests.sglang.sglang_push import InTreeAnswer, broken, in_tree, push, read
 from tests.sglang.sglang_server import Server, Stream
 
 Update = Callable[..., "subprocess.CompletedProcess[str]"]
+SGLANG = ("--engine", "sglang")
 TINY_BUCKETS = {"PS_MAX_BUCKET_SIZE_GB": "0.00001"}
 """10 KB: smaller than any layer."""
 
@@ -142,7 +143,12 @@ def test_by_plan_and_directly(
 
 
 def test_some_tensors_only(
-    on_a: Server, update_command: Update, checkpoints: Path, cold: dict[str, Any], weights: dict[str, Any]
+    on_a: Server,
+    update_command: Update,
+    verify_command: Update,
+    checkpoints: Path,
+    cold: dict[str, Any],
+    weights: dict[str, Any],
 ) -> None:
     """Two parts make the whole, and a part is taken back by itself; what is fused comes whole or not at all."""
     layer, rest = ("--only", "model.layers.1.*"), ("--only", "*", "--ignore", "model.layers.1.*")
@@ -152,13 +158,16 @@ def test_some_tensors_only(
         ("qwen3-b", layer, ("--reload", "loader"), None),
         ("qwen3-b", rest, (), "qwen3-b"),
     ):
-        done = update_command(checkpoints / name, on_a, "--engine", "sglang", *part, *how)
+        done = update_command(checkpoints / name, on_a, *SGLANG, *part, *how)
         assert done.returncode == 0, done.stderr
         state = on_a.state()
         assert state == cold[expected] if expected else state not in cold.values()
         worker = on_a.status()["workers"][0]
         assert (worker["version"], worker["partial"], worker["whole_version"]) == (f"{name} (in part)", True, "qwen3")
-    done = update_command(checkpoints / "qwen3", on_a, "--engine", "sglang", "--only", "*.1.self_attn.q_proj.*")
+        if expected is None:
+            same, other = (verify_command(checkpoints / each, on_a, *SGLANG, *part) for each in ("qwen3-b", "qwen3"))
+            assert (same.returncode, other.returncode) == (0, 1), same.stdout + same.stderr + other.stdout
+    done = update_command(checkpoints / "qwen3", on_a, *SGLANG, "--only", "*.1.self_attn.q_proj.*")
     assert done.returncode == 1
     assert "model.layers.1.self_attn.qkv_proj.weight" in done.stderr
     assert on_a.state() == cold["qwen3-b"]
