@@ -23,7 +23,7 @@ def mixed(old: dict[str, Any], new: dict[str, Any], *parts: str) -> dict[str, st
     return {**old["served"], **taken}
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "moe"])
+@pytest.mark.parametrize("kind", ["qwen3", pytest.param("moe", marks=pytest.mark.long)])
 def test_what_is_named_changes_and_nothing_else(engine: Engine, cold: Cold, checkpoints: Path, kind: str) -> None:
     old, new = cold(kind), cold(f"{kind}-b")
     engine("start", model=checkpoints / kind)
@@ -63,6 +63,7 @@ def test_a_part_of_what_is_one_is_refused_by_name(engine: Engine, cold: Cold, ch
     assert engine("state")["served"] == old["served"]
 
 
+@pytest.mark.long
 def test_one_expert_alone_and_a_tied_head_are_refused(engine: Engine, cold: Cold, checkpoints: Path) -> None:
     for kind, only, named in (
         ("moe", [f"{LAYER}mlp.experts.0.*"], "mlp.experts"),
@@ -76,6 +77,7 @@ def test_one_expert_alone_and_a_tied_head_are_refused(engine: Engine, cold: Cold
         assert engine("state")["served"] == old["served"]
 
 
+@pytest.mark.long
 def test_an_embedding_that_is_tied_takes_the_head_along(engine: Engine, cold: Cold, checkpoints: Path) -> None:
     old, new = cold("tied"), cold("tied-b")
     engine("start", model=checkpoints / "tied")
@@ -84,6 +86,7 @@ def test_an_embedding_that_is_tied_takes_the_head_along(engine: Engine, cold: Co
     assert engine("state")["served"] == mixed(old, new, "model.embed_tokens", "lm_head")
 
 
+@pytest.mark.long
 def test_a_mixture_is_healed_by_a_whole_checkpoint_only(engine: Engine, cold: Cold, checkpoints: Path) -> None:
     cold("qwen3-b")
     engine("start", model=checkpoints / "qwen3")
