@@ -112,6 +112,14 @@ def test_what_a_loader_changes_and_no_copy_reaches_is_left_to_it(more_than_copie
     assert found["changed by it"] == []
 
 
+@pytest.mark.timeout(2 * SECONDS)
+def test_a_loader_that_must_get_all_tensors_in_one_call_gets_them_so(more_than_copies: dict[str, Any]) -> None:
+    found = more_than_copies["guesses"]
+    assert [(step.get("error", ""), step["differing"]) for step in found["steps"]] == [("", [])] * 4
+    assert found["steps"][-1]["reload"] == "plan"
+    assert (found["equal"]["different"], found["spoiled"]["different"]) == ("", "model.norm.weight")
+
+
 @pytest.fixture(scope="module")
 def unnamed(zoo: Path, vllm_bin: Path) -> dict[str, Any]:
     """What became of updates without the buffers of a model that started with noise for weights."""

@@ -7,6 +7,7 @@ tensors the model does not know, which it ignores, and which of its parameters w
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -61,7 +62,7 @@ class LoadPlan:
     """Tensors that vLLM's loader passes over."""
 
     at_once: bool = False
-    """Whether vLLM's loader does something at the end of each call, and so must get all tensors in one."""
+    """Whether vLLM's loader does otherwise when it is called for a part, and so must get all tensors in one call."""
 
     aliases: Mapping[str, str] = field(default_factory=dict[str, str])
     """Buffers and plain tensors of the model -> the target that they show, in another shape."""
@@ -228,7 +229,7 @@ def _make_plan(key: str, config: VllmConfig, model: torch.nn.Module, tensors: Ma
         computed,
         frozenset(name for name in recording.origins if name in before and id(before[name]) not in called),
         frozenset(tensors.keys() - recording.taken.keys() - recording.unreadable.keys()),
-        _ends_calls(model, targets),
+        _needs_all_at_once(model, targets, tensors, recording),
         dict(_aliases(model, targets)),
         frozenset(beside.keys() & recording.origins.keys() | _beside(model).keys() - beside.keys()),
         tuple(_too_large(model, plan, tensors, int(config.parallel_config.tensor_parallel_size))),
@@ -273,13 +274,30 @@ def _computed(model: torch.nn.Module) -> Iterator[str]:
             yield from (f"{prefix}.{name}" for name in own if name.endswith("_scale"))
 
 
-def _ends_calls(model: torch.nn.Module, targets: Mapping[str, torch.Tensor]) -> bool:
-    """Whether a loader writes or complains if it is given nothing: it ties, computes or checks at the end of a call."""
+def _needs_all_at_once(
+    model: torch.nn.Module, targets: Mapping[str, torch.Tensor], tensors: Mapping[str, TensorSpec], whole: Recording
+) -> bool:
+    """Whether a loader ties, computes, guesses or checks something in each call, by what else it was given in it."""
+    shares = dict[str, dict[tuple[str, str], int]]()
+    for (name, target), elements in whole.shares.items():
+        shares.setdefault(name, {})[name, target] = elements
     try:
-        with compat.bucketed_load():
-            return bool(record(cast("Any", model).load_weights, targets, {}).written)
+        for names in ((), *_samples(tensors, whole)):
+            with compat.bucketed_load():
+                part = record(cast("Any", model).load_weights, targets, {name: tensors[name] for name in names})
+            expected = {pair: elements for name in names for pair, elements in shares.get(name, {}).items()}
+            if part.shares != expected or (part.written and not names):
+                return True
     except LoaderError:
         return True
+    return False
+
+
+def _samples(tensors: Mapping[str, TensorSpec], whole: Recording) -> Iterator[list[str]]:
+    """One tensor of each kind, with those that it is put together with."""
+    kinds = {re.sub(r"\d+", "0", name): name for name in tensors}
+    for name in kinds.values():
+        yield sorted(whole.joined.get(name, (name,)))
 
 
 def _aliases(model: torch.nn.Module, targets: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, str]]:
