@@ -202,7 +202,7 @@ def test_a_reset_that_fails_beside_the_update_is_told(vllm: StandIn) -> None:
 
 def test_how_to_pause_is_looked_up_once_for_each_version(vllm: StandIn) -> None:
     old_pause(vllm)
-    for version, waits in (("0.10", True), ("0.10", True), ("0.26", False)):
+    for version, waits in (("0.10", True), ("0.10", True), ("0.21", False)):
         vllm.routes["/version"] = lambda _, version=version: (200, {"version": version})
         if not waits:
             parameters = [{"name": "mode"}, {"name": "clear_cache"}]
@@ -213,6 +213,12 @@ def test_how_to_pause_is_looked_up_once_for_each_version(vllm: StandIn) -> None:
         assert any("wait_for_inflight_requests=true" in path for path in vllm.asked) == waits
     assert "/openapi.json" in vllm.asked
     vllm.asked.clear()
+    vllm.update("keep")
+    assert "/openapi.json" not in vllm.asked
+
+
+def test_a_vllm_whose_version_says_how_it_pauses_need_not_describe_itself(vllm: StandIn) -> None:
+    old_pause(vllm).routes["/version"] = lambda _: (200, {"version": "0.26.0rc1+cpu"})
     vllm.update("keep")
     assert "/openapi.json" not in vllm.asked
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -16,6 +17,9 @@ __all__ = ["NO_EXTENSION", "DevelopmentClient"]
 logger = logging.getLogger(__name__)
 
 _NOT_FOUND = 404
+_VERSION = re.compile(r'"version":\s*"(\d+)\.(\d+)\.')
+_MODES_SINCE = (0, 22)
+"""The vLLM whose pause is known to take modes; some before it do too."""
 _NO_DEV_MODE = (
     "no way in is open: start `vllm serve` with VLLM_PLUGINS=checkpoint_engine in its environment (0.26 and newer; if "
     "it has an --api-key, CHECKPOINT_ENGINE_API_KEY must say it here), or with VLLM_SERVER_DEV_MODE=1"
@@ -158,8 +162,14 @@ class DevelopmentClient(CollectiveRpcClient):
         return ""
 
     def _parameters_of_pause(self, deadline: Deadline) -> set[str]:
-        """As vLLM's own description has them, which takes long to read; empty where it has none."""
+        """By its version, or where that is an old one as vLLM's own description has them, which takes a second or more.
+
+        Empty where it has none.
+        """
         version = self.endpoint.send("GET", "/version", deadline)
+        numbers = _VERSION.search(version.text) if version.ok else None
+        if numbers and tuple(map(int, numbers.groups())) >= _MODES_SINCE:
+            return {"mode", "clear_cache"}
         known = self._pause_parameters.get(version.text) if version.ok else None
         if not known:
             known = self._query_parameters("/pause")
