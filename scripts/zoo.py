@@ -52,9 +52,11 @@ def run(options: argparse.Namespace, do: str, names: list[str]) -> None:
 
 def everything(options: argparse.Namespace, names: list[str]) -> None:
     """Checkpoints, cold loads, updates."""
-    for do in ("make", "cold", "update"):
-        for name in names:
+    done = ("make", "cold", "update")
+    for name in names:
+        for do in done:
             (options.work / name / f"{do}.json").unlink(missing_ok=True)
+    for do in done:
         run(options, do, [name for name in names if not _failed(options.work / name)])
 
 

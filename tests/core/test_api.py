@@ -144,6 +144,28 @@ def test_a_checkpoint_reaches_an_engine_over_http(
     assert ranks.clients[0].get("/v1/checkpoints").json() == {"checkpoints": []}
 
 
+def test_a_step_is_one_request(ranks: HttpRanks, engine: ReferenceProcess, checkpoints: Path) -> None:
+    """The same name again takes the next step's files; an error leaves a state in which the next step works."""
+
+    def publish(directory: Path, **more: object) -> list[httpx.Response]:
+        def body(rank: int) -> dict[str, object]:
+            url = rpc(engine) if rank == 0 else None
+            return {**share(directory, rank), "update_url": url, "timeout": 30, **more}
+
+        return ranks.on_all(lambda rank, c: c.post("/v1/checkpoints/loop/publish", json=body(rank)))
+
+    for name in ("a", "b", "a"):
+        for answer in publish(checkpoints / name, version=f"step-{name}", inference_group_ranks=[0, 1]):
+            assert answer.status_code == 200, answer.text
+            assert answer.json()["version"] == f"step-{name}"
+        assert_holds(engine, checkpoints / name)
+    missing = publish(checkpoints / "none")
+    assert [answer.status_code for answer in missing] == [422, 422], [answer.text for answer in missing]
+    assert all(client.get("/v1/updates/current").json()["running"] is None for client in ranks.clients.values())
+    assert [answer.status_code for answer in publish(checkpoints / "b")] == [200, 200]
+    unregister(ranks, "loop")
+
+
 def test_metas_have_the_known_shape_and_come_back(ranks: HttpRanks, checkpoints: Path) -> None:
     register(ranks, checkpoints / "a", "metas")
     answer = ranks.clients[0].get("/v1/metas")
@@ -438,6 +460,7 @@ def test_openapi_teaches(ranks: HttpRanks) -> None:
         ("DELETE", "/v1/checkpoints/{name}"),
         ("POST", "/v1/checkpoints/{name}/gather-metas"),
         ("POST", "/v1/checkpoints/{name}/update"),
+        ("POST", "/v1/checkpoints/{name}/publish"),
         ("GET", "/v1/updates/current"),
         ("DELETE", "/v1/staging"),
         ("POST", "/v1/updates/current/abort"),
@@ -451,7 +474,7 @@ def test_openapi_teaches(ranks: HttpRanks) -> None:
     for route, operation in routes.items():
         assert operation["summary"], route
         assert len(operation["description"]) > 20, route
-    for body in ("FilesBody", "UpdateBody"):
+    for body in ("FilesBody", "UpdateBody", "PublishBody"):
         assert described["components"]["schemas"][body]["examples"]
         for field, schema in described["components"]["schemas"][body]["properties"].items():
             assert schema.get("description"), (body, field)

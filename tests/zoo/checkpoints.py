@@ -10,6 +10,7 @@ from typing import Any
 import tokenizers
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from tests.zoo.families import Family
 from tests.zoo.shrinking import VOCABULARY, shrunk
@@ -45,8 +46,20 @@ def make(directory: Path, family: Family) -> None:
             config.tie_word_embeddings = True
         model.config.architectures = [family.architecture]
         model.save_pretrained(directory / tag)
+        _rename(directory / tag, family.renamed)
         if family.tokenizer:
             _save_tokenizer(directory / tag)
+
+
+def _rename(checkpoint: Path, renamed: Mapping[str, str]) -> None:
+    for file in checkpoint.glob("*.safetensors") if renamed else ():
+        tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
+        save_file({_published(name, renamed): tensor for name, tensor in tensors.items()}, file, {"format": "pt"})
+
+
+def _published(name: str, renamed: Mapping[str, str]) -> str:
+    prefix = next((prefix for prefix in renamed if name.startswith(prefix)), "")
+    return renamed.get(prefix, "") + name.removeprefix(prefix)
 
 
 def _save_tokenizer(directory: Path) -> None:

@@ -23,6 +23,8 @@ class Family:
     """Of the configuration before it is made tiny."""
     made_by: str = ""
     """The class of transformers that makes it, where that is called otherwise."""
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """What names begin with, where transformers writes others than published checkpoints have: its own -> published."""
     tokenizer: bool = False
     """Whether its loader asks the tokenizer for tokens."""
     own_head: bool = False

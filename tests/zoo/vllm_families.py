@@ -122,18 +122,9 @@ _PLAIN = [
     "GraniteSWAForCausalLM",
     "HYV4ForCausalLM",
     "Jais2ForCausalLM",
-    "ExaoneMoeForCausalLM",
     "GlmMoeDsaForCausalLM",
-    "AXK1ForCausalLM",
-    "MiMoV2FlashForCausalLM",
     "HrmTextForCausalLM",
-    "Glm4vMoeForConditionalGeneration",
-    "GlmOcrForConditionalGeneration",
     "Qwen3_5MoeForConditionalGeneration",
-    "Cohere2VisionForConditionalGeneration",
-    "AudioFlamingo3ForConditionalGeneration",
-    "DeepseekV4ForCausalLM",
-    "InklingForCausalLM",
 ]
 _POOLING = [
     "BertForMaskedLM",
@@ -164,7 +155,6 @@ _CHANGED: dict[str, Family] = {
     ),
     "FalconForCausalLM old": Family("FalconForCausalLM", {"num_kv_heads": 1, "ffn_hidden_size": 512}),
     "GPTJForCausalLM": Family("GPTJForCausalLM", {"rotary_dim": 16}),
-    "AfmoeForCausalLM": Family("AfmoeForCausalLM", {"score_func": "sigmoid"}),
     "DeepseekV3ForCausalLM": Family("DeepseekV3ForCausalLM", {"topk_method": "noaux_tc", "num_key_value_heads": 4}),
     "Lfm2ForCausalLM": Family(
         "Lfm2ForCausalLM", {"block_dim": 128, "conv_dim": 128, "block_ff_dim": 256, "block_norm_eps": 1e-5}
@@ -189,13 +179,11 @@ _CHANGED: dict[str, Family] = {
         tokenizer=True,
     ),
     "Qwen2ForRewardModel": Family("Qwen2ForRewardModel", {"num_labels": 1}, made_by="Qwen2ForTokenClassification"),
-    "NemotronForCausalLM": Family("NemotronForCausalLM", whole={"head_dim": 32}),
     "Qwen2_5_VLForConditionalGeneration": Family("Qwen2_5_VLForConditionalGeneration", _VISION),
     "Qwen3VLForConditionalGeneration": Family("Qwen3VLForConditionalGeneration", _VISION),
     "Qwen3VLMoeForConditionalGeneration": Family("Qwen3VLMoeForConditionalGeneration", _VISION),
     "Qwen3_5ForConditionalGeneration": Family("Qwen3_5ForConditionalGeneration", _VISION),
     "Glm4vForConditionalGeneration": Family("Glm4vForConditionalGeneration", _VISION),
-    "MiniMaxM2ForCausalLM": Family("MiniMaxM2ForCausalLM", {"rotary_dim": 16}),
     "Gemma4ForCausalLM": Family("Gemma4ForCausalLM", whole={"per_layer_config": {}}),
     "Gemma4ForCausalLM experts": Family(
         "Gemma4ForCausalLM",
@@ -207,9 +195,56 @@ _CHANGED: dict[str, Family] = {
     "HunYuanMoEV1ForCausalLM": Family("HunYuanMoEV1ForCausalLM", {"head_dim": 32}),
 }
 
+_BERT = {"position_embedding_type": "absolute"}
+_TOWER = {"vision_tower.": "vision_tower.vision_model."}
+_MODELS_TOWER = {"model.vision_tower.": "model.vision_tower.vision_model."}
+_LANGUAGE = {"language_model.model.model.": "language_model.model."}
+_M2 = {"scoring_func": "sigmoid", "use_qk_norm": True, "use_routing_bias": True, "rotary_dim": 16}
+_LFM2 = {"block_dim": 128, "conv_dim": 128, "block_ff_dim": 256, "block_norm_eps": 1e-5}
+_MENDED: dict[str, Family] = {
+    "AfmoeForCausalLM": Family(
+        "AfmoeForCausalLM", {"score_func": "sigmoid", "route_norm": True, "n_group": 1, "topk_group": 1}
+    ),
+    "Glm4MoeForCausalLM": Family("Glm4MoeForCausalLM", {"head_dim": 32}),
+    "Glm4MoeLiteForCausalLM": Family("Glm4MoeLiteForCausalLM", {"first_k_dense_replace": 1, "num_key_value_heads": 4}),
+    "HYV3ForCausalLM": Family(
+        "HYV3ForCausalLM", {"first_k_dense_replace": 1, "expert_hidden_dim": 64, "route_norm": True}
+    ),
+    "Dots1ForCausalLM": Family(
+        "Dots1ForCausalLM", whole={"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2}
+    ),
+    "NemotronForCausalLM": Family("NemotronForCausalLM", whole={"head_dim": 32, "num_key_value_heads": 2}),
+    "MiniMaxM2ForCausalLM": Family("MiniMaxM2ForCausalLM", _M2),
+    "GteModel": Family("GteModel", {"position_embedding_type": "rope"}, _POOLED),
+    "XLMRobertaModel": Family("XLMRobertaModel", _BERT, _POOLED),
+    "Qwen2VLForConditionalGeneration": Family(
+        "Qwen2VLForConditionalGeneration", {"vision_config": {"embed_dim": 128, "hidden_size": 128, "mlp_ratio": 2}}
+    ),
+    "Lfm2VlForConditionalGeneration": Family(
+        "Lfm2VlForConditionalGeneration",
+        {"text_config": _LFM2, "vision_config": {"vision_use_head": False}},
+        renamed=_MODELS_TOWER,
+    ),
+    "GlmAsrForConditionalGeneration": Family("GlmAsrForConditionalGeneration", renamed=_LANGUAGE),
+    "Qwen2AudioForConditionalGeneration": Family("Qwen2AudioForConditionalGeneration", renamed=_LANGUAGE),
+    **{
+        name: Family(name, renamed=_TOWER)
+        for name in (
+            "LlavaForConditionalGeneration",
+            "LlavaNextForConditionalGeneration",
+            "LlavaNextVideoForConditionalGeneration",
+            "LlavaOnevisionForConditionalGeneration",
+            "Gemma3ForConditionalGeneration",
+            "PaliGemmaForConditionalGeneration",
+        )
+    },
+}
+"""What transformers' own configuration lacks, or its writer calls otherwise."""
+
 FAMILIES: dict[str, Family] = {
     **{name: Family(name) for name in _PLAIN},
     **{name: Family(name, options=_POOLED) for name in _POOLING},
     **_CHANGED,
+    **_MENDED,
 }
 """By the name in the table."""

@@ -248,8 +248,10 @@ class ModelUpdate:
     def _load(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         model = self.model.runner.model
         compat.forget_parameters(model)
+        computed_with = self.model.plan.recording.computed_with
         with deriving_nothing(model):
-            give_to_loader(f"{LOADER} of the {self.model.runner.role} model", compat.loader_of(model), tensors)
+            loader = f"{LOADER} of the {self.model.runner.role} model"
+            give_to_loader(loader, compat.loader_of(model), tensors, computed_with)
 
     def _complete_groups(self, tensors: Tensors) -> list[tuple[str, torch.Tensor]]:
         """Holds back what the loader joins with tensors that are still to come; adds what waited for these."""

@@ -40,6 +40,7 @@ __all__ = [
     "draft_shares_checkpoint",
     "engine_context",
     "forget_dummy_scales",
+    "idle_heads",
     "is_attention",
     "is_open",
     "keep_scales_of_packed_weights",
@@ -113,6 +114,8 @@ def layerwise() -> Layerwise:
             _give_back_constants(layer, info(layer))
 
         def initialize(model: torch.nn.Module) -> None:
+            for layer in model.modules():
+                _name_loaders((*layer.parameters(recurse=False), *info(layer).restore_metadata[0].values()))
             module.initialize_layerwise_reload(model)
             for layer in filter(is_attention, model.modules()):
                 for parameter in layer.parameters(recurse=False):
@@ -169,6 +172,22 @@ def keep_state(state: LayerState) -> Callable[[], None]:
         return lambda: None
     before: object = getattr(state, name)
     return lambda: setattr(state, name, before)
+
+
+def _name_loaders(parameters: Iterable[torch.Tensor]) -> None:
+    """Gives loaders that are half-filled functions a name: vLLM's reload asks for it (MiniMax M2, 0.32)."""
+    for parameter in parameters:
+        loader: Any = getattr(parameter, "weight_loader", None)
+        if not hasattr(loader, "__name__") and hasattr(loader, "func"):  # of functools.partial
+            loader.__name__ = getattr(loader.func, "__name__", "partial")
+
+
+def idle_heads(model: torch.nn.Module) -> frozenset[torch.nn.Module]:
+    """Output layers of a model that makes no tokens, as a classifier that inherits one."""
+    if not getattr(model, "is_pooling_model", False):
+        return frozenset()
+    heads: Any = importlib.import_module("vllm.model_executor.layers.vocab_parallel_embedding")
+    return frozenset(layer for layer in model.modules() if isinstance(layer, heads.ParallelLMHead))
 
 
 def own_constants(layer: torch.nn.Module) -> set[str]:

@@ -106,11 +106,9 @@ class LayerwiseReload:
 
     def _give(self, tensors: Tensors) -> None:
         names = names_of(tensors)
-        if self._computed_with:
-            tensors = [(name, tensor.cpu() if name in self._computed_with else tensor) for name, tensor in tensors]
         self._filling.open(names)
         with compat.bucketed_load(), compat.without_adding_up():
-            give_to_loader("vLLM's loader", cast("Any", self.model).load_weights, tensors)
+            give_to_loader("vLLM's loader", cast("Any", self.model).load_weights, tensors, self._computed_with)
         self._filling.close(names)
         self.loader_bytes += nbytes_of(tensors)
         self._detach({tensor.untyped_storage().data_ptr() for _, tensor in tensors})

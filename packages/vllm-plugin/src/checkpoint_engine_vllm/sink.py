@@ -285,7 +285,11 @@ class VllmSink(EngineSink):
             return
         if plan is not self._fitting and plan.is_complete:
             quantised = config.quant_config is not None
-            found = [missing_parameters(plan, served, quantised=quantised, find=find) for find in (missing, torn)]
+            idle = compat.idle_heads(served)
+            found = [
+                missing_parameters(plan, served, quantised=quantised, shared=idle, find=find)
+                for find in (missing, torn)
+            ]
             _refuse(NOT_FILLED, *found, **_passed_over(plan, found[0]))
             _refuse(NOT_FILLED, _left_as_noise(plan, self._made_up().left()), hint=_NOISE)
             _refuse(TOO_LARGE, plan.too_large)

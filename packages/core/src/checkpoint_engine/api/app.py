@@ -170,6 +170,29 @@ def _update_routes(service: Service) -> APIRouter:
         """
         return service.update(name, body)
 
+    @router.post(
+        "/checkpoints/{name}/publish",
+        summary="One step: register, gather, update",
+        responses=_failures(
+            {
+                403: "A file or the engine's address is not allowed.",
+                409: _STATE + " Also if the update was aborted.",
+                422: _INPUT,
+                502: "The engine, one of its workers, or another rank failed; `rank` and `phase` say where.",
+                504: "It did not complete in time, or a rank is late.",
+                507: "Memory is too small.",
+            }
+        ),
+    )
+    def publish(name: _Name, body: bodies.PublishBody) -> UpdateReport:  # pyright: ignore[reportUnusedFunction]
+        """Call this on all ranks at the same time, each with its share of the files.
+
+        What this rank held under the name before is replaced, and its memory used again. How far it is stands in
+        `GET /v1/updates/current`: `register`, `gather`, and then the phases of the update. `timeout` is for the update,
+        and for the gathering before it.
+        """
+        return service.publish(name, body)
+
     @router.get("/updates/current", summary="Progress")
     def current_update() -> bodies.Updates:  # pyright: ignore[reportUnusedFunction]
         """How far the running update of this rank is, and how the last one ended. Answers at any time."""

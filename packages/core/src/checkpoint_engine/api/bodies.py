@@ -17,6 +17,7 @@ __all__ = [
     "Freed",
     "Gathered",
     "Named",
+    "PublishBody",
     "RunningUpdate",
     "UpdateBody",
     "Updates",
@@ -112,6 +113,28 @@ class UpdateBody(BaseModel):
     trace: Annotated[
         bool, Field(description="Whether the report shall say when this rank copied, broadcast and loaded each bucket.")
     ] = False
+
+
+class PublishBody(UpdateBody):
+    """This rank's share of a step, and who shall take it."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={
+            "examples": [
+                {
+                    "files": ["/models/step-8/model-00001-of-00002.safetensors"],
+                    "update_url": "http://127.0.0.1:8000/collective_rpc",
+                    "version": "step-8",
+                }
+            ]
+        },
+    )
+
+    files: Annotated[
+        list[str] | dict[str, list[str]],
+        Field(description="As for `files`; they are read into the memory of what had this name before."),
+    ]
 
 
 class AbortBody(BaseModel):

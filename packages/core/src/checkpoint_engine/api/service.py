@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -32,7 +32,7 @@ from checkpoint_engine.errors import (
 from checkpoint_engine.link.messages import PROTOCOL
 from checkpoint_engine.metrics import UpdateMetrics
 from checkpoint_engine.server.parameter_server import ParameterServer
-from checkpoint_engine.transfer.report import UpdateReport
+from checkpoint_engine.transfer.report import Progress, UpdateReport
 from checkpoint_engine.version import __version__
 
 __all__ = ["Service"]
@@ -43,6 +43,16 @@ class _Running:
     name: str
     version: str
     start: float
+    before: str = ""
+    """What is done before the update itself."""
+
+
+@dataclass(frozen=True)
+class _Order:
+    """An update that may be carried out."""
+
+    ranks: list[int]
+    ask: Callable[[list[tuple[str, str]]], None]
 
 
 class Service:
@@ -87,6 +97,29 @@ class Service:
 
     def update(self, name: str, body: bodies.UpdateBody) -> UpdateReport:
         """Runs one update."""
+        order = self._checked(body)
+        with self._named(name), self._alone(f"an update to {name!r}"):
+            return self._run(name, body, order)
+
+    def publish(self, name: str, body: bodies.PublishBody) -> UpdateReport:
+        """One step: these files in place of what had this name here, gathered, and brought to the engines."""
+        order, files = self._checked(body), self._allowed(body.files)
+        with self._alone(f"a step of {name!r}"):
+            start, version = time.monotonic(), body.version or name
+            try:
+                self._running = _Running(name, version, start, "register")
+                if name in self._server.checkpoints:  # its memory stays, for these
+                    self._server.unregister_checkpoint(name)
+                self._server.register_checkpoint(
+                    name, files=files, use_shared_memory_pool=True, opener=self._files.open
+                )
+                self._running = _Running(name, version, start, "gather")
+                self._server.gather_metas(name, timeout=timedelta(seconds=body.timeout))
+            finally:
+                self._running = None
+            return self._run(name, body, order)
+
+    def _checked(self, body: bodies.UpdateBody) -> _Order:
         chosen = self._checked_ranks(body.inference_group_ranks, "inference_group_ranks")
         ranks = self._checked_ranks(body.ranks, "ranks")
         socket = None if body.uds is None else self._engines.check_socket(body.uds)
@@ -100,32 +133,34 @@ class Service:
                 handles = dict(addresses[number] for number in numbers)
                 request_inference_to_update(url, handles, timeout=body.timeout, uds=socket)
 
-        with self._named(name), self._alone(f"an update to {name!r}"):
-            self._running = _Running(name, body.version or name, time.monotonic())
-            self._abort_reason = ""
-            try:
-                self._server.update(
-                    name,
-                    ask,
-                    timeout=timedelta(seconds=body.timeout),
-                    ranks=ranks or None,
-                    version=body.version,
-                    trace=body.trace,
-                    reload=body.reload,
-                    method=body.method,
-                    workers=body.workers,
-                    only=body.only,
-                    rollback=body.rollback,
-                )
-                self._last_error = None
-            except CheckpointEngineError as error:
-                self._last_error = _error_body(error)
-                self._count_failure(error)
-                if self._abort_reason and isinstance(error, UpdateError):
-                    raise UpdateAbortedError(str(error)) from None
-                raise
-            finally:
-                self._running = None
+        return _Order(ranks, ask)
+
+    def _run(self, name: str, body: bodies.UpdateBody, order: _Order) -> UpdateReport:
+        self._running = _Running(name, body.version or name, time.monotonic())
+        self._abort_reason = ""
+        try:
+            self._server.update(
+                name,
+                order.ask,
+                timeout=timedelta(seconds=body.timeout),
+                ranks=order.ranks or None,
+                version=body.version,
+                trace=body.trace,
+                reload=body.reload,
+                method=body.method,
+                workers=body.workers,
+                only=body.only,
+                rollback=body.rollback,
+            )
+            self._last_error = None
+        except CheckpointEngineError as error:
+            self._last_error = _error_body(error)
+            self._count_failure(error)
+            if self._abort_reason and isinstance(error, UpdateError):
+                raise UpdateAbortedError(str(error)) from None
+            raise
+        finally:
+            self._running = None
         report = self._server.last_report
         if report is None:
             raise CheckpointStateError("the update left no report")
@@ -249,10 +284,12 @@ class Service:
         running, progress = self._running, self._server.progress
         if running is None:
             return None
+        if running.before:
+            progress = Progress()
         return bodies.RunningUpdate(
             name=running.name,
             version=running.version,
-            phase=progress.phase,
+            phase=running.before or progress.phase,
             buckets_done=progress.buckets_done,
             buckets=progress.buckets,
             bytes_done=progress.bytes_done,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 import torch
 
@@ -21,6 +21,7 @@ def give_to_loader(
     loader: str,
     load: Callable[[Iterator[tuple[str, torch.Tensor]]], object],
     tensors: Iterable[tuple[str, torch.Tensor]],
+    on_host: Collection[str] = (),
 ) -> None:
     """Has an engine load tensors.
 
@@ -28,6 +29,8 @@ def give_to_loader(
         loader: What to call it in errors, such as "vLLM's loader".
         load: The engine's `load_weights`.
         tensors: By name.
+        on_host: Those that it shall get in host memory: it computes with them, and does so there when an engine starts;
+            another device may give another last bit.
 
     Raises:
         WeightsRejectedError: the loader does not know a tensor, or not in this shape.
@@ -39,7 +42,7 @@ def give_to_loader(
         nonlocal last, spec
         for name, tensor in tensors:
             last, spec = name, TensorSpec(tensor.dtype, tuple(tensor.shape))
-            yield name, tensor
+            yield name, tensor.cpu() if name in on_host else tensor
 
     try:
         load(watched())
