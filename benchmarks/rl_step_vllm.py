@@ -2,9 +2,10 @@
 
     python benchmarks/rl_step_vllm.py moe30b --systems device host-direct ipc ipc-ours ipc-ours-8
 
-Trainer and engine share a GPU. Every step draws all weights anew, brings them over with pause, caches and resume, and
-compares the sum of all bit patterns that the engine's parameters hold with the trainer's. `ipc` packs its tensors, over
-vLLM's own routes; in vLLM 0.26 its module imports `ray`, of which it needs nothing: an empty module of that name does.
+Trainer and engine share a GPU; with `--tensor-parallel-size 2` the engine has the next one too, and `device` and `host`
+bring over NVLink what is kept there. Every step draws all weights anew, brings them over with pause, caches and resume,
+and compares the sum of all bit patterns that the engine's parameters hold with the trainer's. `ipc` packs its tensors,
+over vLLM's own routes; in vLLM 0.26 its module imports `ray`, of which it needs nothing: an empty module does.
 `ipc-ours` is the same trainer of vLLM's, sending to our backend `checkpoint_engine_ipc`; a number behind either says
 how many GiB the trainer packs at a time, where vLLM's default is one. Where the engine quantises what it gets
 (`--serve-options "--quantization fp8_per_channel"`), its sum is compared with that of the first system of the run,
@@ -29,6 +30,8 @@ from checkpoints import configuration, make_tokenizer
 from vllm_server import Server, serving
 from workloads import WORKLOADS, Tensor
 
+from checkpoint_engine.transfer.trace import PHASES
+
 HERE = Path(__file__).parent
 SECONDS = 300.0
 UNCOUNTED = 3
@@ -46,6 +49,7 @@ class Trainer:
     close: Callable[[], object] = lambda: None
     """Lets go of the weights."""
     traced: bool = False
+    workers: int = 1
 
     def change(self, step: int) -> int:
         """Trains; returns the sum of all bit patterns."""
@@ -54,7 +58,11 @@ class Trainer:
             weight.normal_(0, 0.02, generator=generator)
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # ipc leaves pieces behind, and both models fill the GPU
-        return sum(int(weight.view(torch.int16).sum(dtype=torch.int64)) for weight in self.weights.values())
+        return sum(self.held_by_all(name) * bits_of(weight) for name, weight in self.weights.items())
+
+    def held_by_all(self, name: str) -> int:
+        """How many workers keep a tensor, or a part of each: norms and what chooses experts are not shared out."""
+        return self.workers if name.endswith(("norm.weight", "mlp.gate.weight")) else 1
 
     def lap(self, name: str, work: Callable[[], object]) -> None:
         """Does one part of a step."""
@@ -76,6 +84,7 @@ class Trainer:
         def publish(step: int) -> None:
             version, stay = f"step-{step}", system == "device"
             options: dict[str, Any] = {"version": version, "method": "direct", "in_place": stay, "trace": self.traced}
+            options["workers"] = self.workers
             self.lap("update", lambda: ps.publish(self.weights, asks(version), **options))
 
         def host(step: int) -> None:
@@ -92,7 +101,8 @@ class Trainer:
             report = ps.last_report
             stages = {} if report is None else {name: round(value, 4) for name, value in report.seconds.items()}
             asked = {path: round(seconds, 4) for path, seconds in self.server.timed.seconds.items()}
-            spans = [] if report is None or report.trace is None else report.trace.spans
+            spans = () if report is None or report.trace is None else report.trace.spans
+            spans = [span for span in spans if span.lane == PHASES]
             phases = [
                 (span.name, round(span.begin - spans[0].begin, 4), round(span.end - span.begin, 4)) for span in spans
             ]
@@ -127,6 +137,11 @@ class Trainer:
         return step
 
 
+def bits_of(weight: torch.Tensor) -> int:
+    """The sum of its bit patterns."""
+    return int(weight.view(torch.int16).sum(dtype=torch.int64))
+
+
 def ipc_of(system: str) -> tuple[str, dict[str, int]]:
     """The backend that vLLM's `ipc` trainer sends to, and its settings; nothing for other systems."""
     kind, _, rest = system.partition("-")
@@ -147,7 +162,7 @@ def run(
     make_tokenizer(model)
     options = ["--load-format", "dummy", "--max-model-len", "256", "--max-num-seqs", "2"]
     options += ["--gpu-memory-utilization", "0.5", "--kv-cache-memory-bytes", str(1 << 30)]
-    options += arguments.serve_options.split()
+    options += ["--tensor-parallel-size", str(arguments.tensor_parallel_size), *arguments.serve_options.split()]
     environment, (door, packed) = {}, ipc_of(system)
     if door == "ipc":
         environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
@@ -157,14 +172,14 @@ def run(
     rows: list[dict[str, Any]] = []
     with serving([model], arguments.work, *options, **environment) as (server,):
         weights = {t.name: torch.empty(t.shape, dtype=torch.bfloat16, device="cuda") for t in tensors}
-        trainer = Trainer(server, weights, traced=arguments.trace)
+        trainer = Trainer(server, weights, traced=arguments.trace, workers=arguments.tensor_parallel_size)
         step, tell = (trainer.ipc(packed), trainer.reports) if door else trainer.ours(system)
         for number in range(arguments.steps):
             expected = trainer.change(number)
             begin = time.perf_counter()
             step(number)
             seconds = {**trainer.laps, "whole": time.perf_counter() - begin}
-            held = int(str(server.rpc("checkpoint_engine_bits")[0]))
+            held = sum(int(str(bits)) for bits in server.rpc("checkpoint_engine_bits"))
             right = held == (sums.setdefault(number, held) if "--quantization" in options else expected)
             free = int(str(server.rpc("checkpoint_engine_memory")[0]).strip("([").split(",")[0])
             rows.append({"system": system, "step": number, "seconds": seconds, "right": right, "free": free, **tell()})
@@ -186,6 +201,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--work", type=Path, default=Path("/dev/shm/checkpoint-engine-bench"))
     parser.add_argument("--output", type=Path, default=HERE / "results")
+    parser.add_argument("--tensor-parallel-size", type=int, default=1, help="workers, on a GPU each")
     parser.add_argument("--trace", action="store_true", help="say what was done when within each step")
     parser.add_argument("--serve-options", default="", help="more options of vllm serve, in one string")
     arguments = parser.parse_args()
@@ -198,6 +214,7 @@ def main() -> None:
         "engine": "vllm",
         "bytes": nbytes,
         "tensors": len(tensors),
+        "gpus": arguments.tensor_parallel_size,
     }
     record |= {"device": torch.cuda.get_device_name(), "versions": {"torch": torch.__version__}, "steps": {}}
     arguments.output.mkdir(parents=True, exist_ok=True)
