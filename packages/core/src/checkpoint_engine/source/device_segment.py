@@ -84,10 +84,8 @@ class DeviceSegment:
         """Whether these are its very tensors, and where they were."""
         if tensors.keys() != self._tensors.keys() or self._addresses_now() != self._addresses:
             return False
-        return all(
-            mine is tensor or _same_place(mine, tensor)
-            for mine, tensor in zip(map(self._tensors.__getitem__, tensors), tensors.values(), strict=True)
-        )
+        mine = list(map(self._tensors.__getitem__, tensors))
+        return all(map(operator.is_, mine, tensors.values())) or all(map(_same_place, mine, tensors.values()))
 
     def close(self) -> None:
         """Lets go of the tensors."""
