@@ -29,7 +29,6 @@ from checkpoint_engine.collective.rank_messages import (
     RankRequest,
     Refused,
     Returned,
-    Seen,
     Welcome,
 )
 from checkpoint_engine.collective.sockets import Pulse, Wake, prepare
@@ -42,6 +41,12 @@ logger = logging.getLogger(__name__)
 _THREADS = 4
 """Connections are encrypted by so many threads at most."""
 _LINGER_MILLISECONDS = 500
+_WITHIN = 4096
+"""Bytes of an answer that goes into the message about it: copied for each rank, but one frame less for each."""
+_AT_ONCE = 4096
+"""Messages that are read before others are told who was lost, and that this hub lives."""
+_MORE, _LAST = int(zmq.NOBLOCK | zmq.SNDMORE), int(zmq.NOBLOCK)
+"""Plain numbers: combining flags costs as much as sending."""
 
 
 class _Peer:
@@ -78,6 +83,8 @@ class Hub:
         self._ledger = Ledger(world_size)
         self._peers: dict[int, _Peer] = {}
         self._by_identity: dict[bytes, _Peer] = {}
+        self._news: dict[int, str] = {}
+        """Ranks that are lost, of which the others have not been told."""
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(FromSpoke)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(_THREADS)
@@ -113,6 +120,7 @@ class Hub:
                 ready = dict(poller.poll(next_beat.milliseconds(10 if self._leaving else limits.BEAT * 1e3)))
                 if self._wake.descriptor in ready:
                     self._wake.clear()
+                    self._tell_all(Beat(answer=True))
                 if self._guard in ready:
                     self._admit()
                 if self._socket in ready:
@@ -120,6 +128,7 @@ class Hub:
                 if next_beat.expired:
                     next_beat = Deadline(limits.BEAT)
                     self._beat()
+                self._tell_news()
             self._tell_all(Bye())
         except zmq.ZMQError:
             logger.exception("the hub of the ranks has failed")
@@ -148,15 +157,14 @@ class Hub:
 
     def _read_all(self) -> None:
         with contextlib.suppress(zmq.Again):
-            while True:
-                identity, *parts = self._socket.recv_multipart(zmq.NOBLOCK)
+            for _ in range(_AT_ONCE):
+                identity, *parts = self._socket.recv_multipart(_LAST)
                 try:
-                    header, *frames = parts
-                    self._take(identity, self._decoder.decode(header), frames)
+                    self._take(identity, self._decoder.decode(parts[0]))
                 except NO_MESSAGE as error:
                     logger.warning("a rank sent what is no message: %s", error)
 
-    def _take(self, identity: bytes, message: FromSpoke, frames: Sequence[bytes]) -> None:
+    def _take(self, identity: bytes, message: FromSpoke) -> None:
         if isinstance(message, Greet):
             self._greet(identity, message)
             return
@@ -164,13 +172,14 @@ class Hub:
         if peer is None:
             return
         self._heard(peer)
-        if isinstance(message, RankRequest):
-            self._answer(peer, message, frames)
-        elif isinstance(message, Seen):
-            peer.unseen.pop(message.number, None)
-        elif isinstance(message, Bye):
+        if isinstance(message, Bye):
             peer.left = True
-            self._tell_all(Lost(peer.greet.rank, f"{peer.name} has left"))
+            self._news[peer.greet.rank] = f"{peer.name} has left"
+            return
+        for number in message.seen:
+            peer.unseen.pop(number, None)
+        if isinstance(message, RankRequest):
+            self._answer(peer, message)
 
     def _greet(self, identity: bytes, greet: Greet) -> None:
         peer = self._peers.get(greet.rank)
@@ -183,9 +192,8 @@ class Hub:
         self._heard(peer)
         for key, text in self._ledger.posts.items():
             self._send(peer, Posted(key), [text])
-        for other in self._peers.values():
-            if other.lost:
-                self._send(peer, Lost(other.greet.rank, other.lost))
+        if lost := tuple((other.greet.rank, other.lost) for other in self._peers.values() if other.lost):
+            self._send(peer, Lost(lost))
         self._send(peer, Welcome())
 
     def _why_not(self, greet: Greet, peer: _Peer | None) -> str:
@@ -204,21 +212,28 @@ class Hub:
         peer.pulse.felt()
         if peer.lost:
             peer.lost = ""
+            self._news.pop(peer.greet.rank, None)
             self._tell_all(Returned(peer.greet.rank))
 
-    def _answer(self, peer: _Peer, request: RankRequest, frames: Sequence[bytes]) -> None:
+    def _answer(self, peer: _Peer, request: RankRequest) -> None:
         if request.number in peer.unseen:
-            self._send(peer, RankReply(request.number), peer.unseen[request.number])
+            self._reply(peer, request.number, peer.unseen[request.number])
         elif request.number not in peer.open:
             peer.open.add(request.number)
             posts = len(self._ledger.posts)
-            for rank, number, answer in self._ledger.take(peer.greet.rank, request, frames):
+            for rank, number, answer in self._ledger.take(peer.greet.rank, request, request.frames):
                 receiver = self._peers[rank]
                 receiver.open.discard(number)
                 receiver.unseen[number] = answer
-                self._send(receiver, RankReply(number), answer)
+                self._reply(receiver, number, answer)
             if len(self._ledger.posts) > posts:
                 self._tell_all(Posted(request.key), [self._ledger.posts[request.key]])
+
+    def _reply(self, peer: _Peer, number: int, answer: list[bytes]) -> None:
+        if sum(map(len, answer)) <= _WITHIN:
+            self._send(peer, RankReply(number, tuple(answer)))
+        else:
+            self._send(peer, RankReply(number), answer)
 
     def _beat(self) -> None:
         for peer in list(self._peers.values()):
@@ -228,11 +243,18 @@ class Hub:
 
     def _lose(self, peer: _Peer, reason: str) -> None:
         peer.lost = reason
-        self._tell_all(Lost(peer.greet.rank, reason))
+        self._news[peer.greet.rank] = reason
+
+    def _tell_news(self) -> None:
+        """Who was lost since: of ranks that leave together one message, not one for each to each."""
+        while self._news:
+            news, self._news = self._news, {}
+            self._tell_all(Lost(tuple(news.items())))
 
     def _tell_all(self, message: FromHub, frames: Sequence[bytes] = ()) -> None:
         for peer in list(self._peers.values()):
-            self._send(peer, message, frames)
+            if not peer.left:
+                self._send(peer, message, frames)
 
     def _send(self, peer: _Peer, message: FromHub, frames: Sequence[bytes] = ()) -> None:
         if not self._write(peer.identity, message, frames) and not peer.left and not peer.lost:
@@ -241,7 +263,10 @@ class Hub:
     def _write(self, identity: bytes, message: FromHub, frames: Sequence[bytes] = ()) -> bool:
         """Whether there is a connection to send it by."""
         try:
-            self._socket.send_multipart([identity, self._encoder.encode(message), *frames], zmq.NOBLOCK, copy=False)
+            self._socket.send(identity, _MORE)
+            self._socket.send(self._encoder.encode(message), _MORE if frames else _LAST)
+            for index, frame in enumerate(frames, 1):
+                self._socket.send(frame, _MORE if index < len(frames) else _LAST, copy=False)
         except zmq.ZMQError as error:
             if error.errno not in (errno.EHOSTUNREACH, errno.EAGAIN):
                 raise

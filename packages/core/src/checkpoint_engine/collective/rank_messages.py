@@ -1,4 +1,4 @@
-"""What ranks say to the hub and what it says to them: a header of MessagePack, then frames of bytes as they are."""
+"""What ranks say to the hub and what it says to them: MessagePack, and large answers beside it as they are."""
 
 from __future__ import annotations
 
@@ -21,11 +21,10 @@ __all__ = [
     "RankRequest",
     "Refused",
     "Returned",
-    "Seen",
     "Welcome",
 ]
 
-RANK_PROTOCOL = 2
+RANK_PROTOCOL = 3
 
 NO_MESSAGE = (msgspec.MsgspecError, ValueError, LookupError, RecursionError)
 """What reading and following a message may raise that is damaged, lacks frames, or names whom nobody knows."""
@@ -63,18 +62,18 @@ class RankRequest(msgspec.Struct, frozen=True, tag=True):
     members: tuple[int, ...] = ()
     """Of a gathering: the ranks that take part, in the order of the answer; empty if all do."""
     amount: int = 0
+    frames: tuple[bytes, ...] = ()
+    """What the call takes."""
+    seen: tuple[int, ...] = ()
+    """Requests whose replies have arrived: the hub may forget them."""
 
 
 class RankReply(msgspec.Struct, frozen=True, tag=True):
-    """The answer to a request; its frames follow."""
+    """The answer to a request. Small ones are in here: of thousands of ranks, each frame more is thousands."""
 
     number: int
-
-
-class Seen(msgspec.Struct, frozen=True, tag=True):
-    """A reply has arrived: the hub may forget it."""
-
-    number: int
+    frames: tuple[bytes, ...] | None = None
+    """None where they follow."""
 
 
 class Greet(msgspec.Struct, frozen=True, tag=True):
@@ -102,6 +101,11 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
 class Beat(msgspec.Struct, frozen=True, tag=True):
     """A sign of life, in both directions."""
 
+    seen: tuple[int, ...] = ()
+    """From a rank: as in a request."""
+    answer: bool = False
+    """From the hub: it is about to leave, and waits to hear what has been seen."""
+
 
 class Bye(msgspec.Struct, frozen=True, tag=True):
     """Whoever says so leaves in good order, in both directions."""
@@ -114,10 +118,9 @@ class Posted(msgspec.Struct, frozen=True, tag=True):
 
 
 class Lost(msgspec.Struct, frozen=True, tag=True):
-    """A rank is gone, or does not live any more as far as can be seen."""
+    """Ranks are gone, or do not live any more as far as can be seen: each, and why."""
 
-    rank: int
-    reason: str
+    ranks: tuple[tuple[int, str], ...]
 
 
 class Returned(msgspec.Struct, frozen=True, tag=True):
@@ -126,5 +129,5 @@ class Returned(msgspec.Struct, frozen=True, tag=True):
     rank: int
 
 
-FromSpoke = Greet | RankRequest | Seen | Beat | Bye
+FromSpoke = Greet | RankRequest | Beat | Bye
 FromHub = Welcome | Refused | RankReply | Posted | Lost | Returned | Beat | Bye

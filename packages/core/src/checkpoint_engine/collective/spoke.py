@@ -10,7 +10,6 @@ import queue
 import secrets
 import socket
 import threading
-from collections.abc import Sequence
 
 import msgspec
 import zmq
@@ -33,7 +32,6 @@ from checkpoint_engine.collective.rank_messages import (
     RankRequest,
     Refused,
     Returned,
-    Seen,
     Welcome,
 )
 from checkpoint_engine.collective.sockets import Pulse, Wake, prepare
@@ -53,9 +51,8 @@ _LINGER_MILLISECONDS = 500
 class PendingRequest:
     """A request whose answer has not come yet."""
 
-    def __init__(self, request: RankRequest, frames: Sequence[bytes]) -> None:
+    def __init__(self, request: RankRequest) -> None:
         self.request = request
-        self.frames = frames
         self._answer: list[bytes] = []
         self._event = threading.Event()
 
@@ -78,6 +75,8 @@ class Spoke:
         self._greet = Greet(RANK_PROTOCOL, rank, world_size, secrets.token_hex(8), os.getpid(), socket.gethostname())
         self._numbers = itertools.count(1)
         self._pending: dict[int, PendingRequest] = {}
+        self._seen: list[int] = []
+        self._hub_leaves = False
         self._outbox: queue.SimpleQueue[PendingRequest] = queue.SimpleQueue()
         self._wake = Wake()
         self._closing = threading.Event()
@@ -133,7 +132,7 @@ class Spoke:
         self, call: Call, key: str, *frames: bytes, members: tuple[int, ...] = (), amount: int = 0
     ) -> PendingRequest:
         """Sends a request; it is sent again if the connection breaks."""
-        pending = PendingRequest(RankRequest(next(self._numbers), call, key, members, amount), frames)
+        pending = PendingRequest(RankRequest(next(self._numbers), call, key, members, amount, frames))
         self._pending[pending.request.number] = pending
         self._outbox.put(pending)
         self._wake.up()
@@ -189,7 +188,7 @@ class Spoke:
             self._send_outbox(hub)
             if self.connected and next_beat.expired:
                 next_beat = Deadline(limits.BEAT)
-                self._send(hub, Beat())
+                self._send(hub, Beat(self._told_seen()))
                 self._check_pulse()
         if self._closing.is_set() and self.connected:
             self._send(hub, Bye())
@@ -214,10 +213,16 @@ class Spoke:
 
     def _send_request(self, hub: zmq.Socket[bytes], pending: PendingRequest) -> None:
         if pending.request.number in self._pending:
-            self._send(hub, pending.request, pending.frames)
+            self._send(hub, msgspec.structs.replace(pending.request, seen=self._told_seen()))
 
-    def _send(self, hub: zmq.Socket[bytes], message: FromSpoke, frames: Sequence[bytes] = ()) -> None:
-        hub.send_multipart([self._encoder.encode(message), *frames], zmq.NOBLOCK, copy=False)
+    def _told_seen(self) -> tuple[int, ...]:
+        """Replies that came since the last message: a message for each of them would be one more in a gathering."""
+        seen = tuple(self._seen)
+        self._seen.clear()
+        return seen
+
+    def _send(self, hub: zmq.Socket[bytes], message: FromSpoke) -> None:
+        hub.send(self._encoder.encode(message), zmq.NOBLOCK, copy=False)
 
     def _read_all(self, hub: zmq.Socket[bytes]) -> None:
         with contextlib.suppress(zmq.Again):
@@ -237,20 +242,29 @@ class Spoke:
                 self._begin(hub)
             case Refused(reason):
                 self.trouble = RankError(reason)
-            case RankReply(number):
-                self._send(hub, Seen(number))
-                if (pending := self._pending.pop(number, None)) is not None:
-                    pending.settle(frames)
+            case RankReply(number, inside):
+                self._settle(hub, number, frames if inside is None else list(inside))
             case Posted(key):
                 self.posts[key] = frames[0]
-            case Lost(rank, reason):
-                self.lost[rank] = reason.removeprefix(f"rank {rank} ")
+            case Lost(ranks):
+                self.lost.update((rank, reason.removeprefix(f"rank {rank} ")) for rank, reason in ranks)
             case Returned(rank):
                 self.lost.pop(rank, None)
             case Bye():
                 self.lost[0] = "has left"
-            case Beat():
-                pass
+            case Beat(answer=answer):
+                self._hub_leaves |= answer
+                self._tell_what_it_waits_for(hub)
+
+    def _settle(self, hub: zmq.Socket[bytes], number: int, answer: list[bytes]) -> None:
+        self._seen.append(number)
+        if (pending := self._pending.pop(number, None)) is not None:
+            pending.settle(answer)
+        self._tell_what_it_waits_for(hub)
+
+    def _tell_what_it_waits_for(self, hub: zmq.Socket[bytes]) -> None:
+        if self._hub_leaves:
+            self._send(hub, Beat(self._told_seen()))
 
     def _begin(self, hub: zmq.Socket[bytes]) -> None:
         """For the first time, or after a break: what was asked is asked again."""
@@ -259,4 +273,4 @@ class Spoke:
             while True:
                 self._outbox.get_nowait()  # it is pending, too
         for pending in list(self._pending.values()):
-            self._send(hub, pending.request, pending.frames)
+            self._send(hub, pending.request)
