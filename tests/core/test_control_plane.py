@@ -9,7 +9,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from checkpoint_engine import limits
 from checkpoint_engine.collective import ControlPlane, connect_ranks
 from checkpoint_engine.collective.ledger import Ledger
 from checkpoint_engine.collective.parts import pack_parts, unpack_parts
-from checkpoint_engine.collective.rank_messages import Call, RankRequest
+from checkpoint_engine.collective.rank_messages import Call, FromHub, Lost, RankRequest
 from checkpoint_engine.deadline import Cancel, Deadline
 from checkpoint_engine.errors import (
     AccessRefusedError,
@@ -34,6 +35,7 @@ from checkpoint_engine.errors import (
 from checkpoint_engine.server.parameter_server import ParameterServer
 from tests.core.rank_processes import RankProcess, all_of
 from tests.ports import free_port
+from tests.waiting import within
 
 SECRET = "CHECKPOINT_ENGINE_RANKS_SECRET"
 
@@ -227,6 +229,38 @@ def test_some_ranks_gather_among_themselves(planes: list[ControlPlane]) -> None:
     answer = pending.wait(5.0)
     assert answer is not None
     assert unpack_parts(answer[0]) == [b"zero", b"one"]
+
+
+def test_ranks_that_leave_together_are_told_of_in_few_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not each of them to each."""
+    port, size = free_port(), 12
+    planes = [connect_ranks(rank, size, "127.0.0.1", port) for rank in range(size)]
+    try:
+        for plane in planes:
+            plane.wait_until_connected(Deadline(10.0))
+        hub, told = planes[0]._hub, list[int]()
+        assert hub is not None
+        write = hub._write
+
+        def note(identity: bytes, message: FromHub, *frames: Sequence[bytes]) -> bool:
+            if isinstance(message, Lost):
+                told.append(len(message.ranks))
+            return write(identity, message, *frames)
+
+        monkeypatch.setattr(hub, "_write", note)
+        monkeypatch.setattr(hub, "_tell_news", lambda: None)
+        with ThreadPoolExecutor(size) as pool:
+            list(pool.map(ControlPlane.close, planes[2:]))
+        assert within(5.0, lambda: len(hub._news) == size - 2)
+        monkeypatch.undo()
+        monkeypatch.setattr(hub, "_write", note)
+        spoke = planes[1]._spoke
+        assert spoke is not None
+        assert within(5.0, lambda: spoke.lost.keys() == set(range(2, size)))
+        assert told == [size - 2] * 2
+    finally:
+        for plane in reversed(planes):
+            plane.close()
 
 
 def test_an_update_without_rank_0_is_an_update_error() -> None:
