@@ -30,6 +30,12 @@ def p2p_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def unshared(p2p_environment: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As everybody's environment is who only updates some of their own ranks."""
+    monkeypatch.delenv("CHECKPOINT_ENGINE_P2P")
+
+
+@pytest.fixture
 def clusters() -> Iterator[Callable[[int], Cluster]]:
     """Makes clusters of so many ranks; they end with the test, and all their threads with them."""
     made: list[Cluster] = []

@@ -128,7 +128,7 @@ def test_only_who_asks_for_it_has_the_very_file_removed(clusters: Clusters, file
         assert file.exists() is (replaced or not remove)
 
 
-@pytest.mark.usefixtures("p2p_environment")
+@pytest.mark.usefixtures("unshared")
 @needs_mooncake
 @pytest.mark.parametrize("change", [write_over, truncate])
 def test_ranks_that_stand_by_look_at_their_files_too(

@@ -25,12 +25,6 @@ pytestmark = pytest.mark.usefixtures("p2p_environment")
 Clusters = Callable[[int], Cluster]
 
 
-@pytest.fixture
-def unshared(p2p_environment: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As everybody's environment is who only updates some of their own ranks."""
-    monkeypatch.delenv("CHECKPOINT_ENGINE_P2P")
-
-
 def tensors_of(seed: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
 

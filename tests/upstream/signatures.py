@@ -19,6 +19,10 @@ SIGNATURES = {
     "device_utils.DeviceManager": "",
     "device_utils.get_ip": "",
     "device_utils.npu_generate_uuid": "",
+    "p2p_store.P2PStore": "device_manager",
+    "p2p_store.P2PStore.register_named_tensors": "named_tensors",
+    "p2p_store.P2PStore.unregister_named_tensors": "names",
+    "p2p_store.P2PStore.batch_transfer_sync_read": "target_hostname buf_ptrs remote_ptrs lens",
     "data_types.ParameterMeta": "* name dtype shape aligned_size",
     "data_types.BucketRange": "idx offset size",
     "data_types.H2DBucket": "* size ranges items",
@@ -40,3 +44,14 @@ SIGNATURES = {
 
 WORKER_EXTENSION = {"update_weights_from_ipc": "zmq_handles"}
 """Methods of `VllmColocateWorkerExtension`, which the vLLM plugin brings."""
+
+ABSENT = (
+    "api._init_api",
+    "device_utils.has_efa_pci",
+    "device_utils.DeviceManager.rdma_device",
+    "device_utils.DeviceManager.transfer_engine_protocol",
+    "distributed.Distributed",
+    "ps._assign_receiver_ranks",
+    "ps._gen_h2d_buckets",
+)
+"""Names that are not here."""

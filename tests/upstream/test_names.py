@@ -13,7 +13,16 @@ import pytest
 import torch
 
 import checkpoint_engine.distributed as dist
-from checkpoint_engine.data_types import MemoryBufferMetaList, MemoryBufferMetas, ParameterMeta
+from checkpoint_engine import ps
+from checkpoint_engine.data_types import (
+    BucketRange,
+    DataToGather,
+    H2DBucket,
+    MemoryBuffer,
+    MemoryBufferMetaList,
+    MemoryBufferMetas,
+    ParameterMeta,
+)
 from checkpoint_engine.device_utils import DeviceManager
 from checkpoint_engine.errors import CheckpointFormatError, CheckpointStateError, PeerError, SettingError
 from checkpoint_engine.p2p_store import P2PStore
@@ -59,6 +68,14 @@ def test_metas_are_models() -> None:
     for broken in ("x", {"p2p_store_addr": 3}):
         with pytest.raises(CheckpointFormatError, match="no MemoryBufferMetaList"):
             MemoryBufferMetaList.model_validate(broken)
+    bucket = H2DBucket(size=256, ranges=[BucketRange(idx=0, offset=0, size=256)], items=[meta])
+    assert H2DBucket.model_validate(bucket.model_dump()) == bucket
+    gathered = DataToGather(
+        p2p_store_addr="host:1", memory_buffer_metas_list=[], rdma_device="", host_ip="127.0.0.1", device_uuid="GPU-1"
+    )
+    assert DataToGather.model_validate_json(gathered.model_dump_json()) == gathered
+    buffer = MemoryBuffer(buffer=torch.zeros(256, dtype=torch.uint8), size=256, metas=[meta], manually_pinned=True)
+    assert (buffer.size, buffer.manually_pinned) == (256, True)
     assert [each["offset"] for each in _to_named_tensor(metas=[meta, meta], offset=512)] == [512, 768]
 
 
@@ -87,6 +104,16 @@ def test_what_is_not_here_says_what_does_the_same(module: str, name: str, instea
         getattr(found, name)
     with pytest.raises(AttributeError):
         _ = found.nothing_of_the_kind
+
+
+def test_what_came_along_with_upstream_and_is_lacking_is_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "loguru", None)  # as if it were not installed
+    with caplog.at_level("INFO"):
+        importlib.reload(ps)
+    assert "loguru" in caplog.text
+    assert "pip install 'checkpoint-engine-core[compat]'" in caplog.text
 
 
 def test_sizes_are_aligned_as_segments_are() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,16 @@ ps.register_checkpoint(checkpoint_name="a", files=[file], named_tensors=None, us
                        use_inplace_pin_memory=True)
 ps.gather_metas(checkpoint_name="a")
 torch.distributed.barrier()
+dist.barrier(group=None)
+ranks = [None, None]
+dist.all_gather_object(object_list=ranks, obj=rank, group=None)
+mine, first = torch.tensor([rank + 1.0]), torch.tensor([rank])
+dist.all_reduce(tensor=mine, op=torch.distributed.ReduceOp.SUM, group=None)
+dist.broadcast(tensor=first, src=0, group=None)
+pair = dist.new_group(ranks=[0, 1])
+dist.barrier(group=pair)
+dist.destroy_process_group(group=pair)
+assert (dist.is_initialized(), ranks, mine.item(), first.item()) == (True, [0, 1], 3.0, 0)
 ps.update(checkpoint_name="a", req_func=req_func, timeout=datetime.timedelta(minutes=1), ranks=None)
 assert not torch.distributed.is_initialized()
 ps.gather_metas("a")
@@ -69,13 +80,13 @@ torch.distributed.destroy_process_group()
 """
 
 
-def run_script(script: Path, arguments: list[str]) -> None:
+def run_script(script: Path, arguments: list[str], port: int) -> None:
     """On two ranks, with what torchrun sets."""
     environment = {
         **os.environ,
         "WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
+        "MASTER_PORT": str(port),
         "PORT": str(free_port()),
         "CHECKPOINT_ENGINE_DEVICE": "cpu",
         "OMP_NUM_THREADS": "1",
@@ -103,14 +114,22 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("upstream"), SPEC, 3, shards=2)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("body", [ALL_BY_KEYWORD, ITS_OWN_GROUP], ids=["all by keyword", "its own group"])
-def test_scripts_run_as_they_are(tmp_path: Path, checkpoint: Path, body: str) -> None:
-    script = tmp_path / "script.py"
+def assert_runs(script: Path, body: str, checkpoint: Path, port: int) -> None:
     script.write_text(COMMON + body)
     with ReferenceProcess(SPEC.to_json(), 2) as engine:
-        run_script(script, [engine.endpoint, str(checkpoint)])
+        run_script(script, [engine.endpoint, str(checkpoint)], port)
         assert_holds(engine, checkpoint)
+
+
+@pytest.mark.long
+def test_a_script_with_every_argument_by_its_name_and_a_running_jobs_port(tmp_path: Path, checkpoint: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as running:
+        assert_runs(tmp_path / "script.py", ALL_BY_KEYWORD, checkpoint, running.getsockname()[1])
+
+
+@pytest.mark.long
+def test_a_script_that_has_a_group_of_its_own(tmp_path: Path, checkpoint: Path) -> None:
+    assert_runs(tmp_path / "script.py", ITS_OWN_GROUP, checkpoint, free_port())
 
 
 def test_a_single_rank_connects_by_itself() -> None:

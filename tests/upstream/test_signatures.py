@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.upstream.signatures import SIGNATURES, WORKER_EXTENSION
+from tests.upstream.signatures import ABSENT, SIGNATURES, WORKER_EXTENSION
 
 pytestmark = pytest.mark.pure
 
 EXTENSION = Path(__file__).parents[2] / "packages/vllm-plugin/src/checkpoint_engine_vllm/extension.py"
+PAGE = Path(__file__).parents[2] / "docs/upstream.md"
 
 
 def find(name: str) -> object:
@@ -47,3 +48,13 @@ def test_the_worker_extension_takes_the_same_arguments() -> None:
     }
     for name, arguments in WORKER_EXTENSION.items():
         assert [argument.arg for argument in methods[name].args.args[1:]] == arguments.split()
+
+
+@pytest.mark.parametrize("name", ABSENT)
+def test_what_is_absent_is_said_to_be(name: str) -> None:
+    with pytest.raises((AttributeError, ImportError)):
+        find(name)
+    (row,) = (
+        line for line in PAGE.read_text().splitlines() if f"`{name.partition('.')[2]}`" in line or f"`{name}`" in line
+    )
+    assert row.split("|")[2].strip() == "absent"
