@@ -122,10 +122,10 @@ def is_paused(engine: ReferenceProcess) -> bool:
     return ReferenceClient(engine.endpoint).endpoint.call("GET", "/is_paused", Deadline(5))["is_paused"]
 
 
-def ask_and_go_deaf(link: WorkerLink) -> None:
+def ask_and_go_deaf(link: WorkerLink, sums: tuple[int, ...]) -> None:
     """Asks the worker to finish as a sender does whom its answer no longer reaches."""
     link.channel._socket.shutdown(socket.SHUT_RD)  # before, since the worker may be quick
-    ask_to_finish(link)
+    ask_to_finish(link, sums)
 
 
 def hang_up(link: WorkerLink) -> Finished:
@@ -166,7 +166,7 @@ def test_a_sender_that_dies_before_it_hears_that_all_is_finished(
     assert push(server, engine, checkpoints / "a", "a") is None
     with monkeypatch.context() as patched:
         patched.setattr(WorkerLink, "ask_to_finish", ask_and_go_deaf)
-        patched.setattr(WorkerLink, "wait_until_finished", hang_up)
+        patched.setattr(WorkerLink, "wait_until_released", hang_up)
         error = push(server, engine, checkpoints / "b", "b", pause)
     assert error is not None
     assert "all its workers hold version 'b' already, and it serves them" in str(error)
