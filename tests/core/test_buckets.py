@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -130,6 +132,18 @@ def test_a_large_tensor_has_a_bucket_of_its_own() -> None:
     plan = plan_buckets(catalog, 512)
     assert [[t.name for t in bucket.tensors] for bucket in plan.buckets] == [["small"], ["large"], ["last"]]
     assert plan.largest == align_up(5000)
+
+
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize(("kind", "count"), [("device", 3), ("host", 10)])
+def test_what_lies_between_allocations_of_a_device_cuts_no_bucket(kind: Literal["host", "device"], count: int) -> None:
+    """Torch puts six tensors of 3 MiB into an allocation of 20; of host memory, gaps would travel."""
+    tensors = tuple(TensorEntry(str(i), "uint8", (3 * MIB,), i // 6 * 20 * MIB + i % 6 * 3 * MIB) for i in range(60))
+    segment = SegmentEntry(200 * MIB, tensors, kind=kind)
+    plan = plan_buckets(Catalog("x", (Holding(0, "h", "d", (segment,)),)), 80 * MIB)
+    assert len(plan.buckets) == count
 
 
 def test_a_tensor_that_is_too_large_is_refused_with_the_numbers() -> None:

@@ -22,7 +22,7 @@ ALIGNMENT = 256
 """Bytes; device copies and vectorised kernels like addresses that are multiples of this."""
 
 _WIDEST_GAP = 1 << 20
-"""Bytes that travel for nothing rather than another bucket: where some tensors of a checkpoint are left out."""
+"""Bytes of host memory that travel for nothing rather than another bucket: where some tensors are left out."""
 
 
 def align_up(nbytes: int) -> int:
@@ -127,11 +127,13 @@ def _tensor_by_tensor(buckets: Sequence[Bucket]) -> tuple[Bucket, ...]:
 
 def _cut_holding(holding: Holding, bucket_size: int) -> Iterator[Bucket]:
     for index, segment in enumerate(holding.segments):
+        # A trainer's tensors lie in thousands of allocations: a bucket for each would cost more than their bytes.
+        widest_gap = bucket_size if segment.kind == "device" else _WIDEST_GAP
         tensors: list[TensorEntry] = []
         start = end = 0
         for tensor in segment.tensors:
             tensor_end = align_up(tensor.offset + tensor.nbytes)
-            if tensors and (tensor_end - start > bucket_size or tensor.offset - end > _WIDEST_GAP):
+            if tensors and (tensor_end - start > bucket_size or tensor.offset - end > widest_gap):
                 yield Bucket(holding.rank, index, start, end - start, tuple(tensors))
                 tensors = []
             if not tensors:
