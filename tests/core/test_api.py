@@ -161,8 +161,17 @@ def test_a_step_is_one_request(ranks: HttpRanks, engine: ReferenceProcess, check
         assert_holds(engine, checkpoints / name)
     missing = publish(checkpoints / "none")
     assert [answer.status_code for answer in missing] == [422, 422], [answer.text for answer in missing]
-    assert all(client.get("/v1/updates/current").json()["running"] is None for client in ranks.clients.values())
+    torn = checkpoints / "torn"
+    torn.mkdir()
+    for rank in range(2):
+        Path(share(torn, rank)["files"][0]).write_bytes(b"no header")
+    assert [answer.status_code for answer in publish(torn)] == [422, 422]
+    for client in ranks.clients.values():
+        told = client.get("/v1/updates/current").json()
+        assert told["running"] is None
+        assert str(torn) in told["last_error"]["message"]
     assert [answer.status_code for answer in publish(checkpoints / "b")] == [200, 200]
+    assert all(client.get("/v1/updates/current").json()["last_error"] is None for client in ranks.clients.values())
     unregister(ranks, "loop")
 
 

@@ -48,7 +48,7 @@ class _Running:
 
 
 @dataclass(frozen=True)
-class _Order:
+class _Admitted:
     """An update that may be carried out."""
 
     ranks: list[int]
@@ -104,22 +104,19 @@ class Service:
     def publish(self, name: str, body: bodies.PublishBody) -> UpdateReport:
         """One step: these files in place of what had this name here, gathered, and brought to the engines."""
         order, files = self._checked(body), self._allowed(body.files)
+        version = body.version or name
         with self._alone(f"a step of {name!r}"):
-            start, version = time.monotonic(), body.version or name
-            try:
-                self._running = _Running(name, version, start, "register")
+            with self._under_way(name, version, "register"):
                 if name in self._server.checkpoints:  # its memory stays, for these
                     self._server.unregister_checkpoint(name)
                 self._server.register_checkpoint(
                     name, files=files, use_shared_memory_pool=True, opener=self._files.open
                 )
-                self._running = _Running(name, version, start, "gather")
+            with self._under_way(name, version, "gather"):
                 self._server.gather_metas(name, timeout=timedelta(seconds=body.timeout))
-            finally:
-                self._running = None
             return self._run(name, body, order)
 
-    def _checked(self, body: bodies.UpdateBody) -> _Order:
+    def _checked(self, body: bodies.UpdateBody) -> _Admitted:
         chosen = self._checked_ranks(body.inference_group_ranks, "inference_group_ranks")
         ranks = self._checked_ranks(body.ranks, "ranks")
         socket = None if body.uds is None else self._engines.check_socket(body.uds)
@@ -133,12 +130,10 @@ class Service:
                 handles = dict(addresses[number] for number in numbers)
                 request_inference_to_update(url, handles, timeout=body.timeout, uds=socket)
 
-        return _Order(ranks, ask)
+        return _Admitted(ranks, ask)
 
-    def _run(self, name: str, body: bodies.UpdateBody, order: _Order) -> UpdateReport:
-        self._running = _Running(name, body.version or name, time.monotonic())
-        self._abort_reason = ""
-        try:
+    def _run(self, name: str, body: bodies.UpdateBody, order: _Admitted) -> UpdateReport:
+        with self._under_way(name, body.version or name):
             self._server.update(
                 name,
                 order.ask,
@@ -152,6 +147,18 @@ class Service:
                 only=body.only,
                 rollback=body.rollback,
             )
+        report = self._server.last_report
+        if report is None:
+            raise CheckpointStateError("the update left no report")
+        self._metrics.succeeded(report.seconds, report.nbytes, report.version)
+        return report
+
+    @contextmanager
+    def _under_way(self, name: str, version: str, before: str = "") -> Generator[None]:
+        """Of an update, or of what is done before it: shown while it lasts, and how it ended after that."""
+        self._running, self._abort_reason = _Running(name, version, time.monotonic(), before), ""
+        try:
+            yield
             self._last_error = None
         except CheckpointEngineError as error:
             self._last_error = _error_body(error)
@@ -161,11 +168,6 @@ class Service:
             raise
         finally:
             self._running = None
-        report = self._server.last_report
-        if report is None:
-            raise CheckpointStateError("the update left no report")
-        self._metrics.succeeded(report.seconds, report.nbytes, report.version)
-        return report
 
     def updates(self) -> bodies.Updates:
         """What runs, and what ran."""
