@@ -20,96 +20,25 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 import torch
 from checkpoints import configuration, make_tokenizer
+from engine_trainer import SECONDS, UNCOUNTED, Trainer
 from vllm_server import Server, serving
 from workloads import WORKLOADS, Tensor
 
-from checkpoint_engine.transfer.trace import PHASES
-
 HERE = Path(__file__).parent
-SECONDS = 300.0
-UNCOUNTED = 3
-"""Steps in which plans are recorded, proved and checked."""
 
 
-@dataclass
-class Trainer:
-    """Weights on the engine's own GPU, and an engine."""
+@dataclass(kw_only=True)
+class VllmTrainer(Trainer):
+    """Brings its weights by vLLM's own `ipc` trainer, too."""
 
     server: Server
-    weights: dict[str, torch.Tensor]
-    laps: dict[str, float] = field(default_factory=dict)
-    """Seconds of the parts of a step."""
-    close: Callable[[], object] = lambda: None
-    """Lets go of the weights."""
-    traced: bool = False
-    workers: int = 1
-
-    def change(self, step: int) -> int:
-        """Trains; returns the sum of all bit patterns."""
-        generator = torch.Generator("cuda").manual_seed(step)
-        for weight in self.weights.values():
-            weight.normal_(0, 0.02, generator=generator)
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()  # ipc leaves pieces behind, and both models fill the GPU
-        return sum(self.held_by_all(name) * bits_of(weight) for name, weight in self.weights.items())
-
-    def held_by_all(self, name: str) -> int:
-        """How many workers keep a tensor, or a part of each: norms and what chooses experts are not shared out."""
-        return self.workers if name.endswith(("norm.weight", "mlp.gate.weight")) else 1
-
-    def lap(self, name: str, work: Callable[[], object]) -> None:
-        """Does one part of a step."""
-        begin = time.perf_counter()
-        work()
-        self.laps[name] = time.perf_counter() - begin
-
-    def ours(self, system: str) -> tuple[Callable[[int], None], Callable[[], dict[str, Any]]]:
-        """A step through a parameter server, and what that tells of its last one."""
-        from checkpoint_engine.ps import ParameterServer  # noqa: PLC0415 - of one system only
-
-        ps = ParameterServer()
-        self.close = ps.close
-
-        def asks(version: str) -> Callable[[list[tuple[str, str]]], None]:
-            options: dict[str, Any] = {"pause": "keep", "reset_caches": True, "timeout": SECONDS}
-            return lambda handles: self.server.client.update_weights(dict(handles), version=version, **options)
-
-        def publish(step: int) -> None:
-            version, stay = f"step-{step}", system == "device"
-            options: dict[str, Any] = {"version": version, "method": "direct", "in_place": stay, "trace": self.traced}
-            options["workers"] = self.workers
-            self.lap("update", lambda: ps.publish(self.weights, asks(version), **options))
-
-        def host(step: int) -> None:
-            version, method = f"step-{step}", system.removeprefix("host-")
-            self.lap(
-                "register",
-                lambda: ps.register_checkpoint(version, named_tensors=self.weights, use_shared_memory_pool=True),
-            )
-            self.lap("gather", lambda: ps.gather_metas(version))
-            self.lap("update", lambda: ps.update(version, asks(version), method=method))
-            self.lap("unregister", lambda: ps.unregister_checkpoint(version))
-
-        def tell() -> dict[str, Any]:
-            report = ps.last_report
-            stages = {} if report is None else {name: round(value, 4) for name, value in report.seconds.items()}
-            asked = {path: round(seconds, 4) for path, seconds in self.server.timed.seconds.items()}
-            spans = () if report is None or report.trace is None else report.trace.spans
-            spans = [span for span in spans if span.lane == PHASES]
-            phases = [
-                (span.name, round(span.begin - spans[0].begin, 4), round(span.end - span.begin, 4)) for span in spans
-            ]
-            told = {"stages": stages, "requests": asked, "engine": {} if report is None else dict(report.engine)}
-            return {**told, "phases": [(name, *(round(at, 4) for at in times)) for name, *times in phases]}
-
-        return (publish if system in {"device", "host"} else host), tell
 
     def reports(self) -> dict[str, Any]:
         """What the engine's worker tells of its last update, if it is ours."""
@@ -135,11 +64,6 @@ class Trainer:
             self.lap("resume", lambda: post("/resume"))
 
         return step
-
-
-def bits_of(weight: torch.Tensor) -> int:
-    """The sum of its bit patterns."""
-    return int(weight.view(torch.int16).sum(dtype=torch.int64))
 
 
 def ipc_of(system: str) -> tuple[str, dict[str, int]]:
@@ -172,7 +96,8 @@ def run(
     rows: list[dict[str, Any]] = []
     with serving([model], arguments.work, *options, **environment) as (server,):
         weights = {t.name: torch.empty(t.shape, dtype=torch.bfloat16, device="cuda") for t in tensors}
-        trainer = Trainer(server, weights, traced=arguments.trace, workers=arguments.tensor_parallel_size)
+        asked = {"client": server.client, "requests": server.timed.seconds, "traced": arguments.trace}
+        trainer = VllmTrainer(weights=weights, server=server, workers=arguments.tensor_parallel_size, **asked)
         step, tell = (trainer.ipc(packed), trainer.reports) if door else trainer.ours(system)
         for number in range(arguments.steps):
             expected = trainer.change(number)

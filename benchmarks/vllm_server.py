@@ -10,33 +10,16 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
+from engine_trainer import TimedEndpoint
 
-from checkpoint_engine.client.endpoint import Endpoint, Reply
 from checkpoint_engine.deadline import Deadline
 from checkpoint_engine_vllm import VllmClient
 
 HERE = Path(__file__).parent
 PROMPTS = [[3, 17, 42, 99], [7] * 9, list(range(100, 130))]
 START_SECONDS = 300.0
-
-
-class TimedEndpoint(Endpoint):
-    """Keeps how many seconds the last request to each path took."""
-
-    def __init__(self, address: str) -> None:
-        super().__init__(address)
-        self.seconds: dict[str, float] = {}
-
-    def send(self, method: str, path: str, deadline: Deadline, **request: Any) -> Reply:  # noqa: ANN401 - handed on
-        """Sends it, and measures."""
-        begin = time.perf_counter()
-        try:
-            return super().send(method, path, deadline, **request)
-        finally:
-            self.seconds[path] = time.perf_counter() - begin
 
 
 class Server:
