@@ -119,15 +119,25 @@ def run_sglang(options: argparse.Namespace, names: Sequence[str]) -> set[str]:
     """Runs SGLang's families; returns what became of any."""
     place, notes = sglang.Place(options.sglang_python, options.device), options.work / "sglang.json"
     if not options.only_table:
-        directory = options.work / "sglang"
-        directory.mkdir(exist_ok=True)
-        notes.write_text(json.dumps(sglang.run(place, directory, names, spoil_all=options.spoil_all), indent=1))
+        notes.write_text(json.dumps(_shared_out(options, place, names), indent=1))
     found = {name: each for name, each in _read(notes).items() if name in names}
     for name, each in found.items():
         print(f"SGLang  {sglang.outcome(each):17} {name:50} {each.get('error', '')[:200]}")
     if not options.no_table:
         table_of(options, "families-sglang").write_text(sglang.table(place, found))
     return {sglang.outcome(each) for each in found.values()}
+
+
+def _shared_out(options: argparse.Namespace, place: sglang.Place, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """What became of SGLang's families, several processes at a time."""
+
+    def run_share(number: int) -> dict[str, dict[str, Any]]:
+        directory = options.work / "sglang" / str(number)
+        directory.mkdir(parents=True, exist_ok=True)
+        return sglang.run(place, directory, names[number :: options.processes], spoil_all=options.spoil_all)
+
+    with ThreadPoolExecutor(options.processes) as pool:
+        return {name: each for found in pool.map(run_share, range(options.processes)) for name, each in found.items()}
 
 
 def main() -> int:
@@ -138,7 +148,7 @@ def main() -> int:
     for engine in ("vllm", "sglang"):
         parser.add_argument(f"--{engine}-python", type=Path, default=ROOT / ".venvs" / engine / "bin" / "python")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--processes", type=int, default=2, help="of vLLM at a time")
+    parser.add_argument("--processes", type=int, default=2, help="of an engine at a time")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "checkpoint-engine-zoo")
     parser.add_argument("--tables", type=Path, default=ROOT / "docs", help="the directory that tables are written to")
     parser.add_argument("--no-table", action="store_true", help="print only")
