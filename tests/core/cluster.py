@@ -103,16 +103,20 @@ class Cluster:
 
     def publish(self, shares: Sequence[NamedTensors], version: str, method: str, *, in_place: bool = True) -> None:
         """One step; `shares` says what each rank has."""
-        check(
-            self.on_all(
-                lambda server: server.publish(
-                    shares[server.rank],
-                    self.asker(server.rank),
-                    version=version,
-                    method=method,
-                    in_place=in_place,
-                    timeout=timedelta(seconds=TIMEOUT),
-                )
+        check(self.try_to_publish(shares, version, method, in_place=in_place))
+
+    def try_to_publish(
+        self, shares: Sequence[NamedTensors], version: str, method: str, *, in_place: bool = True
+    ) -> list[BaseException | None]:
+        """The same; returns what came of it on each rank."""
+        return self.on_all(
+            lambda server: server.publish(
+                shares[server.rank],
+                self.asker(server.rank),
+                version=version,
+                method=method,
+                in_place=in_place,
+                timeout=timedelta(seconds=TIMEOUT),
             )
         )
 

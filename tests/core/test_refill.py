@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
 
+from checkpoint_engine.catalog import TensorEntry
 from checkpoint_engine.errors import CheckpointEngineError, CheckpointStateError, UnsupportedTensorError, UpdateError
 from checkpoint_engine.source import copying, refill
 from checkpoint_engine.source.copying import FillPiece
@@ -77,15 +78,23 @@ def test_every_step_arrives_whole_however_late_its_bytes_come(
     cluster.close()
 
 
-@pytest.mark.parametrize("method", ["direct", "broadcast"])
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("method", ["direct", "broadcast", "auto"])
 def test_the_first_tensors_are_loaded_before_the_last_ones_have_come(
-    held_back: Callable[[Callable[[int], None]], None], method: Method
+    held_back: Callable[[Callable[[int], None]], None], method: Method, size: int
 ) -> None:
-    cluster, tensors = Cluster(1), weights()
+    """By the workers of all ranks, before any rank has its last ones."""
+    cluster, tensors = Cluster(size), weights()
     publish(cluster, tensors, "step-0", method)
-    loaded = threading.Event()
-    cluster.recorders[0].on_load = loaded.set
-    held_back(lambda number: check([] if number < COUNT - 1 or loaded.wait(TIMEOUT) else [TimeoutError("none came")]))
+    loaded = [threading.Event() for _ in range(size)]
+    for recorder, event in zip(cluster.recorders, loaded, strict=True):
+        recorder.on_load = event.set
+
+    def before(number: int) -> None:
+        if number == COUNT // size - 1 and not all(event.wait(TIMEOUT / 2) for event in loaded):
+            raise CheckpointEngineError("nothing was loaded before the last piece")
+
+    held_back(before)
     expected = train(tensors, 1)
     publish(cluster, tensors, "step-1", method)
     assert_holds(cluster, expected)
@@ -130,6 +139,50 @@ def test_bytes_that_do_not_come_fail_the_step_and_the_next_one_heals(
     held_back(lambda _: None)
     expected = train(tensors, 2)
     publish(cluster, tensors, "step-2")
+    assert_holds(cluster, expected)
+    cluster.close()
+
+
+@pytest.fixture
+def held_back_on(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], None]], None]:
+    """Has something be called before each piece but the first of the rank whose tensors have so many rows."""
+
+    def hold(rows: int, before: Callable[[], None]) -> None:
+        def pieces(segment: Segment, tensors: Sequence[TensorEntry], *rest: Any) -> list[FillPiece]:
+            def late(piece: FillPiece) -> FillPiece:
+                return FillPiece(piece.start, piece.end, lambda: (before(), piece.run())[1], piece.from_device)
+
+            first, *others = copying.pieces_into(segment, tensors, *rest)
+            return [first, *(map(late, others) if tensors[0].shape[0] == rows else others)]
+
+        monkeypatch.setattr(refill, "pieces_into", pieces)
+
+    return hold
+
+
+def weights_of_two() -> dict[str, torch.Tensor]:
+    """One rank's are of 32 rows, the other's of 16."""
+    return {f"layer.{i}.weight": torch.zeros((32, 32) if i % 2 else (16, 64)) for i in range(COUNT)}
+
+
+@pytest.mark.parametrize("method", ["direct", "broadcast", "auto"])
+def test_a_rank_whose_bytes_do_not_come_is_named_by_all_at_once(
+    held_back_on: Callable[[int, Callable[[], None]], None], method: Method
+) -> None:
+    cluster, tensors = Cluster(2), weights_of_two()
+    publish(cluster, tensors, "step-0", method)
+    train(tensors, 1)
+    held_back_on(32, lambda: check([CheckpointEngineError("the driver refuses")]))
+    start = time.monotonic()
+    shares = [dict(list(tensors.items())[rank::2]) for rank in range(2)]
+    errors = cluster.try_to_publish(shares, "step-1", method)
+    assert time.monotonic() - start < TIMEOUT / 4
+    for error in errors:
+        assert isinstance(error, UpdateError)
+        assert "'step-1' failed on rank 1 in phase 'load': the driver refuses" in str(error)
+    held_back_on(0, lambda: None)
+    expected = train(tensors, 2)
+    publish(cluster, tensors, "step-2", method)
     assert_holds(cluster, expected)
     cluster.close()
 

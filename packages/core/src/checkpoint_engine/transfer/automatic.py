@@ -22,11 +22,6 @@ class Automatic(Broadcast):
         super().__init__(update)
         self._direct = Direct(update)
 
-    @property
-    def sends_as_it_comes(self) -> bool:
-        """If both can."""
-        return super().sends_as_it_comes and self._direct.sends_as_it_comes
-
     def introduce(self, mine: Introduction) -> Introduction:
         """What either needs."""
         return super().introduce(self._direct.introduce(mine))

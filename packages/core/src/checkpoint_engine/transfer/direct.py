@@ -7,7 +7,7 @@ ranks of other hosts hold is fetched, as far as the workers of this one want it 
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from msgspec.structs import replace
 
@@ -15,8 +15,8 @@ from checkpoint_engine.catalog import Catalog
 from checkpoint_engine.deadline import Cancel
 from checkpoint_engine.errors import CheckpointStateError, RankError, SettingError
 from checkpoint_engine.planning.buckets import BucketPlan
-from checkpoint_engine.source.store import Registered
 from checkpoint_engine.transfer.exports import RING, Export, ExportedSegments, export_segments
+from checkpoint_engine.transfer.fill_marks import FillMarks
 from checkpoint_engine.transfer.introduction import Introduction
 from checkpoint_engine.transfer.methods import Method
 from checkpoint_engine.transfer.order import UpdateOrder
@@ -49,6 +49,7 @@ class Direct(Transport):
         self._plan: BucketPlan | None = None
         self._exported: ExportedSegments | None = None
         self._remote: RemoteBuckets | None = None
+        self._marks: FillMarks | None = None
 
     @classmethod
     def check(cls, order: UpdateOrder) -> None:
@@ -64,12 +65,14 @@ class Direct(Transport):
 
     @property
     def sends_as_it_comes(self) -> bool:
-        """Where no other rank's workers read this one's memory."""
-        return self._rank.group.board.world_size == 1
+        """Every rank tells its workers of a bucket once its owner has it."""
+        return True
 
     def introduce(self, mine: Introduction) -> Introduction:
-        """With what this rank exports."""
-        return replace(mine, export=export_segments(self._update.held.segments if self._update.held else ()))
+        """With what this rank exports, and how far it has filled that."""
+        held = self._update.held
+        self._marks = FillMarks(self._update.number, held.refill if held is not None else None)
+        return replace(mine, export=export_segments(held.segments if held else ()), filling=self._marks.exported)
 
     def settle(self, ranks: Sequence[Introduction]) -> Transport:
         """This one.
@@ -103,6 +106,7 @@ class Direct(Transport):
             exports = {number: rank.export for number, rank in enumerate(ranks) if rank.export is not None}
             host = exports[self._update.number].host
             local = {number: export for number, export in exports.items() if export.host == host}
+            self._meet_marks(ranks, local)
             remote = in_turn(plan, self._update.number, [rank.export.host if rank.export else "" for rank in ranks])
             if remote:
                 self._remote = RemoteBuckets(plan, self._order.catalog, remote, self._rank.rings)
@@ -113,9 +117,20 @@ class Direct(Transport):
         self.staging = f"none: workers read {len(self._exported.descriptors)} segments"
         return Prepared(self._exported, remote)
 
+    def _meet_marks(self, ranks: Sequence[Introduction], local: Mapping[int, Export]) -> None:
+        if self._marks is None:
+            raise CheckpointStateError("ranks introduce themselves before a direct update is prepared")
+        others = ((number, export) for number, export in local.items() if number != self._update.number)
+        self._marks.meet({
+            number: (export, mark) for number, export in others if (mark := ranks[number].filling) is not None
+        })  # fmt: skip
+        if len(local) < len(ranks):
+            with self._update.clock.step("fill"):  # other hosts see no mark, and read once all ranks are connected
+                self._marks.wait_for_own(self._update.cancel.check)
+
     def run(self, workers: WorkerLinks) -> None:
         """Tells the workers where every bucket lies."""
-        if self._plan is None or self._exported is None:
+        if self._plan is None or self._exported is None or self._marks is None:
             raise CheckpointStateError("a direct update is prepared before it runs")
         if self._remote is not None:
             self._remote.start(unite(workers.wanted), self._update.cancel)
@@ -124,7 +139,7 @@ class Direct(Transport):
             exported=self._exported,
             links=workers.links,
             remote=self._remote,
-            held=self._update.held,
+            marks=self._marks,
             cancel=self._update.cancel,
             progress=self._rank.progress,
             clock=self._update.clock,
@@ -142,8 +157,9 @@ class Direct(Transport):
 
     def close(self) -> None:
         """Stops fetching. What is exported stays, and with it what workers have mapped."""
-        if self._remote is not None:
-            self._remote.close()
+        for each in (self._remote, self._marks):
+            if each is not None:
+                each.close()
 
 
 def in_turn(plan: BucketPlan, rank: int, hosts: Sequence[str]) -> list[int]:
@@ -205,7 +221,7 @@ class DirectPipeline:
         exported: ExportedSegments,
         links: Sequence[WorkerLink],
         remote: RemoteBuckets | None,
-        held: Registered | None,
+        marks: FillMarks,
         cancel: Cancel,
         progress: Progress,
         clock: StageClock,
@@ -216,7 +232,7 @@ class DirectPipeline:
         self._links = links
         self._remote = remote
         self._fetched = frozenset(remote.indexes if remote is not None else ())
-        self._refill = held.refill if held is not None else None
+        self._marks = marks
         self._sent: list[int] = []
         """Buckets in the order in which the workers were told of them."""
         self._released = 0
@@ -250,8 +266,7 @@ class DirectPipeline:
 
     def _send(self, index: int) -> None:
         bucket = self._plan.buckets[index]
-        if self._refill is not None:
-            self._refill.wait(bucket.segment, bucket.start + bucket.nbytes, self._cancel.check)
+        self._marks.wait(bucket, self._cancel.check)
         for link in self._links:
             link.load(index, bucket.start, self._exported.number(bucket.owner, bucket.segment))
         self._sent.append(index)

@@ -31,6 +31,8 @@ class Introduction(msgspec.Struct, frozen=True):
     """What this rank exports to the workers of its host; None for a broadcast."""
     gate: Export | None = None
     """Where this rank counts the broadcasts that it is ready for; None if it receives none."""
+    filling: Export | None = None
+    """Where this rank marks how far it has filled what it exports; None if all of that is there."""
     refusal: str = ""
     """Why this rank cannot take part. It says so here because the others may not have begun yet."""
 
