@@ -108,7 +108,8 @@ def run(
         print(f"  {system:16} {number:3} {json.dumps(shown)} {json.dumps(told)}", flush=True)
         if not right:
             raise SystemExit(f"{system}: the engine holds something else than after the first system's step")
-    trainer.close()
+    trainer.lap("close", trainer.close)
+    print(f"  {system:16} weights let go of in {trainer.laps['close']:.1f} s", flush=True)
     trainer.laps.clear()
 
 

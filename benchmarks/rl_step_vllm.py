@@ -114,7 +114,8 @@ def run(
             if not right:
                 raise SystemExit(f"{system}: the engine holds something else than the trainer")
         print(f"  {system:16} {server.tokens()[0][:80]}", flush=True)
-        trainer.close()
+        trainer.lap("close", trainer.close)
+        print(f"  {system:16} weights let go of in {trainer.laps['close']:.1f} s", flush=True)
     return rows
 
 

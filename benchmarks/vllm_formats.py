@@ -3,6 +3,7 @@
     python benchmarks/vllm_formats.py                          every format, tiny
     python benchmarks/vllm_formats.py fp8tensor wna16 --large  two of them, in layers of a realistic shape
     python benchmarks/vllm_formats.py moe-tp2 moe-ep2          two of those that need two GPUs
+    python benchmarks/vllm_formats.py --families --plain       a dozen and more architectures, tiny
 
 Two servers for each format, CUDA graphs captured: one starts with A and is brought to B, A, B by broadcast (the plan's
 proof, its check, the plan), to A by vLLM's loader, and to B and A directly; the other starts with B. Each time hashes
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -33,6 +35,7 @@ from vllm_server import HERE, Server, serving
 from checkpoint_engine.errors import CheckpointEngineError
 
 MAKER = HERE.parent / "tests" / "vllm" / "models.py"
+ZOO = "tests.zoo.vllm_process"
 MTP = '{"method": "mtp", "num_speculative_tokens": 1}'
 STEPS = [
     ("b", "broadcast:auto"),
@@ -50,9 +53,10 @@ PLAIN = ("--compilation-config", '{"mode": 0, "cudagraph_mode": "FULL_DECODE_ONL
 
 @dataclass(frozen=True)
 class Format:
-    """A kind of tiny checkpoint (see tests/vllm/models.py) and what `vllm serve` is started with."""
+    """A kind of tiny checkpoint and what `vllm serve` is started with."""
 
     kind: str
+    """Of tests/vllm/models.py, or a family of tests/zoo/vllm_families.py."""
     options: tuple[str, ...] = ()
     environment: tuple[tuple[str, str], ...] = ()
     expected: str = "equal"
@@ -107,12 +111,23 @@ FORMATS = {
     "fp8mla-tp2": Format("fp8mla", TENSORS, workers=2),
     "wna16-tp2": Format("wna16", TENSORS, workers=2),
 }
+FAMILIES = {
+    name: Format(name)
+    for name in (
+        *("LlamaForCausalLM", "MixtralForCausalLM", "GptOssForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM"),
+        *("Qwen3NextForCausalLM", "Qwen3_5ForCausalLM", "Glm4MoeForCausalLM", "GraniteMoeHybridForCausalLM"),
+        *("FalconH1ForCausalLM", "Mamba2ForCausalLM", "JambaForCausalLM", "Olmo2ForCausalLM", "Phi3ForCausalLM"),
+        *("Cohere2ForCausalLM", "BloomForCausalLM", "GPTNeoXForCausalLM", "OPTForCausalLM"),
+    )
+}
+"""Architectures that generate, of every kind of layer: their other formats are those of FORMATS."""
 
 
 def main() -> None:
     """Checks formats side by side, each in a process of its own, and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("formats", nargs="*", metavar="FORMAT", help=f"of {', '.join(FORMATS)}")
+    parser.add_argument("--families", action="store_true", help="architectures in place of formats")
     parser.add_argument("--large", action="store_true", help="layers as wide as an 8B model's")
     parser.add_argument("--plain", action="store_true", help="graphs of the model as it is, without torch.compile")
     parser.add_argument("--at-once", type=int, default=4, help="formats that share the GPU at a time")
@@ -120,21 +135,22 @@ def main() -> None:
     parser.add_argument("--serve-options", default="", help="more options of vllm serve, in one string")
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if unknown := set(arguments.formats) - FORMATS.keys():
-        parser.error(f"{', '.join(sorted(unknown))}: not one of {', '.join(FORMATS)}")
+    known = FORMATS | FAMILIES
+    if unknown := set(arguments.formats) - known.keys():
+        parser.error(f"{', '.join(sorted(unknown))}: not one of {', '.join(known)}")
     arguments.work.mkdir(parents=True, exist_ok=True)
     if arguments.port is not None:
         print(json.dumps(check(arguments.formats[0], arguments)), flush=True)
         return
     with ThreadPoolExecutor(arguments.at_once) as pool:
         here = [name for name, form in FORMATS.items() if form.workers <= torch.cuda.device_count()]
-        names = arguments.formats or here
+        names = arguments.formats or (list(FAMILIES) if arguments.families else here)
         rows = list(pool.map(lambda item: apart(*item, arguments), enumerate(names)))
     width = max(len(name) for name in names)
     print()
     for name, row in zip(names, rows, strict=True):
         print(f"{name:{width}}  {row['result']:10} {row['seconds']:4.0f} s  {row['kernels']}  {row['detail']}")
-    sys.exit(any(row["result"] != FORMATS[name].expected for name, row in zip(names, rows, strict=True)))
+    sys.exit(any(row["result"] != known[name].expected for name, row in zip(names, rows, strict=True)))
 
 
 def apart(index: int, name: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -159,11 +175,9 @@ def apart(index: int, name: str, arguments: argparse.Namespace) -> dict[str, Any
 
 def check(name: str, arguments: argparse.Namespace) -> dict[str, str]:
     """What became of one format."""
-    form = FORMATS[name]
+    form = (FORMATS | FAMILIES)[name]
     directory = arguments.work / name
-    made = [sys.executable, str(MAKER), str(directory), form.kind, f"{form.kind}-b", *["--large"] * arguments.large]
-    subprocess.run(made, check=True, timeout=200)
-    a, b = directory / form.kind, directory / f"{form.kind}-b"
+    a, b = make(name, directory, large=arguments.large)
     # Servers that start side by side cannot measure how much memory is theirs.
     options = ["--kv-cache-memory-bytes", str(1 << 28), "--max-model-len", "256", "--max-num-seqs", "4"]
     options += ["--gpu-memory-utilization", "0.1", *form.options, *arguments.serve_options.split()]
@@ -187,6 +201,19 @@ def check(name: str, arguments: argparse.Namespace) -> dict[str, str]:
         elif whole and (found := verified(updated, a, b, form.workers) or differences(updated.state(), cold[a])):
             wrong, detail = "verify", found
         return row | {"result": wrong or "equal", "detail": detail}
+
+
+def make(name: str, directory: Path, *, large: bool) -> tuple[Path, Path]:
+    """Writes both checkpoints."""
+    if name in FAMILIES:
+        environment = {**os.environ, "ZOO_TOKENIZERS": "1"}
+        command = [sys.executable, "-m", ZOO, "make", str(directory), "cpu", name]
+        subprocess.run(command, check=True, timeout=200, cwd=HERE.parent, env=environment)
+        return directory / name / "A", directory / name / "B"
+    kind = FORMATS[name].kind
+    made = [sys.executable, str(MAKER), str(directory), kind, f"{kind}-b", *["--large"] * large]
+    subprocess.run(made, check=True, timeout=200)
+    return directory / kind, directory / f"{kind}-b"
 
 
 def updates(senders: Senders, server: Server, cold: dict[Path, dict[str, Any]], *, asleep: bool) -> tuple[str, str]:

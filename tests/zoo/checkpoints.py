@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ __all__ = ["SEEDS", "make"]
 SEEDS = {"A": 1, "B": 2}
 _SPREAD = 0.08
 _OTHERS_DECIDE = ("transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype")
+_ALL_TOKENIZERS = "ZOO_TOKENIZERS" in os.environ
+"""For those who serve such a checkpoint to people."""
 _LARGEST = 40_000_000
 """Parameters of a model that is still called tiny."""
 
@@ -47,7 +50,7 @@ def make(directory: Path, family: Family) -> None:
         model.config.architectures = [family.architecture]
         model.save_pretrained(directory / tag)
         _rename(directory / tag, family.renamed)
-        if family.tokenizer:
+        if family.tokenizer or _ALL_TOKENIZERS:
             _save_tokenizer(directory / tag)
 
 
