@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,6 @@ import pytest
 import torch
 
 import checkpoint_engine.distributed as dist
-from checkpoint_engine import ps
 from checkpoint_engine.data_types import (
     BucketRange,
     DataToGather,
@@ -30,6 +30,18 @@ from checkpoint_engine.ps import ParameterServer, _get_physical_gpu_id, _to_name
 from checkpoint_engine.source.loader import select
 from tests.core.p2p_help import needs_mooncake
 from tests.waiting import within
+
+WITHOUT_LOGURU = """
+import sys
+sys.modules["loguru"] = None  # as if it were not installed
+"""
+TAKES_IT_FOR_OURS = """
+try:
+    from checkpoint_engine.ps import ParameterServer
+    from loguru import logger
+except ImportError:
+    print("it is not there")
+"""
 
 
 @needs_mooncake
@@ -106,14 +118,32 @@ def test_what_is_not_here_says_what_does_the_same(module: str, name: str, instea
         _ = found.nothing_of_the_kind
 
 
-def test_what_came_along_with_upstream_and_is_lacking_is_told(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_a_script_that_lacks_what_came_along_with_upstream_is_told(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(WITHOUT_LOGURU + TAKES_IT_FOR_OURS)
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, "it is not there\n"), done.stderr
+    assert f"{script} imports loguru, which came with upstream's distribution and is not installed" in done.stderr
+    assert "pip install 'checkpoint-engine-core[compat]'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("script", "needs"),
+    [
+        ("def later():\n    import os, pydantic.fields, loguru", "loguru and pydantic"),
+        ("import os", ""),
+    ],
+)
+def test_who_needs_nothing_of_it_hears_nothing(
+    script: str, needs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setitem(sys.modules, "loguru", None)  # as if it were not installed
-    with caplog.at_level("INFO"):
-        importlib.reload(ps)
-    assert "loguru" in caplog.text
-    assert "pip install 'checkpoint-engine-core[compat]'" in caplog.text
+    for name in ("loguru", "pydantic"):
+        monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
+    monkeypatch.delitem(sys.modules, "checkpoint_engine.ps")
+    path = tmp_path / "script.py"
+    path.write_text(f"from checkpoint_engine.ps import ParameterServer\n{script}\n")
+    runpy.run_path(str(path))
+    assert (f"imports {needs}," in caplog.text) if needs else not caplog.text
 
 
 def test_sizes_are_aligned_as_segments_are() -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import logging
 import runpy
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from checkpoint_engine.client.update_request import request_inference_to_update
+from checkpoint_engine.companions import tell_importer_what_it_lacks
 from checkpoint_engine.data_types import (
     BucketRange,
     DataToGather,
@@ -41,16 +40,7 @@ __all__ = [
 ]
 
 
-_CAME_ALONG = ("loguru", "pydantic")
-"""With upstream's distribution; scripts written for it import them beside this module."""
-
-logger = logging.getLogger(__name__)
-
-if _lacking := [name for name in _CAME_ALONG if importlib.util.find_spec(name) is None]:
-    logger.info(
-        "%s came with upstream's distribution; if a script needs it: pip install 'checkpoint-engine-core[compat]'",
-        " and ".join(_lacking),
-    )
+tell_importer_what_it_lacks()
 
 _USE_INSTEAD = {
     "_gen_h2d_buckets": "ParameterServer.update plans by itself; in verl, use the backend checkpoint_engine instead",
