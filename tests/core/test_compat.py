@@ -38,6 +38,11 @@ CATALOG = Catalog(
             device="GPU-1",
             p2p_address="10.0.0.1:1234",
             rdma_device="mlx5_0",
+            transport="rdma",
+            control_address=1 << 42,
+            generation=(1 << 63) - 1,
+            content="abc",
+            settling=0.5,
             segments=(
                 # Used in place: a header stands before the first tensor.
                 SegmentEntry(
@@ -132,7 +137,10 @@ def test_an_update_script_of_the_wild_runs_unchanged(tmp_path: Path) -> None:
     script.write_text(UPDATE_SCRIPT)
     with ReferenceProcess(SPEC.to_json(), 2) as engine:
         done = run_ranks([str(script), engine.endpoint, str(checkpoint), str(tmp_path)])
-        assert done == [(0, "")] * 2, done
+        (_, said), second = done
+        assert ([code for code, _ in done], second[1]) == ([0, 0], ""), done
+        assert said.count("\n") == 1  # it writes metas of what is not shared
+        assert "start all ranks with CHECKPOINT_ENGINE_P2P=1" in said
         assert_holds(engine, checkpoint)
     metas = pickle.loads((tmp_path / "metas.pkl").read_bytes())
     assert sorted(metas) == [0, 1]
@@ -302,7 +310,7 @@ def test_metas_say_the_same_as_the_catalog() -> None:
 
 def test_metas_as_json_are_the_same_for_pydantic_and_us() -> None:
     metas = data_types.catalog_to_metas(CATALOG)
-    adapter = TypeAdapter(dict[int, data_types.DataToGather])
+    adapter = TypeAdapter(dict[int, data_types.MemoryBufferMetaList])  # as update scripts write and read them
     ours, theirs = data_types.metas_to_json(metas), adapter.dump_json(metas)
     assert json.loads(ours) == json.loads(theirs)
     assert json.loads(ours)["0"]["memory_buffer_metas_list"][0]["metas"][0] == {
@@ -311,7 +319,8 @@ def test_metas_as_json_are_the_same_for_pydantic_and_us() -> None:
         "shape": [3, 5],
         "aligned_size": 312,
     }
-    assert adapter.validate_json(ours) == metas
+    assert adapter.validate_json(theirs) == adapter.validate_json(ours) == metas
+    assert data_types.metas_to_catalog(adapter.validate_json(theirs)) == data_types.metas_to_catalog(metas)
     read = data_types.metas_from_json(ours)
     assert read[0].memory_buffer_metas_list == metas[0].memory_buffer_metas_list
     for before, after in (

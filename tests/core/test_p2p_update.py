@@ -10,9 +10,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
 
 from checkpoint_engine.catalog import Catalog, Holding, SegmentEntry, TensorEntry
-from checkpoint_engine.data_types import metas_from_json, metas_to_json
+from checkpoint_engine.data_types import MemoryBufferMetaList
 from checkpoint_engine.errors import CheckpointStateError, SettingError, UpdateError
 from checkpoint_engine.planning.peers import PeerPlan, plan_peer_reads
 from checkpoint_engine.planning.receivers import Port
@@ -154,9 +155,8 @@ def test_metas_of_the_known_form_suffice(clusters: Clusters) -> None:
     here, there = clusters(2), clusters(1)
     tensors = tensors_of(1)
     there.register("a", tensors)
-    metas = metas_from_json(metas_to_json(there.servers[0].get_metas()))
-    for held in metas.values():
-        held.checkpoint = ""  # type: ignore[attr-defined]
+    adapter = TypeAdapter(dict[int, MemoryBufferMetaList])
+    metas = adapter.validate_json(adapter.dump_json(there.servers[0].get_metas()))
     check(here.on_all(lambda s: s.gather_metas("new name")))
     for server in here.servers:
         server.load_metas(metas)
@@ -164,6 +164,15 @@ def test_metas_of_the_known_form_suffice(clusters: Clusters) -> None:
     assert_delivered(here, range(2), tensors)
     assert here.recorders[0].update is not None
     assert here.recorders[0].update.version == "new name"
+    for address, generation, expected in (
+        (None, 1, "does not share its memory"),
+        ("1.2.3.4:5", 0, "lack `generation`"),
+    ):
+        metas[0].p2p_store_addr, metas[0].generation = address, generation
+        for server in here.servers:
+            server.load_metas(metas)
+        for failed in here.on_all(lambda s: s.update("x", here.asker(s.rank))):
+            assert expected in str(failed)
 
 
 @needs_mooncake

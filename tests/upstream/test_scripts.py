@@ -132,16 +132,18 @@ def test_a_script_that_has_a_group_of_its_own(tmp_path: Path, checkpoint: Path) 
     assert_runs(tmp_path / "script.py", ITS_OWN_GROUP, checkpoint, free_port())
 
 
-def test_a_single_rank_connects_by_itself() -> None:
+def test_a_single_rank_connects_by_itself(caplog: pytest.LogCaptureFixture) -> None:
     with ParameterServer(rank=0, world_size=1, auto_pg=False, device="cpu") as server:
         server.register_checkpoint("a", named_tensors={"w": torch.ones(3)})
         server.gather_metas("a")
-        assert list(server.get_metas()) == [0]
+        for _ in range(2):
+            assert list(server.get_metas()) == [0]
+    assert caplog.text.count("of use within this job only") == 1
 
 
 @needs_mooncake
 @pytest.mark.usefixtures("p2p_environment")
-def test_metas_that_are_loaded_serve_under_any_name(checkpoint: Path) -> None:
+def test_metas_that_are_loaded_serve_under_any_name(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
     with (
         ParameterServer(rank=0, world_size=1, device="cpu") as seed,
         ParameterServer(rank=0, world_size=1, device="cpu") as joiner,
@@ -156,6 +158,7 @@ def test_metas_that_are_loaded_serve_under_any_name(checkpoint: Path) -> None:
             ranks=[0],
         )
         assert_holds(engine, checkpoint)
+    assert "within this job only" not in caplog.text
 
 
 def test_what_httpx_raises_is_caught(tmp_path: Path) -> None:

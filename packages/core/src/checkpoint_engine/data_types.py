@@ -181,19 +181,17 @@ class MemoryBuffer:
 
 @dataclass
 class MemoryBufferMetaList(_Model):
-    """All that one rank holds of a checkpoint, and where a P2P transport finds it."""
+    """All that one rank holds of a checkpoint, where a P2P transport finds it, and what a reader must find there.
+
+    All fields stand in this class: `TypeAdapter(dict[int, MemoryBufferMetaList])`, by which update scripts write metas
+    to a file, leaves out whatever a subclass adds.
+    """
 
     p2p_store_addr: str | None
     memory_buffer_metas_list: list[MemoryBufferMetas]
     rdma_device: str
-
-
-@dataclass
-class DataToGather(MemoryBufferMetaList):
-    """The same with the rank's host and device, and what a reader of its memory must find there."""
-
-    host_ip: str
-    device_uuid: str
+    host_ip: str = ""
+    device_uuid: str = ""
     checkpoint: str = ""
     transport: str = ""
     control_address: int = 0
@@ -202,7 +200,12 @@ class DataToGather(MemoryBufferMetaList):
     settling: float = 0.0
 
 
-def catalog_to_metas(catalog: Catalog) -> dict[int, DataToGather]:
+@dataclass
+class DataToGather(MemoryBufferMetaList):
+    """The same, under the name by which scripts know what a rank tells the others."""
+
+
+def catalog_to_metas(catalog: Catalog) -> dict[int, MemoryBufferMetaList]:
     """What each rank holds, by rank; ranks that hold nothing are left out, as are copies of what another holds.
 
     Raises:
@@ -216,7 +219,7 @@ def catalog_to_metas(catalog: Catalog) -> dict[int, DataToGather]:
         )
     each_once = choose_holders(catalog)
     return {
-        holding.rank: DataToGather(
+        holding.rank: MemoryBufferMetaList(
             p2p_store_addr=holding.p2p_address,
             memory_buffer_metas_list=[_buffer_of(segment) for segment in holding.segments if segment.tensors],
             rdma_device=holding.rdma_device,
@@ -245,20 +248,20 @@ def metas_to_catalog(metas: Mapping[int, MemoryBufferMetaList], name: str = "") 
     holdings = tuple(
         Holding(
             rank=rank,
-            host=getattr(metas[rank], "host_ip", ""),
-            device=getattr(metas[rank], "device_uuid", ""),
+            host=metas[rank].host_ip,
+            device=metas[rank].device_uuid,
             segments=tuple(_segment_of(buffer) for buffer in metas[rank].memory_buffer_metas_list),
             p2p_address=metas[rank].p2p_store_addr,
             rdma_device=metas[rank].rdma_device,
-            transport=getattr(metas[rank], "transport", ""),
-            control_address=getattr(metas[rank], "control_address", 0),
-            generation=getattr(metas[rank], "generation", 0),
-            content=getattr(metas[rank], "content", ""),
-            settling=getattr(metas[rank], "settling", 0.0),
+            transport=metas[rank].transport,
+            control_address=metas[rank].control_address,
+            generation=metas[rank].generation,
+            content=metas[rank].content,
+            settling=metas[rank].settling,
         )
         for rank in sorted(metas)
     )
-    known = {getattr(metas[rank], "checkpoint", "") for rank in metas}
+    known = {metas[rank].checkpoint for rank in metas}
     catalog = Catalog(name=name or (known.pop() if len(known) == 1 else ""), holdings=holdings).validate()
     for (tensor, _), ranks in copied_boxes(catalog).items():  # nobody has compared them
         raise DuplicateTensorError(f"tensor {tensor!r} is registered on rank {ranks[0]} and again on rank {ranks[1]}")
@@ -276,10 +279,6 @@ def metas_from_json(data: bytes, source: str = "metas") -> dict[int, MemoryBuffe
     Raises:
         CheckpointFormatError: not JSON, or not metas.
     """
-    try:
-        return dict(msgspec.json.decode(data, type=dict[int, DataToGather], dec_hook=_from_plain))
-    except _NOT_JSON:
-        pass  # the plain form, without host and device
     try:
         return msgspec.json.decode(data, type=dict[int, MemoryBufferMetaList], dec_hook=_from_plain)
     except _NOT_JSON as error:

@@ -14,7 +14,7 @@ from checkpoint_engine.api import answers, bodies
 from checkpoint_engine.api.access import HEALTH_PATH, BearerToken, EngineAccess, FileAccess, PeerAccess
 from checkpoint_engine.api.request_bodies import BoundedBodies
 from checkpoint_engine.api.service import Service
-from checkpoint_engine.data_types import DataToGather, MemoryBufferMetaList
+from checkpoint_engine.data_types import MemoryBufferMetaList
 from checkpoint_engine.server.parameter_server import ParameterServer
 from checkpoint_engine.transfer.report import UpdateReport
 from checkpoint_engine.version import __version__
@@ -47,7 +47,7 @@ _Name = Annotated[
     InPath(description="What the checkpoint is called, the same on all ranks.", examples=["step-7"], max_length=200),
 ]
 _Seconds = Annotated[float, Query(gt=0, le=86400, description="Seconds to wait for the other ranks.")]
-_Metas = dict[int, DataToGather | MemoryBufferMetaList]
+_Metas = dict[int, MemoryBufferMetaList]
 _NOT_FOUND = "No checkpoint of that name is known here."
 _STATE = "The call does not fit the state: registered twice, not gathered, in use, or another update is running."
 _INPUT = "A file, tensor or argument cannot work."
@@ -222,7 +222,7 @@ def _meta_routes(service: Service) -> APIRouter:
     @router.get("", summary="Export metas", responses=_failures({409: "Nothing was gathered yet."}))
     def get_metas() -> _Metas:  # pyright: ignore[reportUnusedFunction]
         """What every rank holds of the checkpoint gathered last, by rank."""
-        return dict(service.metas())
+        return service.metas()
 
     @router.get("/catalog", summary="Export the catalog", responses=_failures({409: "Nothing was gathered yet."}))
     def get_catalog() -> Response:  # pyright: ignore[reportUnusedFunction]

@@ -20,7 +20,7 @@ from checkpoint_engine.catalog import Catalog
 from checkpoint_engine.client.update_request import request_inference_to_update
 from checkpoint_engine.contract.failure import Held
 from checkpoint_engine.contract.phase import Phase
-from checkpoint_engine.data_types import DataToGather, MemoryBufferMetaList
+from checkpoint_engine.data_types import MemoryBufferMetaList
 from checkpoint_engine.errors import (
     CheckpointEngineError,
     CheckpointStateError,
@@ -202,7 +202,7 @@ class Service:
         """The same as a catalog."""
         return self._server.catalog().to_json()
 
-    def load_metas(self, metas: Mapping[int, DataToGather | MemoryBufferMetaList]) -> None:
+    def load_metas(self, metas: Mapping[int, MemoryBufferMetaList]) -> None:
         """Makes known what ranks elsewhere hold."""
         for held in metas.values():
             self._peers.check(held.p2p_store_addr)

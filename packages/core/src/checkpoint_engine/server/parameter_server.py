@@ -252,10 +252,15 @@ class ParameterServer:
                 file.unlink()
 
     def get_metas(self) -> dict[int, MemoryBufferMetaList]:
-        """What all ranks hold of the checkpoint gathered last, by rank, in the form that existing callers know."""
+        """What all ranks hold of the checkpoint gathered last, by rank, in the form that existing callers know.
+
+        Others can read by them only what is shared, see `gather_metas`; if nothing is, a warning says so once.
+        """
         from checkpoint_engine.data_types import catalog_to_metas  # noqa: PLC0415 - stands above this floor
 
-        return dict(catalog_to_metas(self.catalog()))
+        metas = catalog_to_metas(self.catalog())
+        self._sharing.remind()
+        return metas
 
     def load_metas(self, metas: Mapping[int, MemoryBufferMetaList]) -> None:
         """Makes known what ranks elsewhere hold, as their `get_metas` gave it; the next update is read from there.

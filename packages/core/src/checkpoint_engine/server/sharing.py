@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import threading
 
@@ -18,6 +19,8 @@ from checkpoint_engine.source.file_watch import SETTLING, FileWatch
 from checkpoint_engine.source.store import Registered
 
 __all__ = ["Sharing"]
+
+_log = logging.getLogger(__name__)
 
 
 class Sharing:
@@ -43,6 +46,7 @@ class Sharing:
         self._lock = threading.Lock()
         self._store: P2PStore | None = None
         self._files = FileWatch(self._give_up)
+        self._reminded = False
         if self.settings.share:
             self.store()
 
@@ -90,6 +94,15 @@ class Sharing:
             content=content_of(registered.host_segments, entries) if registered and sample else "",
             settling=SETTLING if registered and registered.files_in_place else 0.0,
         )
+
+    def remind(self) -> None:
+        """Says, the first time that metas are given out, if nobody elsewhere can read what they describe."""
+        if not (self.settings.share or self._reminded):
+            self._reminded = True
+            _log.warning(
+                "these metas are of use within this job only: no rank shares its memory; for others to join from it, "
+                "start all ranks with CHECKPOINT_ENGINE_P2P=1"
+            )
 
     def withdraw(self, name: str) -> None:
         """Others refuse from now on what they read of this checkpoint."""

@@ -20,15 +20,21 @@ def peers_of(plan: PeerPlan) -> list[Peer]:
 
 
 def _peer_of(holding: Holding) -> Peer:
-    if holding.p2p_address is None or not holding.generation:
-        if any(segment.tensors for segment in holding.segments):
-            raise PeerError(
-                f"rank {holding.rank} on {holding.host or 'an unknown host'} holds a part of it, but does not "
-                "share its memory: start the seeds with CHECKPOINT_ENGINE_P2P=1 (or --p2p) and get their metas anew"
-            )
+    if not any(segment.tensors for segment in holding.segments):
         return Peer(f"rank {holding.rank}", "", "", 0, 0)
+    where = f"rank {holding.rank} on {holding.host or 'an unknown host'}"
+    if holding.p2p_address is None:
+        raise PeerError(
+            f"{where} holds a part of it, but does not share its memory: start the seeds with CHECKPOINT_ENGINE_P2P=1 "
+            "(or --share) and get their metas anew"
+        )
+    if not holding.generation:
+        raise PeerError(
+            f"the metas of {where} lack `generation`, by which readers know that its memory is still what they say: "
+            "get them anew, from ranks of checkpoint-engine-core"
+        )
     return Peer(
-        f"rank {holding.rank} on {holding.host}",
+        where,
         holding.p2p_address,
         holding.transport,
         holding.control_address,
