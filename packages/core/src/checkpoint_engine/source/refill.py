@@ -25,7 +25,7 @@ _DOWNLOADERS = 2
 """While one waits for its bytes, the other has told the device of the next: the bus never idles."""
 _TICK_SECONDS = 0.05
 
-Listener = Callable[[int], None]
+_Listener = Callable[[int], None]
 """Takes how many bytes are there, counted from the first of the first segment as if they lay end to end."""
 
 
@@ -59,7 +59,7 @@ class Refill:
         self._there = [False] * len(pieces)
         self._done = 0
         """So many pieces, counted from the first, are there."""
-        self._listener: Listener | None = None
+        self._listener: _Listener | None = None
         self._lock = threading.Lock()
         self._futures = [
             (downloads if piece.from_device else copies).submit(self._bring, number, piece)
@@ -103,7 +103,7 @@ class Refill:
         """Whether everything is there; raises as `has` does."""
         return self.has(*self._last)
 
-    def follow(self, listener: Listener | None) -> None:
+    def follow(self, listener: _Listener | None) -> None:
         """Has `listener` told how far it has come, now and whenever it has come further; None: nobody from now on."""
         with self._lock:
             self._listener = listener
