@@ -302,9 +302,10 @@ class Matrix:
 
     def _command(self, name: str, method: str, metas: Path | None) -> list[str]:
         common = ["--engine", "reference", "--endpoint", self.engine.endpoint, "-tp", str(TP), "--device", "cpu"]
-        common += ["--timeout", "120", "--wait", "60"]
-        if metas is not None:
-            return ["join", "--metas", str(metas), *common]
+        common += ["--timeout", "120"]
+        if metas is not None:  # it tries its seeds again for as long as it may wait
+            return ["join", "--metas", str(metas), *common, "--wait", "5"]
+        common += ["--wait", "60"]
         ranks = ["--ranks", str(TP)] if method == "direct" else []
         return ["update", str(self._directory / name), "--method", method, *ranks, *common]
 

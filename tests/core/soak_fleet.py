@@ -65,7 +65,8 @@ class Fleet:
     def left_behind(self) -> dict[str, int]:
         """What this process holds, once everything that ends by itself has ended."""
         until = time.monotonic() + TIMEOUT
-        while any(thread.name == "checkpoint-engine-retire" for thread in threading.enumerate()):
+        ending = {"checkpoint-engine-retire", "checkpoint-engine-close"}
+        while any(thread.name in ending for thread in threading.enumerate()):
             assert time.monotonic() < until
             time.sleep(0.05)
         gc.collect()

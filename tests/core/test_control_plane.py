@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 import torch.distributed as dist
@@ -23,6 +24,8 @@ from checkpoint_engine.collective import ControlPlane, connect_ranks
 from checkpoint_engine.collective.ledger import Ledger
 from checkpoint_engine.collective.parts import pack_parts, unpack_parts
 from checkpoint_engine.collective.rank_messages import Call, FromHub, Lost, RankRequest
+from checkpoint_engine.contract.failure import Failure
+from checkpoint_engine.contract.phase import Phase
 from checkpoint_engine.deadline import Cancel, Deadline
 from checkpoint_engine.errors import (
     AccessRefusedError,
@@ -169,9 +172,10 @@ def planes() -> Iterator[list[ControlPlane]]:
 
 def test_a_gathering_that_another_rank_has_given_up_is_given_up_at_once(planes: list[ControlPlane]) -> None:
     zero, one = (plane.board() for plane in planes)
-    assert zero.post("call-1/failure", b"rank 0 lost patience") == b"rank 0 lost patience"
-    assert one.post("call-1/failure", b"too late") == b"rank 0 lost patience"
-    with pytest.raises(RankError, match="lost patience"):
+    failure = msgspec.json.encode(Failure(0, Phase.GATHER, "DeadlineError", "it lost patience"))
+    assert zero.post("call-1/failure", failure) == failure
+    assert one.post("call-1/failure", b"too late") == failure
+    with pytest.raises(RankError, match="rank 0 gave up: it lost patience"):
         one.gather("call-1/x", b"", Deadline(30.0), Cancel(), "all", unless="call-1/failure")
     cancel = Cancel()
     cancel.set(CheckpointStateError("somebody threw the switch"))

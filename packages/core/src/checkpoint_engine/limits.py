@@ -30,7 +30,9 @@ __all__ = [
     "PEER_KNOCK",
     "PROCESS_GRACE",
     "QUICK_ANSWER",
+    "RANK_CONNECT",
     "RANK_GOODBYE",
+    "RANK_RETURN",
     "RANK_SETTLE",
     "ROLLBACK_TALK",
     "SETTLE",
@@ -66,6 +68,10 @@ SILENCE = 5 * BEAT
 """A rank whose process or host gives no sign of life for so long counts as lost."""
 HUNG = 15 * BEAT
 """A rank whose process lives, but whose Python does nothing for so long, counts as lost too."""
+RANK_CONNECT = 2 * BEAT
+"""For one try to reach rank 0's host: the next one may find it again."""
+RANK_RETURN = RANK_CONNECT + BEAT
+"""A rank that is lost when others begin something is waited for so long: its host may be back, and it on its way."""
 EXPLANATION = 2.0
 """A rank that sees a peer vanish waits so long for the peer's own word of why."""
 

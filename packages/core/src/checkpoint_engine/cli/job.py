@@ -15,7 +15,7 @@ from pathlib import Path
 from checkpoint_engine import limits
 from checkpoint_engine.background import in_background
 from checkpoint_engine.catalog import Catalog
-from checkpoint_engine.cli.messages import Done, Job, Progressed
+from checkpoint_engine.cli.messages import UNASKED, Done, Job, Progressed
 from checkpoint_engine.client.auto import load_client
 from checkpoint_engine.client.engine_client import EngineClient
 from checkpoint_engine.client.plugins import verifying_client
@@ -54,7 +54,7 @@ class _EngineLead:
         self._client: EngineClient = load_client(job.engines.kind)(self._endpoint)
         self._idle = threading.Event()
         self._idle.set()
-        self._failure = ""
+        self._failure = f"{self._endpoint} {UNASKED}"
 
     def wait_ready(self) -> None:
         """Waits until the engine serves, and checks that it has the number of workers that it should have.
@@ -70,6 +70,7 @@ class _EngineLead:
     def ask(self, addresses: list[tuple[str, str]]) -> None:
         """Asks the engine to update from the ranks that feed it; returns when it serves the new weights."""
         self._idle.clear()
+        self._failure = ""
         try:
             mine = addresses[self._first : self._first + self._job.engines.workers]
             if len(dict(mine)) != len(mine):

@@ -9,7 +9,21 @@ from checkpoint_engine.contract.failure import Failure
 from checkpoint_engine.contract.phase import Phase
 from checkpoint_engine.transfer.report import UpdateReport
 
-__all__ = ["AbortJob", "Done", "FromParent", "FromRank", "Job", "JobFailed", "Logged", "PeerLost", "Progressed"]
+__all__ = [
+    "UNASKED",
+    "AbortJob",
+    "Done",
+    "FromParent",
+    "FromRank",
+    "Job",
+    "JobFailed",
+    "Logged",
+    "PeerLost",
+    "Progressed",
+]
+
+UNASKED = "was asked for nothing yet: it holds what it held"
+"""Of an engine, after a failure."""
 
 
 class Job(msgspec.Struct, frozen=True, tag=True):

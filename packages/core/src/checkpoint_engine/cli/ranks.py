@@ -19,6 +19,7 @@ from typing_extensions import Self
 
 from checkpoint_engine import limits
 from checkpoint_engine.cli.messages import (
+    UNASKED,
     AbortJob,
     Done,
     FromParent,
@@ -260,7 +261,7 @@ class Ranks:
     def _unasked(self, job: Job, failures: dict[int, JobFailed | _Ended]) -> list[str]:
         """What engines hold whose ranks gave up before the update itself."""
         early = [rank for rank, failure in failures.items() if isinstance(failure, JobFailed) and failure.early]
-        return [f"{each} was asked for nothing yet: it holds what it held" for each in self._led_by(job, early)]
+        return [f"{each} {UNASKED}" for each in self._led_by(job, early)]
 
     def _led_by(self, job: Job, ranks: Sequence[int]) -> list[str]:
         """The engines that these ranks ask."""

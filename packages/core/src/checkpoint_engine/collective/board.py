@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import msgspec
@@ -10,6 +11,7 @@ from checkpoint_engine import limits
 from checkpoint_engine.collective.parts import unpack_parts
 from checkpoint_engine.collective.rank_messages import Call
 from checkpoint_engine.collective.spoke import Spoke
+from checkpoint_engine.contract.failure import Failure
 from checkpoint_engine.deadline import Cancel, Deadline
 from checkpoint_engine.errors import CheckpointEngineError, RankError
 
@@ -64,7 +66,7 @@ class Board:
         return unpack_parts(answer[0])
 
     def catch_up(self, deadline: Deadline) -> None:
-        """Returns once this rank knows all that was posted until now.
+        """Returns once this rank knows all that was posted until now, and ranks that were lost had time to come back.
 
         Raises:
             DeadlineError: rank 0 did not answer in time.
@@ -75,16 +77,18 @@ class Board:
             return
         self._spoke.wait_until_connected(deadline)
         pending = self._spoke.ask(Call.CHECK, "caught up")
-        patience = Deadline(limits.EXPLANATION)  # after a break of our own, the connection is a moment away
+        patience = Deadline(limits.RANK_RETURN)
         try:
             while pending.wait(min(_TICK_SECONDS, deadline.remaining)) is None:
                 deadline.check("rank 0 answering")
                 if 0 not in self._spoke.lost:
-                    patience = Deadline(limits.EXPLANATION)
+                    patience = Deadline(limits.RANK_RETURN)
                 elif patience.expired:
                     raise RankError(f"rank 0 {self._spoke.lost[0]}", rank=0)
         finally:
             self._spoke.give_up(pending)
+        while self.lost() is not None and not patience.expired and not deadline.expired:
+            time.sleep(_TICK_SECONDS)
 
     def post(self, key: str, text: bytes) -> bytes:
         """Puts something up unless there is something; returns what counts, as far as others can be asked."""
@@ -121,7 +125,8 @@ class Board:
         except CheckpointEngineError as error:
             return error
         if unless and (text := self.read(unless)) is not None:
-            return RankError(f"another rank gave up: {text.decode(errors='replace')}")
+            gave_up = msgspec.json.decode(text, type=Failure)
+            return RankError(f"rank {gave_up.rank} gave up: {gave_up.message}", rank=gave_up.rank)
         lost = self.lost()
         if lost is not None and (lost[0] == 0 or lost[0] in self._absent(key)):
             return RankError(f"rank {lost[0]} {lost[1]}; it was waited for, for {waiting_for}", rank=lost[0])

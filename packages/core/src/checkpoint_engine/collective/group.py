@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import wait
 from datetime import timedelta
+from functools import partial
 
 import msgspec
 import torch
 import torch.distributed as dist
 
+from checkpoint_engine.background import in_background
 from checkpoint_engine.collective.base import Communicator, open_communicator
 from checkpoint_engine.collective.control_plane import ControlPlane
 from checkpoint_engine.contract.failure import Failure
@@ -19,6 +22,7 @@ from checkpoint_engine.errors import CheckpointEngineError
 __all__ = ["RankGroup", "failure_key"]
 
 _SHORTEST_SECONDS = 0.1
+_TICK_SECONDS = 0.05
 
 
 def failure_key(call: str) -> str:
@@ -74,7 +78,13 @@ class RankGroup:
         return self._generation if tuple(members) == self._members else ""
 
     def communicator(
-        self, backend: str, device: torch.device, generation: str, deadline: Deadline, members: Sequence[int]
+        self,
+        backend: str,
+        device: torch.device,
+        generation: str,
+        deadline: Deadline,
+        members: Sequence[int],
+        cancel: Cancel,
     ) -> Communicator | None:
         """The communicator of that generation for tensors of this device; None for a single rank, which needs none.
 
@@ -82,6 +92,7 @@ class RankGroup:
 
         Raises:
             RankError: a rank did not come in time.
+            CheckpointEngineError: the cause with which `cancel` was set meanwhile.
         """
         if len(members) == 1:
             return None
@@ -90,7 +101,8 @@ class RankGroup:
             self._generation, self._members = generation, tuple(members)
         timeout = timedelta(seconds=max(deadline.remaining, _SHORTEST_SECONDS))
         if backend not in self._communicators:
-            self._communicators[backend] = open_communicator(
+            opening = partial(
+                open_communicator,
                 backend,
                 dist.PrefixStore(f"{generation}/{backend}", self._plane.store),
                 self._members.index(self.board.rank),
@@ -98,6 +110,11 @@ class RankGroup:
                 timeout,
                 device,
             )
+            # Libraries wait for a host that is lost as long as they may, and hear of nothing meanwhile.
+            opened = in_background(opening, "checkpoint-engine-connect")
+            while not wait([opened], _TICK_SECONDS).done:
+                cancel.check()
+            self._communicators[backend] = opened.result()
         self._communicators[backend].set_timeout(timeout)
         return self._communicators[backend]
 

@@ -27,6 +27,8 @@ def prepare(socket: zmq.Socket[bytes]) -> zmq.Socket[bytes]:
     socket.handshake_ivl = _milliseconds(limits.GREETING)
     socket.heartbeat_ivl = _milliseconds(limits.BEAT)
     socket.heartbeat_timeout = _milliseconds(limits.SILENCE - limits.BEAT)
+    # Else the kernel tries for two minutes, ever more rarely: a host that is back would not be noticed.
+    socket.connect_timeout = _milliseconds(limits.RANK_CONNECT)
     socket.reconnect_ivl = 50
     socket.reconnect_ivl_max = _milliseconds(limits.BEAT)
     return socket

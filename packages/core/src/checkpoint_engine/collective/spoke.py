@@ -81,6 +81,8 @@ class Spoke:
         self._wake = Wake()
         self._closing = threading.Event()
         self._welcome = threading.Event()
+        self._greeted = False
+        """Whether the hub has greeted this rank over the connection that there is, and so told all that was posted."""
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(FromHub)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -152,6 +154,7 @@ class Spoke:
         try:
             while not self._closing.is_set():
                 hub = prepare(self._context.socket(zmq.DEALER))
+                hub.immediate = True  # what was asked before a break goes over the next connection after its greeting
                 hub.routing_id = f"{self._greet.rank}-{self._greet.session}".encode()
                 events = hub.get_monitor_socket(_EVENTS)
                 try:
@@ -180,7 +183,7 @@ class Spoke:
         while not self._closing.is_set() and (self.connected or not patience.expired):
             ready = dict(poller.poll(next_beat.milliseconds(limits.BEAT * 1e3)))
             if events in ready:
-                self._note_connection(hub, int(recv_monitor_message(events)["event"]))
+                self._note_connections(hub, events)
             if hub in ready:
                 self._read_all(hub)
             if self._wake.descriptor in ready:
@@ -195,18 +198,20 @@ class Spoke:
         elif not self.connected:
             raise self.trouble
 
-    def _note_connection(self, hub: zmq.Socket[bytes], event: int) -> None:
-        if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-            self._send(hub, self._greet)
-        elif self.connected and 0 not in self.lost:
-            self.lost[0] = self._pulse.describe()
+    def _note_connections(self, hub: zmq.Socket[bytes], events: zmq.Socket[bytes]) -> None:
+        while events.poll(0):
+            self._greeted = False
+            if int(recv_monitor_message(events)["event"]) == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self._send(hub, self._greet)
+            elif self.connected and 0 not in self.lost:
+                self.lost[0] = self._pulse.describe()
 
     def _check_pulse(self) -> None:
         if 0 not in self.lost and self._pulse.silence > limits.HUNG:
             self.lost[0] = f"is hung: it does nothing since {self._pulse.silence:.0f} s, but lives"
 
     def _send_outbox(self, hub: zmq.Socket[bytes]) -> None:
-        if self.connected:
+        if self._greeted:
             with contextlib.suppress(queue.Empty):
                 while True:
                     self._send_request(hub, self._outbox.get_nowait())
@@ -222,7 +227,8 @@ class Spoke:
         return seen
 
     def _send(self, hub: zmq.Socket[bytes], message: FromSpoke) -> None:
-        hub.send(self._encoder.encode(message), zmq.NOBLOCK, copy=False)
+        with contextlib.suppress(zmq.Again):  # there is no connection; what matters is sent again over the next
+            hub.send(self._encoder.encode(message), zmq.NOBLOCK, copy=False)
 
     def _read_all(self, hub: zmq.Socket[bytes]) -> None:
         with contextlib.suppress(zmq.Again):
@@ -269,6 +275,7 @@ class Spoke:
     def _begin(self, hub: zmq.Socket[bytes]) -> None:
         """For the first time, or after a break: what was asked is asked again."""
         self._welcome.set()
+        self._greeted = True
         with contextlib.suppress(queue.Empty):
             while True:
                 self._outbox.get_nowait()  # it is pending, too

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Generator
 from datetime import timedelta
 from typing import Any, cast
@@ -11,10 +12,13 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 
+from checkpoint_engine.background import in_background
 from checkpoint_engine.collective.base import register_communicator
 from checkpoint_engine.errors import MissingDependencyError, RankError, SettingError
 
 __all__ = ["TorchGroup", "open_gloo", "open_nccl"]
+
+_TICK = timedelta(seconds=0.1)
 
 
 class TorchGroup:
@@ -25,6 +29,7 @@ class TorchGroup:
         self.world_size = group.size()
         self._group = group
         self._backend = backend
+        self._aborted = threading.Event()
 
     def broadcast(self, tensor: torch.Tensor, source: int) -> None:
         """Fills `tensor` with that of rank `source`.
@@ -36,7 +41,7 @@ class TorchGroup:
         options.rootRank = source
         options.rootTensor = 0
         with self._peer_errors("broadcast"):
-            self._group.broadcast([tensor], options).wait()
+            self._wait(self._group.broadcast([tensor], options))
 
     def all_reduce(self, tensor: torch.Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> None:
         """Combines `tensor` over all ranks, in place.
@@ -47,7 +52,7 @@ class TorchGroup:
         options = dist.AllreduceOptions()
         options.reduceOp = op  # pyright: ignore[reportAttributeAccessIssue] - the stub lacks the conversion
         with self._peer_errors("all-reduce"):
-            self._group.allreduce([tensor], options).wait()
+            self._wait(self._group.allreduce([tensor], options))
 
     def set_timeout(self, timeout: timedelta) -> None:
         """Bounds every later operation."""
@@ -55,6 +60,7 @@ class TorchGroup:
 
     def abort(self) -> None:
         """Makes calls that hang fail."""
+        self._aborted.set()
         # It may have failed by itself, which is what we want, or another thread has closed it meanwhile.
         with contextlib.suppress(RuntimeError, AttributeError):
             self._group.abort()
@@ -63,7 +69,24 @@ class TorchGroup:
         """Frees the group."""
         with contextlib.suppress(RuntimeError):  # peers that are gone already do not matter here
             self._group.shutdown()
-        del self._group  # gloo closes its connections only now
+        groups = [self._group]
+        del self._group
+        if self._aborted.is_set():  # it may wait for a host that is lost, until the time is over that it was given
+            in_background(groups.clear, "checkpoint-engine-close")
+        else:
+            groups.clear()  # gloo closes its connections only now
+
+    def _wait(self, work: dist.Work) -> None:
+        """Until it is done; NCCL's waits in its stream, and can be aborted there. Gloo's cannot: it is left alone then.
+
+        What it works on lives as long as it does.
+        """
+        if self._backend != "gloo":
+            work.wait()
+            return
+        while not _ends_soon(work):
+            if self._aborted.is_set():
+                raise RankError(f"the gloo group of rank {self.rank} was given up")
 
     @contextlib.contextmanager
     def _peer_errors(self, what: str) -> Generator[None]:
@@ -103,9 +126,19 @@ def open_nccl(store: dist.Store, rank: int, world_size: int, timeout: timedelta,
     options._timeout = timeout
     with _environment("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0"):  # else torch ends the whole process on an error
         group = dist.ProcessGroupNCCL(store, rank, world_size, options)
-    with _connecting("nccl", rank):
+    with _connecting("nccl", rank), torch.cuda.device(device):
         group.eager_connect_single_device(device)
     return TorchGroup(cast("dist.ProcessGroup", group), "nccl")
+
+
+def _ends_soon(work: dist.Work) -> bool:
+    try:
+        work.wait(_TICK)
+    except RuntimeError:  # either it has failed, or the time is over
+        if work.is_completed():
+            raise
+        return False
+    return True
 
 
 @contextlib.contextmanager

@@ -167,9 +167,20 @@ class P2PStore:
         """
         found = self._generation_of(peer)
         if found is None:
-            raise PeerError(f"{peer.label} at {peer.address} cannot be read: {self._why(peer)}")
+            raise PeerError(f"{peer.label} at {peer.address} cannot be read: {self._why_absent(peer) or self._idle}")
         if found != peer.generation:
             raise PeerMovedError(_moved(peer))
+
+    def judge(self, peer: Peer) -> None:
+        """As `verify`, after a read has failed: first whether it is there at all, for which the engine waits longer.
+
+        Raises:
+            PeerMovedError: it holds other bytes by now.
+            PeerError: it is lost.
+        """
+        if absent := self._why_absent(peer):
+            raise PeerError(f"{peer.label} at {peer.address} cannot be read: {absent}")
+        self.verify(peer)
 
     def retire(self, segment: Segment) -> None:
         """Frees a segment once no read that was given up can land in it any more."""
@@ -192,13 +203,14 @@ class P2PStore:
             [part.nbytes for part in batch],
         ):
             return
-        found = self._generation_of(peer)
+        absent = self._why_absent(peer)
+        found = None if absent else self._generation_of(peer)
         if found is not None and found != peer.generation:
             raise PeerMovedError(_moved(peer))
         first, last = batch[0], batch[-1]
         raise PeerError(
             f"{peer.label} at {peer.address} could not be read at addresses {first.source:#x} to "
-            f"{last.source + last.nbytes:#x} ({sum(part.nbytes for part in batch)} bytes): {self._why(peer)}"
+            f"{last.source + last.nbytes:#x} ({sum(part.nbytes for part in batch)} bytes): {absent or self._idle}"
         )
 
     def _generation_of(self, peer: Peer) -> int | None:
@@ -212,8 +224,8 @@ class P2PStore:
         self._free_scratch.put(slot)
         return found
 
-    def _why(self, peer: Peer) -> str:
-        """The likely cause, found out over a plain connection."""
+    def _why_absent(self, peer: Peer) -> str:
+        """Why there is nobody to be read, found out over a plain connection; empty if there is somebody."""
         if peer.transport != self.transport:
             return f"it is reached over {peer.transport}, this process uses {self.transport}; both sides must agree"
         host, _, port = peer.address.rpartition(":")
@@ -226,6 +238,10 @@ class P2PStore:
             return f"its host does not answer within {limits.PEER_KNOCK:g} s: is it up, is the port open?"
         except (OSError, ValueError) as error:
             return str(error)
+        return ""
+
+    @property
+    def _idle(self) -> str:
         return (
             "it listens, but does not hand these bytes over: it shares them no longer, or made no progress within "
             f"{self._patience:g} s"

@@ -139,6 +139,7 @@ class Broadcast(Transport):
             agreed_generation(ranks, receivers, self._update.key),
             self._update.deadline,
             receivers,
+            self._update.cancel,
         )
         if communicator is not None and self._gate is not None:
             self._update.cancel.on_set(communicator.abort)

@@ -106,7 +106,7 @@ class BucketReader:
         for holder in _holders(route):
             peer = self._peers[holder]
             try:
-                self._store.verify(peer)
+                self._store.judge(peer)
             except PeerError as error:
                 self._lost.add(peer, error)
 

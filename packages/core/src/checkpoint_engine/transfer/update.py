@@ -256,7 +256,8 @@ class UpdateRun:
 
     def _explain(self, error: Exception, watch: Watch) -> UpdateError:
         """Finds the first cause, tells the other ranks, and makes this rank's worker give up."""
-        own = self._workers.failure() or error
+        given_up = self.cancel.cause if isinstance(error, RankError) else None  # for that, and so it failed here
+        own = self._workers.failure() or given_up or error
         failure = self._first_failure(own, watch)
         self._workers.abort(f"rank {failure.rank}: {failure.message}")
         where = "" if self._board.world_size == 1 else f" on rank {failure.rank}"
