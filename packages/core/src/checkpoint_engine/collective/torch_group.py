@@ -126,7 +126,7 @@ def open_nccl(store: dist.Store, rank: int, world_size: int, timeout: timedelta,
     options._timeout = timeout
     with _environment("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0"):  # else torch ends the whole process on an error
         group = dist.ProcessGroupNCCL(store, rank, world_size, options)
-    with _connecting("nccl", rank), torch.cuda.device(device):
+    with _connecting("nccl", rank):
         group.eager_connect_single_device(device)
     return TorchGroup(cast("dist.ProcessGroup", group), "nccl")
 
