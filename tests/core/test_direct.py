@@ -6,8 +6,10 @@ import gc
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,11 +22,12 @@ from checkpoint_engine.catalog import Catalog, Holding, SegmentEntry, TensorEntr
 from checkpoint_engine.contract.delivery import Delivery
 from checkpoint_engine.device import CpuDevice
 from checkpoint_engine.device.memory import HostMemory, SharedSegments
-from checkpoint_engine.errors import LinkError, RankError, SettingError, UpdateError
+from checkpoint_engine.errors import LinkError, RankError, SettingError, UpdateError, WorkerError
 from checkpoint_engine.link.messages import PROTOCOL, Begin, TensorSlice, encode_buckets
 from checkpoint_engine.receiver.cache import process_cache
 from checkpoint_engine.receiver.layouts import LayoutCache
 from checkpoint_engine.receiver.reception import pick_handle, receive_update
+from checkpoint_engine.receiver.refusal import refuse_update
 from checkpoint_engine.source.segment import Segment
 from checkpoint_engine.transfer.direct import find_obstacle
 from checkpoint_engine.transfer.exports import ExportedSegments, export_segments
@@ -203,6 +206,33 @@ def test_a_worker_that_fails_ends_the_update_everywhere(pair: Cluster) -> None:
     assert pair.recorders[0].finishes == 0
     pair.recorders[1].fail_in = ""
     check(pair.update("v1", method="direct"))
+    assert holds(pair, noise(1))
+
+
+@pytest.mark.parametrize("method", ["direct", "broadcast"])
+def test_a_worker_that_takes_no_part_is_not_waited_for(pair: Cluster, method: str) -> None:
+    """Its engine answers only once all of its workers are done, and the others would wait until the deadline."""
+    pair.register("v1", noise(1))
+    heard: list[bool] = []
+
+    def ask(handles: list[tuple[str, str]]) -> None:
+        with ThreadPoolExecutor(1) as pool:
+            device = CpuDevice(0)
+            other = pool.submit(receive_update, handles[1][1], pair.recorders[1], CpuDevice(1), timeout=TIMEOUT)
+            heard.append(refuse_update(dict(handles), device, WorkerError("it is busy with another one")))
+            other.result()
+
+    began = time.monotonic()
+    timeout = timedelta(seconds=TIMEOUT)
+    errors = pair.on_all(
+        lambda server: server.update("v1", ask if not server.rank else lambda _: None, timeout=timeout, method=method)
+    )
+    assert heard == [True]
+    assert time.monotonic() - began < TIMEOUT / 2
+    assert all("rank 0" in str(error) and "it is busy with another one" in str(error) for error in errors), errors
+    assert pair.recorders[1].finishes == 0
+    assert not refuse_update({"cpu:0": "ce-link:///nowhere/link#token"}, CpuDevice(0), WorkerError("busy"))
+    check(pair.update("v1", method=method))
     assert holds(pair, noise(1))
 
 

@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 from checkpoint_engine_vllm import WorkerExtension
+from checkpoint_engine_vllm.place import WorkerPlace
 
 
 class FaultyExtension(WorkerExtension):
@@ -32,9 +33,13 @@ class FaultyExtension(WorkerExtension):
         worker: Any = self
         return fingerprint(worker.model_runner.get_model())
 
-    def checkpoint_engine_test_break(self, calls: int, once: bool = False, rank: int | None = None) -> None:
+    def checkpoint_engine_test_break(
+        self, calls: int, once: bool = False, rank: int | None = None, replica: int | None = None
+    ) -> None:
         """The model's loader raises after so many calls, from then on or once; a negative number mends it."""
         worker: Any = self
+        if replica not in (None, WorkerPlace.of(worker).replica):
+            return
         model = worker.model_runner.get_model()
         model.__dict__.pop("load_weights", None)
         if calls < 0 or rank not in (None, worker.rank):
@@ -50,3 +55,9 @@ class FaultyExtension(WorkerExtension):
             return original(weights)
 
         model.load_weights = load_weights
+
+    def checkpoint_engine_test_spoil(self, replica: int) -> None:
+        """One replica's weights are no longer what an update has brought."""
+        worker: Any = self
+        if WorkerPlace.of(worker).replica == replica:
+            next(worker.model_runner.get_model().parameters()).data.view(-1)[0] += 1

@@ -10,17 +10,19 @@ from types import MethodType
 from typing import Any, cast
 
 from checkpoint_engine.sdk import (
+    CheckpointEngineError,
     CheckpointStateError,
-    Device,
     Figures,
     Received,
     limits,
     open_device,
     pick_handle,
     receive_update,
+    refuse_update,
 )
 from checkpoint_engine_vllm import compat, patched
 from checkpoint_engine_vllm.beside import BESIDE
+from checkpoint_engine_vllm.place import WorkerPlace
 from checkpoint_engine_vllm.protocols import Worker
 from checkpoint_engine_vllm.sink import VllmSink
 
@@ -94,6 +96,7 @@ class WorkerState:
             "door": self._door,
             "error": self._error,
             "rank": int(self._worker.rank),
+            "replica": WorkerPlace.of(self._worker).replica,
             "vllm": compat.version(),
             "last_update": dict(self._details),
             "beside": str(getattr(self._worker, BESIDE, "")),
@@ -104,8 +107,9 @@ class WorkerState:
         start = time.perf_counter()
         try:
             received = self.receive(handles, timeout)
-        except Exception:  # noqa: BLE001 - the status has it; the report carries it to whoever asked
-            return {**self.status(), "ok": False, "phase": "update", "seconds": time.perf_counter() - start}
+        except Exception as error:  # noqa: BLE001 - the report carries it to whoever asked
+            failed = {"ok": False, "phase": "update", "error": f"{type(error).__name__}: {error}"}
+            return {**self.status(), **failed, "seconds": time.perf_counter() - start}
         done = {"ok": True, "phase": "", "seconds": received.seconds, "verified": received.verified}
         return {**received.details, **self.status(), **done}
 
@@ -115,11 +119,17 @@ class WorkerState:
         Raises:
             CheckpointEngineError: it did not succeed.
         """
-        self._take_turn()
+        place, device = WorkerPlace.of(self._worker), compat.device_of(self._worker)
+        opened = open_device(device.type, index=device.index or 0, rank=place.rank)
         try:
-            device, rank, world_size = _place_of(self._worker, len(handles))
-            handle = pick_handle(handles, device, rank, world_size)
-            received = receive_update(handle, self.sink, device, timeout=timeout)
+            handle = pick_handle(handles, opened, place.rank, place.world_size)
+            self._take_turn()
+        except CheckpointEngineError as error:
+            logger.warning("this worker takes no part in an update: %s", error)
+            refuse_update(handles, opened, error)
+            raise
+        try:
+            received = receive_update(handle, self.sink, opened, timeout=timeout)
         except Exception as error:
             self._error = f"{type(error).__name__}: {error}"
             logger.exception("update of the weights failed; the worker %s", self.sink.life.describe())
@@ -184,18 +194,3 @@ def state_of(worker: Worker) -> WorkerState:
         state = WorkerState(worker)
         setattr(worker, _STATE, state)
     return state
-
-
-def _place_of(worker: Worker, handles: int) -> tuple[Device, int, int]:
-    """The worker's device, its rank among all workers that one call reaches, and how many those are."""
-    parallel = worker.vllm_config.parallel_config
-    rank, world_size = int(worker.rank), int(parallel.world_size)
-    replica = int(getattr(parallel, "data_parallel_index", getattr(parallel, "data_parallel_rank", 0)))
-    if replica and not getattr(parallel, "data_parallel_external_lb", False):
-        # One call reaches all replicas behind one server. A dense model's configuration does not say how many.
-        replicas = max(int(parallel.data_parallel_size), handles // world_size)
-        rank, world_size = replica * world_size + rank, replicas * world_size
-    elif not getattr(parallel, "data_parallel_external_lb", False):
-        world_size *= max(int(parallel.data_parallel_size), 1)
-    device = compat.device_of(worker)
-    return open_device(device.type, index=device.index or 0, rank=rank), rank, world_size

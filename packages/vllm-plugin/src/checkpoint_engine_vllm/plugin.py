@@ -9,6 +9,7 @@ import os
 from typing import Any
 
 from checkpoint_engine_vllm import beside
+from checkpoint_engine_vllm.place import note_replicas
 from checkpoint_engine_vllm.transfer import backends
 
 __all__ = ["METAS_VARIABLE", "WORKER_EXTENSION", "register"]
@@ -46,6 +47,7 @@ def register() -> None:
         config = create(*args, **kwargs)
         _use_our_extension(config)
         _use_our_loader(config)
+        note_replicas(config)
         return config
 
     setattr(create_engine_config, _MARK, True)

@@ -22,6 +22,7 @@ from checkpoint_engine.sdk.metrics import engine_metrics
 from checkpoint_engine_vllm import __version__, access, compat
 from checkpoint_engine_vllm.access import Access, RefusedError
 from checkpoint_engine_vllm.data_parallel import ask_all_workers
+from checkpoint_engine_vllm.place import workers_reached
 
 __all__ = ["PREFIX", "Routes"]
 
@@ -87,7 +88,7 @@ class Routes:
         version = getattr(engine, "get_weight_version", None)
         return {
             "workers": await self._workers("checkpoint_engine_status", limits.SETTLE),
-            "world_size": _world_size(engine),
+            "world_size": workers_reached(engine.vllm_config.parallel_config),
             "paused": await engine.is_paused(),
             "weight_version": await version() if version is not None else None,
         }
@@ -167,11 +168,6 @@ def _read(raw: bytes) -> _Body:
         return msgspec.json.decode(raw, type=_Body) if raw.strip() else _Body()
     except msgspec.MsgspecError as error:
         raise RefusedError(_BAD, f"the request is not understood: {error}") from error
-
-
-def _world_size(engine: Any) -> int:  # noqa: ANN401 - vLLM's own
-    parallel = engine.vllm_config.parallel_config
-    return int(getattr(parallel, "world_size_across_dp", parallel.world_size))
 
 
 def _observe(results: object) -> None:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         WorkerError,
     )
     from checkpoint_engine.receiver.reception import Received, pick_handle, receive_update
+    from checkpoint_engine.receiver.refusal import refuse_update
     from checkpoint_engine.terminal import print_error, print_json
 
 __all__ = [
@@ -76,6 +77,7 @@ __all__ = [
     "print_error",
     "print_json",
     "receive_update",
+    "refuse_update",
     "same_bytes",
 ]
 
@@ -115,6 +117,7 @@ _HOME_OF = {
     "print_error": "terminal",
     "print_json": "terminal",
     "receive_update": "receiver.reception",
+    "refuse_update": "receiver.refusal",
     "same_bytes": "contract.findings",
 }
 
