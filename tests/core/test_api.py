@@ -344,6 +344,19 @@ def test_files_can_be_cut_by_tensor_names(ranks: HttpRanks, checkpoints: Path) -
     assert ranks.clients[0].delete("/v1/checkpoints/cut").status_code == 200
 
 
+def test_a_drafts_files_are_for_the_draft_model_alone(ranks: HttpRanks, checkpoints: Path) -> None:
+    """Its tensors mostly have the names of the served model's."""
+    served, draft = share(checkpoints / "a", 0)["files"], share(checkpoints / "b", 0)["files"]
+    path = "/v1/checkpoints/both/files"
+    assert ranks.clients[0].post(path, json={"files": served, "draft": served}).status_code == 422
+    assert ranks.clients[0].post(path, json={"files": served, "draft": draft}).status_code == 200
+    ranks.on_all(lambda _, c: c.post("/v1/checkpoints/both/gather-metas"))
+    metas = ranks.clients[0].get("/v1/metas").text
+    names = list(load_file(served[0]))
+    assert all(f'"{name}"' in metas and f'"draft_model.{name}"' in metas for name in names)
+    assert ranks.clients[0].delete("/v1/checkpoints/both").status_code == 200
+
+
 @pytest.mark.long
 def test_sockets_are_private_and_go_with_the_server(checkpoints: Path, tmp_path: Path) -> None:
     path = tmp_path / "made" / "ps.sock"

@@ -25,6 +25,13 @@ __all__ = [
 ]
 
 _Strict = ConfigDict(extra="forbid")
+_Draft = Annotated[
+    list[str],
+    Field(
+        description="This rank's files of a draft model's own checkpoint (speculative decoding): absolute paths, as in "
+        "`files`; each whole. Engines give them to their draft model alone."
+    ),
+]
 
 
 class FilesBody(BaseModel):
@@ -42,6 +49,7 @@ class FilesBody(BaseModel):
             "each path to the names of the tensors to take from it. Each tensor belongs to exactly one rank."
         ),
     ]
+    draft: _Draft = []
     use_shared_memory_pool: Annotated[
         bool, Field(description="Keep the memory for the next checkpoint when this one is unregistered.")
     ] = False
@@ -135,6 +143,7 @@ class PublishBody(UpdateBody):
         list[str] | dict[str, list[str]],
         Field(description="As for `files`; they are read into the memory of what had this name before."),
     ]
+    draft: _Draft = []
 
 
 class AbortBody(BaseModel):

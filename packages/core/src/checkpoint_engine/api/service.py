@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -32,6 +32,8 @@ from checkpoint_engine.errors import (
 from checkpoint_engine.link.messages import PROTOCOL
 from checkpoint_engine.metrics import UpdateMetrics
 from checkpoint_engine.server.parameter_server import ParameterServer
+from checkpoint_engine.source.names import DRAFT
+from checkpoint_engine.source.safetensors_file import read_header
 from checkpoint_engine.transfer.report import Progress, UpdateReport
 from checkpoint_engine.version import __version__
 
@@ -73,7 +75,7 @@ class Service:
 
     def register(self, name: str, body: bodies.FilesBody) -> bodies.Named:
         """Brings this rank's files into host memory."""
-        files = self._allowed(body.files)
+        files = self._allowed(body)
         self._server.register_checkpoint(
             name,
             files=files,
@@ -103,7 +105,7 @@ class Service:
 
     def publish(self, name: str, body: bodies.PublishBody) -> UpdateReport:
         """One step: these files in place of what had this name here, gathered, and brought to the engines."""
-        order, files = self._checked(body), self._allowed(body.files)
+        order, files = self._checked(body), self._allowed(body)
         version = body.version or name
         with self._alone(f"a step of {name!r}"):
             with self._under_way(name, version, "register"):
@@ -229,18 +231,18 @@ class Service:
         dirty = None if error.held == Held.UNKNOWN.value else error.held == Held.MIXTURE.value
         self._metrics.failed(kind or type(error).__name__, phase, dirty=dirty)
 
-    def _allowed(
-        self, files: Sequence[str] | Mapping[str, Sequence[str]]
-    ) -> list[str | Path] | dict[Path, Sequence[str]]:
-        if not isinstance(files, Mapping):
-            return [self._files.check(path) for path in files]
-        allowed: dict[Path, Sequence[str]] = {}
-        for path, names in files.items():
-            real = self._files.check(path)
-            if real in allowed:
-                raise DuplicateTensorError(f"the file {real} is given twice")
-            allowed[real] = names
-        return allowed
+    def _allowed(self, body: bodies.FilesBody | bodies.PublishBody) -> dict[Path, Collection[str] | None]:
+        """What is taken from each file, by its real path; all of a draft model's, for that alone."""
+        real: dict[str, Path] = {}
+        for path in (*body.files, *body.draft):
+            found = self._files.check(path)
+            if found in real.values():
+                raise DuplicateTensorError(f"the file {found} is given twice")
+            real[path] = found
+        named = body.files if isinstance(body.files, dict) else dict.fromkeys(body.files)
+        own = {path: read_header(real[path], self._files.open).tensors for path in body.draft}
+        drafts = {path: {tensor.name: DRAFT + tensor.name for tensor in tensors} for path, tensors in own.items()}
+        return {real[path]: names for path, names in {**named, **drafts}.items()}
 
     def _checked_url(self, url: str, socket: str | None) -> str:
         if socket is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from contextlib import contextmanager
 from dataclasses import replace
@@ -30,8 +30,7 @@ from checkpoint_engine.errors import (
     WorkerSilentError,
 )
 from checkpoint_engine.server.parameter_server import ParameterServer
-from checkpoint_engine.source.directory import read_directory
-from checkpoint_engine.source.loader import Selection, keep, split_among_ranks
+from checkpoint_engine.source.assembly import Assembly, assemble
 from checkpoint_engine.source.names import NameRules, common_wrapper
 from checkpoint_engine.transfer.methods import Method
 from checkpoint_engine.transfer.report import UpdateReport
@@ -223,19 +222,13 @@ class Rank:
         name = directory.resolve().name
         self._drop_old()
         with self._timed(Phase.READ):
-            found = read_directory(directory)
-            if found.left_out and self._server.rank == 0:
-                logger.warning("left out of %s: %s", directory, ", ".join(found.left_out))
             rules = NameRules(job.tensors.ignore, job.tensors.strip, job.tensors.only)
-            selections = found.select()
-            names = rules.apply(tensor.name for selection in selections for tensor in selection.tensors)
-            self._warn_of_names(rules, names, selections)
-            sent = [keep(selection, names) for selection in selections]
-            files = split_among_ranks(sent, self._server.world_size)[self._server.rank]
+            found = assemble(directory, Path(job.draft) if job.draft else None, rules)
+            self._warn_of_names(rules, found)
             # What workers read by themselves must not be a file, which anybody could truncate.
             self._server.register_checkpoint(
                 name,
-                files={path: {each: names[each] for each in mine} for path, mine in files.items()},
+                files=found.of_rank(self._server.rank, self._server.world_size),
                 use_shared_memory_pool=True,
                 use_inplace_pin_memory=job.transfer.method is not Method.DIRECT,
             )
@@ -243,14 +236,15 @@ class Rank:
                 self._server.refuse_nan(name)
         return name
 
-    def _warn_of_names(self, rules: NameRules, names: Mapping[str, str], selections: Sequence[Selection]) -> None:
-        """Says what is odd about the tensors' names; one rank does."""
+    def _warn_of_names(self, rules: NameRules, found: Assembly) -> None:
+        """Says what is left out, and what is odd about the tensors' names; one rank does."""
         if self._server.rank:
             return
-        found = [tensor.name for selection in selections for tensor in selection.tensors]
-        for rule in rules.unused(found):
+        if found.left_out:
+            logger.warning("left out: %s", ", ".join(found.left_out))
+        for rule in rules.unused(found.found):
             logger.warning("%s fits no tensor of the checkpoint", rule)
-        if wrapper := common_wrapper(list(names.values())):
+        if wrapper := common_wrapper(list(found.sent.values())):
             logger.warning(
                 "all tensors' names begin with %r; if the engine does not know them: --strip-prefix %s",
                 wrapper,

@@ -40,6 +40,8 @@ class Job(msgspec.Struct, frozen=True, tag=True):
     metas: tuple[str, ...] = ()
     """Files with the catalogs of other parameter servers, from whose memory the checkpoint is read; then there is no
     directory."""
+    draft: str | None = None
+    """Directory of the draft model's own checkpoint, which is brought along."""
     number: int = 0
     """Counts the jobs; reports carry it, so that one of an earlier job is not taken for one of this."""
 

@@ -55,6 +55,15 @@ def update(
             help="What the engines shall call the weights; the directory's name if left out.", rich_help_panel=_WORK
         ),
     ] = None,
+    draft: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Holds the draft model's own *.safetensors (speculative decoding), to bring along.",
+            rich_help_panel=_WORK,
+            show_default=False,
+        ),
+    ] = None,
     only: Annotated[
         list[str] | None,
         typer.Option(
@@ -208,11 +217,12 @@ def update(
         transfer=Transfer(method, ranks or 0, device, reload.value),
         requests=Requests(pause, reset_caches),
         patience=Patience(timeout, wait),
+        draft=path_text(draft),
         afterwards=Afterwards(path_text(save_metas), path_text(trace), keep_serving, share, path_text(rollback_to)),
     )
     job.transfer.check(engines)
-    for each in (directory, *([rollback_to] if rollback_to else [])):
-        if not each.is_dir():
+    for each in (directory, draft, rollback_to):
+        if each is not None and not each.is_dir():
             raise CheckpointFormatError(f"{each} is not a directory")
     if trace is not None:
         check_can_write(trace)

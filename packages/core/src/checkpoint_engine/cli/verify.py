@@ -10,7 +10,7 @@ from rich.text import Text
 
 from checkpoint_engine.cli.common import DeviceKind, Json, Verbose, output, print_json
 from checkpoint_engine.cli.messages import Done, Job
-from checkpoint_engine.cli.options import Engines, Patience, TensorChoice, Transfer
+from checkpoint_engine.cli.options import Engines, Patience, TensorChoice, Transfer, path_text
 from checkpoint_engine.cli.running import run_job
 from checkpoint_engine.cli.summary import size, slowest
 from checkpoint_engine.errors import CheckpointFormatError
@@ -44,6 +44,15 @@ def verify(
     tensor_parallel_size: Annotated[
         int, typer.Option("--tensor-parallel-size", "-tp", min=1, help="Workers of each engine.", rich_help_panel=_WORK)
     ] = 1,
+    draft: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Holds the draft model's own *.safetensors (speculative decoding), to compare too.",
+            rich_help_panel=_WORK,
+            show_default=False,
+        ),
+    ] = None,
     only: Annotated[
         list[str] | None,
         typer.Option(
@@ -94,8 +103,9 @@ def verify(
     checkpoint-engine verify ./step-100 --engine vllm --endpoint http://localhost:8000
     """
     del verbose_
-    if not directory.is_dir():
-        raise CheckpointFormatError(f"{directory} is not a directory")
+    for each in (directory, draft):
+        if each is not None and not each.is_dir():
+            raise CheckpointFormatError(f"{each} is not a directory")
     engines = Engines(engine, tuple(endpoint), tensor_parallel_size)
     engines.check()
     job = Job(
@@ -105,6 +115,7 @@ def verify(
         tensors=TensorChoice(tuple(ignore or ()), tuple(strip_prefix or ()), only=tuple(only or ())),
         transfer=Transfer(device=device, reload="verify"),
         patience=Patience(timeout, wait),
+        draft=path_text(draft),
     )
     reports = run_job(job, as_json=json, show=_show)
     if not all(report.update.comparison.equal for report in reports):

@@ -57,8 +57,9 @@ _LARGEST_GAP = 16 << 20
 """Bytes between two wanted tensors of a mapped file beyond which they are mapped apart."""
 _NEW = NewSegments()
 
-Files = Sequence[str | Path] | Mapping[Path, Collection[str]]
-"""Files, or for each file the names of the tensors to take from it; a mapping says what each shall be called."""
+Files = Sequence[str | Path] | Mapping[Path, Collection[str] | None]
+"""Files, or for each file the names of the tensors to take from it, None for all; a mapping says what each shall be
+called."""
 
 
 @dataclass(frozen=True)
@@ -296,7 +297,7 @@ def _entry_of(name: str, tensor: torch.Tensor) -> TensorEntry:
         raise UnsupportedTensorError(f"tensor {name!r}: {error}") from None
 
 
-def _all_of(files: Sequence[str | Path]) -> dict[Path, Collection[str] | None]:
+def _all_of(files: Sequence[str | Path]) -> Mapping[Path, Collection[str] | None]:
     wanted: dict[Path, Collection[str] | None] = {}
     for path in files:
         if Path(path) in wanted:

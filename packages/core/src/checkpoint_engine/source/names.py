@@ -8,11 +8,14 @@ from fnmatch import fnmatchcase
 
 from checkpoint_engine.errors import SettingError
 
-__all__ = ["WRAPPERS", "NameRules", "common_wrapper"]
+__all__ = ["DRAFT", "WRAPPERS", "NameRules", "common_wrapper"]
 
 _COMPILED = "_orig_mod."
 WRAPPERS = ("module.", _COMPILED, "base_model.model.")
 """What torch's data parallelism, its compiler and PEFT put before the names of what they wrap."""
+
+DRAFT = "draft_model."
+"""Engines give what is named so to their draft model alone, without this prefix."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +61,14 @@ class NameRules:
         return not self.only or any(fnmatchcase(name, each) for each in self.only)
 
     def _stripped(self, name: str) -> str:
+        to_draft = DRAFT if name.startswith(DRAFT) else ""
+        name = name.removeprefix(to_draft)
         for prefix in self.strip:
             name = name.replace(prefix, "") if prefix == _COMPILED else name.removeprefix(prefix)
-        return name
+        return to_draft + name
 
 
 def common_wrapper(names: Sequence[str]) -> str:
     """The wrapper's prefix that all names carry; empty if there is none."""
-    return next((each for each in WRAPPERS if names and all(name.startswith(each) for name in names)), "")
+    inner = [name.removeprefix(DRAFT) for name in names]
+    return next((each for each in WRAPPERS if inner and all(name.startswith(each) for name in inner)), "")
