@@ -13,12 +13,16 @@ import torch
 
 from checkpoint_engine.catalog import TensorEntry
 from checkpoint_engine.errors import CheckpointEngineError, CheckpointStateError, UnsupportedTensorError, UpdateError
+from checkpoint_engine.receiver.reception import receive_update
+from checkpoint_engine.server.parameter_server import ParameterServer
 from checkpoint_engine.source import copying, refill
 from checkpoint_engine.source.copying import FillPiece
 from checkpoint_engine.source.segment import Segment
 from checkpoint_engine.transfer.methods import Method
-from tests.core.cluster import TIMEOUT, Cluster, check
+from tests.core.cluster import TIMEOUT, Cluster, Recorder, check
+from tests.core.filling_rank import FillingRank
 from tests.core.test_device_memory import assert_holds, train
+from tests.ports import free_port
 
 COUNT = 12
 
@@ -185,6 +189,39 @@ def test_a_rank_whose_bytes_do_not_come_is_named_by_all_at_once(
     publish(cluster, tensors, "step-2", method)
     assert_holds(cluster, expected)
     cluster.close()
+
+
+@pytest.mark.parametrize("signal", ["SIGKILL", pytest.param("SIGSTOP", marks=pytest.mark.long)])
+def test_a_rank_that_ends_or_stands_still_while_it_fills_is_named(signal: str) -> None:
+    port, recorder = free_port(), Recorder()
+    tensors = {f"of.rank.0.{i}": torch.zeros(1024) for i in range(COUNT)}
+    with (
+        FillingRank(port, COUNT, 1024) as other,
+        ParameterServer(rank=0, world_size=2, master_addr="127.0.0.1", master_port=port, device="cpu") as server,
+    ):
+
+        def step(number: int) -> None:
+            server.publish(
+                tensors,
+                lambda handles: check([receive_update(handles[0][1], recorder, server.device, timeout=TIMEOUT)]),
+                version=f"step-{number}",
+                method="direct",
+                in_place=False,
+                timeout=timedelta(seconds=TIMEOUT),
+            )
+
+        def end_it() -> None:
+            if "of.rank.1.0" in recorder.loaded:
+                other.signal(signal)
+
+        step(0)
+        recorder.on_load = end_it
+        start = time.monotonic()
+        with pytest.raises(UpdateError, match=r"'step-1' failed on rank 1 .*: rank 1 "):
+            step(1)
+        assert time.monotonic() - start < TIMEOUT / 2
+        assert other.hear() == "filling"
+        assert [name for name in recorder.loaded if "rank.1" in name] == ["of.rank.1.0"]
 
 
 def test_a_step_that_failed_leaves_the_trainers_tensors_alone(
