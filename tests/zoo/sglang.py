@@ -78,16 +78,16 @@ def _done(
     if place.device == "cpu":
         env["SGLANG_USE_CPU_ENGINE"] = "1"
     left = list(names)
+    output, errors = directory / f"{command}.out", directory / f"{command}.err"  # to be looked at while it runs
     while left:
         line = [place.python, "-W", "ignore", PROCESS, command, directory, *options, *left]
-        done = subprocess.run(
-            list(map(str, line)), capture_output=True, text=True, timeout=_SECONDS, check=False, env=env
-        )
-        said = [{**json.loads(each), "at": command} for each in done.stdout.splitlines() if each.startswith("{")]
+        with output.open("w") as out, errors.open("w") as err:
+            done = subprocess.run(list(map(str, line)), stdout=out, stderr=err, timeout=_SECONDS, check=False, env=env)
+        said = [{**json.loads(each), "at": command} for each in output.read_text().splitlines() if each.startswith("{")]
         yield from said
         left = left[len(said) :]
         if left:
-            why = " / ".join(done.stderr.strip().splitlines()[-3:])
+            why = " / ".join(errors.read_text(errors="replace").strip().splitlines()[-3:])
             yield {"name": left.pop(0), "at": command, "error": f"the process ended with {done.returncode}: {why}"}
 
 
