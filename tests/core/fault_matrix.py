@@ -164,7 +164,7 @@ class Matrix:
             **self.environment,
             "HELD_PHASE": cell.phase if cell.phase in PHASES[:-1] else "start",
             "HELD_DIRECTORY": str(marks),
-            "HELD_RANKS": cell.role[-1] if cell.role.startswith("rank") else "1",
+            "HELD_RANKS": cell.role[-1] if cell.role.startswith("rank") else "0",
         }
         with subprocess.Popen(
             [sys.executable, "-m", "tests.core.held_command", *command],
@@ -305,7 +305,7 @@ class Matrix:
         common += ["--timeout", "120"]
         if metas is not None:  # it tries its seeds again for as long as it may wait
             return ["join", "--metas", str(metas), *common, "--wait", "5"]
-        common += ["--wait", "60"]
+        common += ["--wait", "15"]  # so long, too, for an engine whose front dies before it was seen once
         ranks = ["--ranks", str(TP)] if method == "direct" else []
         return ["update", str(self._directory / name), "--method", method, *ranks, *common]
 

@@ -25,9 +25,11 @@ from checkpoint_engine.settings import P2PSettings
 from checkpoint_engine.transfer.remote import RingCache
 from tests.core.cluster import TIMEOUT, Cluster
 from tests.core.p2p_help import needs_mooncake
-from tests.core.p2p_processes import Joiner, Seed, tensors_of
+from tests.core.p2p_processes import ENVIRONMENT, Joiner, Seed, tensors_of
 
 pytestmark = [needs_mooncake, pytest.mark.usefixtures("p2p_environment")]
+
+PATIENCE = float(ENVIRONMENT["CHECKPOINT_ENGINE_P2P_PATIENCE"])
 
 
 @pytest.fixture
@@ -92,6 +94,21 @@ def test_without_another_seed_the_error_names_it_and_a_later_try_succeeds(here: 
 def test_another_seed_takes_over_for_one_that_hangs(here: Cluster, survivor: Seed) -> None:
     with Seed() as victim:
         join(here, [victim.catalog, survivor.catalog], 3, lambda: victim.signal("SIGSTOP"))
+        assert_holds(here, 1)
+
+
+@pytest.mark.long
+def test_a_seed_that_hung_before_anybody_came_is_given_up_within_its_patience(here: Cluster, survivor: Seed) -> None:
+    with Seed() as victim:
+        victim.signal("SIGSTOP")
+        started = time.monotonic()
+        with pytest.raises(UpdateError, match="accepts connections and answers nothing within 3 s"):
+            join(here, [victim.catalog])
+        assert time.monotonic() - started < 3 * PATIENCE
+        join(here, [victim.catalog, survivor.catalog])
+        assert_holds(here, 1)
+        victim.signal("SIGCONT")
+        join(here, [victim.catalog])
         assert_holds(here, 1)
 
 

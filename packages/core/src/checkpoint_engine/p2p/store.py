@@ -73,6 +73,9 @@ class P2PStore:
         """
         self._engine = engine
         self._patience = patience
+        self._met: set[str] = set()
+        """Addresses of peers that have shown that they live. The engine waits a minute for the first words of one that
+        accepts a connection and says nothing, and talks to no other peer meanwhile."""
         self.nic = ",".join(devices)
         self._lock = threading.Lock()
         self._leases: dict[str, tuple[int, Lease]] = {}
@@ -152,6 +155,7 @@ class P2PStore:
             PeerMovedError: it holds other bytes by now.
             PeerError: it could not be read. Bytes may still land in the targets for as long as the patience lasts.
         """
+        self._meet(peer)
         for batch in _batches(ranges):
             check()
             self._read_batch(peer, batch)
@@ -165,6 +169,7 @@ class P2PStore:
             PeerMovedError: it does not.
             PeerError: it does not answer.
         """
+        self._meet(peer)
         found = self._generation_of(peer)
         if found is None:
             raise PeerError(f"{peer.label} at {peer.address} cannot be read: {self._why_absent(peer) or self._idle}")
@@ -178,8 +183,7 @@ class P2PStore:
             PeerMovedError: it holds other bytes by now.
             PeerError: it is lost.
         """
-        if absent := self._why_absent(peer):
-            raise PeerError(f"{peer.label} at {peer.address} cannot be read: {absent}")
+        self._met.discard(peer.address)
         self.verify(peer)
 
     def retire(self, segment: Segment) -> None:
@@ -194,6 +198,13 @@ class P2PStore:
         for name in list(self._leases):
             self.withdraw(name)
         self._control.close()
+
+    def _meet(self, peer: Peer) -> None:
+        if peer.address in self._met:
+            return
+        if absent := self._why_absent(peer):
+            raise PeerError(f"{peer.label} at {peer.address} cannot be read: {absent}")
+        self._met.add(peer.address)
 
     def _read_batch(self, peer: Peer, batch: Sequence[ByteRange]) -> None:
         if self._engine.read(
@@ -230,14 +241,26 @@ class P2PStore:
             return f"it is reached over {peer.transport}, this process uses {self.transport}; both sides must agree"
         host, _, port = peer.address.rpartition(":")
         try:
-            with socket.create_connection((host.strip("[]"), int(port)), limits.PEER_KNOCK):
-                pass
+            with socket.create_connection((host.strip("[]"), int(port)), limits.PEER_KNOCK) as knock:
+                return self._why_mute(knock)
         except (ConnectionRefusedError, ConnectionResetError):  # the latter while it is ending
             return "nobody listens there: the process has ended, or the metas are old"
         except TimeoutError:
             return f"its host does not answer within {limits.PEER_KNOCK:g} s: is it up, is the port open?"
         except (OSError, ValueError) as error:
             return str(error)
+
+    def _why_mute(self, knock: socket.socket) -> str:
+        """A process that lives hangs up when we do; of one that is stopped, only its kernel answers."""
+        patience = min(limits.CONNECT, self._patience)
+        knock.shutdown(socket.SHUT_WR)
+        knock.settimeout(patience)
+        try:
+            knock.recv(1)
+        except TimeoutError:
+            return f"it accepts connections and answers nothing within {patience:g} s: is its process stopped?"
+        except ConnectionError:  # that is an answer, too
+            pass
         return ""
 
     @property
