@@ -12,12 +12,19 @@ import pytest
 import torch
 
 from checkpoint_engine.catalog import TensorEntry
-from checkpoint_engine.errors import CheckpointEngineError, CheckpointStateError, UnsupportedTensorError, UpdateError
+from checkpoint_engine.errors import (
+    CheckpointEngineError,
+    CheckpointStateError,
+    DuplicateTensorError,
+    UnsupportedTensorError,
+    UpdateError,
+)
 from checkpoint_engine.receiver.reception import receive_update
 from checkpoint_engine.server.parameter_server import ParameterServer
 from checkpoint_engine.source import copying, refill
 from checkpoint_engine.source.copying import FillPiece
 from checkpoint_engine.source.segment import Segment
+from checkpoint_engine.source.shards import NamedTensors, TensorShard
 from checkpoint_engine.transfer.methods import Method
 from tests.core.cluster import TIMEOUT, Cluster, Recorder, check
 from tests.core.filling_rank import FillingRank
@@ -102,6 +109,57 @@ def test_the_first_tensors_are_loaded_before_the_last_ones_have_come(
     expected = train(tensors, 1)
     publish(cluster, tensors, "step-1", method)
     assert_holds(cluster, expected)
+    cluster.close()
+
+
+@pytest.mark.parametrize("method", ["direct", "broadcast"])
+def test_shards_and_copies_are_loaded_before_the_last_ones_have_come(
+    held_back: Callable[[Callable[[int], None]], None], method: Method
+) -> None:
+    """Each rank has half of every tensor, as FSDP deals them out, and all of the norm."""
+    cluster, tensors = Cluster(2), weights() | {"norm": torch.zeros(33)}
+
+    def shares() -> list[NamedTensors]:
+        return [
+            {
+                name: tensor if name == "norm" else TensorShard(tensor[16 * rank :][:16], (32, 32), (16 * rank, 0))
+                for name, tensor in tensors.items()
+            }
+            for rank in range(2)
+        ]
+
+    cluster.publish(shares(), "step-0", method, in_place=False)
+    loaded = [threading.Event() for _ in range(2)]
+    for recorder, event in zip(cluster.recorders, loaded, strict=True):
+        recorder.on_load = event.set
+    held: list[int] = []
+
+    def before(number: int) -> None:
+        if number == COUNT // 2:
+            held.append(number)
+            check([] if all(event.wait(TIMEOUT / 2) for event in loaded) else [CheckpointEngineError("too late")])
+
+    held_back(before)
+    for step in (1, 2):
+        for event in loaded:
+            event.clear()
+        expected = train(tensors, step)
+        cluster.publish(shares(), f"step-{step}", method, in_place=False)
+        assert_holds(cluster, expected)
+    assert len(held) == 4  # of both ranks, in both steps
+    cluster.close()
+
+
+def test_copies_that_differ_are_refused() -> None:
+    cluster, norms = Cluster(2), [torch.zeros(33), torch.zeros(33)]
+    shares: list[NamedTensors] = [{"norm": norms[rank], f"own.{rank}": torch.ones(3)} for rank in range(2)]
+    cluster.publish(shares, "step-0", "direct", in_place=False)
+    norms[1][7] = 1
+    for error in cluster.try_to_publish(shares, "step-1", "direct", in_place=False):
+        assert isinstance(error, DuplicateTensorError)
+    norms[0][7] = 1
+    cluster.publish(shares, "step-2", "direct", in_place=False)
+    assert all(torch.equal(recorder.loaded["norm"], norms[0]) for recorder in cluster.recorders)
     cluster.close()
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -13,7 +14,7 @@ from checkpoint_engine.errors import DuplicateTensorError
 from checkpoint_engine.planning.buckets import Bucket
 from checkpoint_engine.planning.copies import Copied, box_of_entry, copied_boxes
 from checkpoint_engine.reload.proof import Checksums
-from checkpoint_engine.source.store import Registered
+from checkpoint_engine.source.store import HeldSegment, Registered
 
 __all__ = ["CopyCheck"]
 
@@ -41,14 +42,9 @@ class CopyCheck:
         copied, found = self.copied(catalog), dict[Copied, torch.Tensor]()
         if registered is None:
             return []
-        if registered.refill is not None:
-            registered.refill.wait_for_all(lambda: deadline.check("filling the memory of this rank"))
-        for number, (segment, entry) in enumerate(zip(registered.segments, registered.entries, strict=True)):
-            segment.check()
-            for tensor in entry.tensors:
-                if (box := box_of_entry(tensor)) in copied:
-                    held = segment.bytes_of(_alone(number, tensor))
-                    found[box] = self._checksums.of(held[: tensor.nbytes])
+        for tensor, value in _values(registered, deadline):
+            if (box := box_of_entry(tensor)) in copied:
+                found[box] = self._checksums.of(value())
         if not found:
             return []
         return cast(
@@ -71,6 +67,29 @@ class CopyCheck:
                         f"tensor {name!r}{where} is registered on rank {first[0]} and again on rank {rank}, with other "
                         "bytes; make copies equal in the trainer, or register the tensor on one rank only"
                     )
+
+
+def _values(registered: Registered, deadline: Deadline) -> Iterator[tuple[TensorEntry, Callable[[], torch.Tensor]]]:
+    """What gives each tensor's value, or its bytes: out of what it is filled from, or else where it lies."""
+    tensors = (tensor for entry in registered.entries for tensor in entry.tensors)
+    refill = registered.refill
+    if refill is not None and refill.sources is not None:
+        yield from zip(tensors, (partial(_plain, source) for source in refill.sources), strict=True)
+        return
+    if refill is not None:
+        refill.wait_for_all(lambda: deadline.check("filling the memory of this rank"))
+    for number, (segment, entry) in enumerate(zip(registered.segments, registered.entries, strict=True)):
+        segment.check()
+        for tensor in entry.tensors:
+            yield tensor, partial(_bytes, segment, number, tensor)
+
+
+def _plain(source: torch.Tensor) -> torch.Tensor:
+    return source.detach().resolve_conj().resolve_neg()
+
+
+def _bytes(segment: HeldSegment, number: int, tensor: TensorEntry) -> torch.Tensor:
+    return segment.bytes_of(_alone(number, tensor))[: tensor.nbytes]
 
 
 def _alone(segment: int, tensor: TensorEntry) -> Bucket:

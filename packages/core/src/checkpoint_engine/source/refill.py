@@ -41,6 +41,8 @@ class Refill:
             sources: The new values, as the plan gave them; they stay as they are meanwhile.
         """
         self.plan = plan
+        self.sources: Sequence[torch.Tensor] | None = sources
+        """As given; None once nothing comes from them any more, since their owner does not wait for us."""
         self._starts = [0, *itertools.accumulate(segment.nbytes for segment in segments)]
         """Where each segment begins, as if they lay end to end; and where the last one ends."""
         self._ends: list[int] = []
@@ -115,6 +117,7 @@ class Refill:
             future.cancel()
         for pool in self._pools:
             pool.shutdown()
+        self.sources = None
 
     def _bring(self, number: int, piece: FillPiece) -> None:
         piece.run()

@@ -25,7 +25,7 @@ class RefillPlan:
     def __init__(self, entries: Sequence[SegmentEntry]) -> None:
         """Of segments that hold what `entries` say."""
         self.entries = entries
-        self._names = [tensor.name for entry in entries for tensor in entry.tensors]
+        self._names = [tensor.label for entry in entries for tensor in entry.tensors]
         self._placed = dict.fromkeys(self._names)
         self._kinds = [
             (torch_dtype(tensor.dtype), torch.Size(tensor.shape)) for entry in entries for tensor in entry.tensors
