@@ -38,6 +38,8 @@ __all__ = [
     "SETTLE",
     "SILENCE",
     "UNMAP",
+    "UNMAP_AT_MOST",
+    "UNMAP_BYTES",
     "UPDATE",
     "WORKER_GOODBYE",
 ]
@@ -56,7 +58,11 @@ LAST_WORD = 1.0
 RANK_GOODBYE = 2 * WORKER_GOODBYE
 """For a rank to hear from all of its workers that they have given up."""
 UNMAP = 5.0
-"""For workers to unmap memory that is to be freed."""
+"""For workers to unmap memory that is to be freed, besides what a driver needs to take that much back."""
+UNMAP_BYTES = 4e9
+"""A driver takes back so many bytes in a second at least ..."""
+UNMAP_AT_MOST = 30.0
+"""... and needs no longer than that."""
 FETCH_GOODBYE = 1.0
 """For reads from other hosts that are under way when their update ends."""
 

@@ -13,6 +13,7 @@ import msgspec
 from checkpoint_engine import limits
 from checkpoint_engine.deadline import Deadline
 from checkpoint_engine.device import CpuDevice, Device, ExportedMemory, Staging
+from checkpoint_engine.device.memory import Memory
 from checkpoint_engine.errors import DeviceMemoryError
 from checkpoint_engine.link.channel import SenderChannel
 from checkpoint_engine.link.lease import MappingLease
@@ -32,8 +33,8 @@ class _Allocated:
     staging: Staging
 
     @property
-    def nbytes(self) -> int:
-        return self.staging.memory.nbytes
+    def memory(self) -> Memory:
+        return self.staging.memory
 
 
 class StagingCache:
@@ -48,12 +49,12 @@ class StagingCache:
     @property
     def kept(self) -> int:
         """Bytes that outlive the update that uses them."""
-        return self._allocated.nbytes if self._keep and self._allocated is not None else 0
+        return self._allocated.memory.nbytes if self._keep and self._allocated is not None else 0
 
     def held(self, device: Device) -> int:
         """Bytes allocated on a device."""
         ours = self._allocated is not None and self._allocated.device == device.identity
-        return self._allocated.nbytes if ours and self._allocated is not None else 0
+        return self._allocated.memory.nbytes if ours and self._allocated is not None else 0
 
     @contextmanager
     def for_one_update(self) -> Generator[None]:
@@ -127,13 +128,14 @@ class StagingCache:
     def _end_leases(self) -> None:
         """Memory that another process has mapped must not be freed."""
         leases, self._leases = self._leases, []
-        deadline = Deadline(limits.UNMAP)
+        mapped = sum(each.memory.nbytes for each in (self._exported, self._allocated) if each is not None)
+        deadline = Deadline(limits.UNMAP + min(mapped / limits.UNMAP_BYTES, limits.UNMAP_AT_MOST))
         ended = [lease.end(deadline) for lease in leases]
         if not all(ended):
             logger.warning(
-                "an engine's worker has not unmapped the staging memory within %g s; the device may not get it "
-                "back before that worker goes on or ends",
-                limits.UNMAP,
+                "an engine's worker has not unmapped the memory that this rank shares with it within %s; the device "
+                "may not get it back before that worker goes on or ends",
+                deadline.said,
             )
 
 
