@@ -36,6 +36,7 @@ NAMES = {
     "host-broadcast": "ours: Update (Broadcast)",
     "host-direct": "ours: Update (Direct)",
     "host": "ours: step through host memory, one call",
+    "host-cpu": "ours: the same, the trainer's tensors on the CPU",
     "device": "ours: step from device memory, one call",
 }
 """Rows of the table, in order."""
@@ -81,7 +82,7 @@ class Run:
             peers = each * (self.gpus - 1) / self.gpus
             return peers / rate.get("peer", nan) if self.gpus > 1 else each / rate.get("device", nan)
         bus = each / rate.get("host_to_device", nan)
-        if system in ("host", "host-direct") or self.gpus == 1:
+        if system in ("host", "host-cpu", "host-direct") or self.gpus == 1:
             return bus
         return max(bus, self.nbytes / rate.get("nccl_broadcast", nan))
 
@@ -116,7 +117,7 @@ class Run:
             if not (rows := self.steps.get(system)):
                 continue
             each = medians(rows, uncounted=uncounted(system))
-            limit, timed = self.limit(system), each["whole" if system == "host" else "update"]
+            limit, timed = self.limit(system), each["whole" if system in ("host", "host-cpu") else "update"]
             found.append([
                 f"{name}, {len(rows[uncounted(system) :]) or 1} counted",
                 f"{each['gather']:.3f} s" if "gather" in each else "",
@@ -227,7 +228,9 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, nargs="+", default=[max(1, torch.cuda.device_count())])
     parser.add_argument("--gigabytes", type=float, default=30.0, help="of the checkpoint, for each GPU")
     parser.add_argument("--layers", type=int, help="in place of --gigabytes")
-    parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), help="A+B: in turn in the same processes")
+    parser.add_argument(
+        "--systems", nargs="+", default=list(SYSTEMS), help="A+B: in turn in the same processes; also host-cpu"
+    )
     parser.add_argument("--upstream", type=Path, help="a folder with upstream's wheel")
     parser.add_argument("--steps", type=int, default=6, help=f"of ours, of which the first {UNCOUNTED} do not count")
     parser.add_argument("--upstream-steps", type=int, default=4, help="of which the first does not count")
