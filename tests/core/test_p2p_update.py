@@ -166,7 +166,7 @@ def test_metas_of_the_known_form_suffice(clusters: Clusters) -> None:
     assert here.recorders[0].update.version == "new name"
     for address, generation, expected in (
         (None, 1, "does not share its memory"),
-        ("1.2.3.4:5", 0, "lack `generation`"),
+        ("1.2.3.4:5", 0, "lack generation"),
     ):
         metas[0].p2p_store_addr, metas[0].generation = address, generation
         for server in here.servers:

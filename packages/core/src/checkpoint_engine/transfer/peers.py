@@ -30,7 +30,7 @@ def _peer_of(holding: Holding) -> Peer:
         )
     if not holding.generation:
         raise PeerError(
-            f"the metas of {where} lack `generation`, by which readers know that its memory is still what they say: "
+            f"the metas of {where} lack generation, by which readers know that its memory is still what they say: "
             "get them anew, from ranks of checkpoint-engine-core"
         )
     return Peer(
