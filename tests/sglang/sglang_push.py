@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
@@ -55,6 +55,8 @@ def push(
     ask: Ask | None = None,
     timeout: float = 60.0,
     reload: str = "auto",
+    only: Sequence[str] = (),
+    method: str = "broadcast",
     **how: Any,
 ) -> None:
     """Updates a server from this process: ranks are threads. Raises what the first rank that fails raises.
@@ -85,7 +87,8 @@ def push(
                     finally:
                         answered.set()
 
-            sender.update("pushed", request, version=version, timeout=timedelta(seconds=timeout), reload=reload)
+            patience = timedelta(seconds=timeout)
+            sender.update("pushed", request, version=version, timeout=patience, reload=reload, only=only, method=method)
 
     with ThreadPoolExecutor(server.workers) as pool:
         ranks = [pool.submit(run, rank) for rank in range(server.workers)]
