@@ -80,3 +80,30 @@ def test_every_replica_is_updated_checked_and_healed(
     assert differs.returncode == 1, differs.stdout
     assert ["rank 0, different" in differs.stdout, "rank 1, different" in differs.stdout] == [False, True]
     server.close()
+
+
+def test_two_servers_are_updated_together(serve: Serve, update: Update, verify: Update, checkpoints: Path) -> None:
+    """As behind a balancer of somebody else's; a server that fails is told by its rank, and both are healed."""
+    a, b = "qwen3", "qwen3-b"
+    faulty = ("--worker-extension-cls", "faulty_extension.FaultyExtension")
+    first, second = (serve(a, *faulty, PYTHONPATH=str(Path(__file__).parent)) for _ in range(2))
+    other = ("--endpoint", second.endpoint)
+    cold = first.tokens()
+    assert second.tokens() == cold
+    for name, *how in ((b,), (a, "--method", "direct", "--ranks", "1")):
+        done = update(checkpoints / name, first, *other, *how, **TINY_BUCKETS)
+        assert done.returncode == 0, done.stderr
+        assert first.tokens() == second.tokens()
+        assert (first.tokens() == cold) is (name == a)
+        assert [each.get("/weight_info") for each in (first, second)] == [{"weight_version": name}] * 2
+    second.rpc("checkpoint_engine_test_break", 12, True)
+    failed = update(checkpoints / b, first, *other, "--reload", "loader", **TINY_BUCKETS)
+    assert (failed.returncode, "rank 1" in failed.stderr) == (1, True), failed.stderr
+    assert second.endpoint in failed.stderr
+    healed = update(checkpoints / b, first, *other)
+    assert healed.returncode == 0, healed.stderr
+    assert verify(checkpoints / b, first, *other).returncode == 0
+    second.rpc("checkpoint_engine_test_spoil", 0)
+    assert verify(checkpoints / b, first, *other).returncode == 1
+    first.close()
+    second.close()
