@@ -177,7 +177,7 @@ class Matrix:
         ) as launched:
             if cell.phase != "between":
                 self._wait_for_phase(cell, launched, marks)
-                pids |= _ranks_of(launched.pid) | {"launcher": launched.pid}
+                pids |= ranks_of(launched.pid) | {"launcher": launched.pid}
                 cause = time.monotonic()
                 if cell.role in pids:  # else it has ended by now
                     _signal(pids[cell.role], self._signal(cell))
@@ -240,8 +240,8 @@ class Matrix:
         ):
             outcome.problems.append("does not say what the engine holds")
         ours = {name: pid for name, pid in pids.items() if name.startswith("rank") or name == "launcher"}
-        if not within(5, lambda: not any(map(_lives, ours.values()))):
-            outcome.problems.append(f"processes left: {[name for name, pid in ours.items() if _lives(pid)]}")
+        if not within(5, lambda: not any(map(lives, ours.values()))):
+            outcome.problems.append(f"processes left: {[name for name, pid in ours.items() if lives(pid)]}")
         if alive and cell.role != "launcher":
             self._look_at_engine(outcome)
 
@@ -313,7 +313,7 @@ class Matrix:
         workers = ReferenceClient(self.engine.endpoint).endpoint.call("GET", "/pids", Deadline(10))["pids"]
         found = {f"worker {number}": pid for number, pid in enumerate(workers)} | {"front": self.engine.pid}
         if cell.method == "p2p" and self._seed is not None:
-            found["seed"] = next(iter(_ranks_of(self._seed.pid).values()))
+            found["seed"] = next(iter(ranks_of(self._seed.pid).values()))
         return found
 
     def _metas(self) -> Path:
@@ -368,7 +368,7 @@ class Matrix:
         return signal.SIGKILL if cell.signal == "KILL" else signal.SIGSTOP
 
 
-def _ranks_of(launcher: int) -> dict[str, int]:
+def ranks_of(launcher: int) -> dict[str, int]:
     """Its ranks, by their environment."""
     found: dict[str, int] = {}
     with contextlib.suppress(OSError):
@@ -381,7 +381,7 @@ def _ranks_of(launcher: int) -> dict[str, int]:
     return found
 
 
-def _lives(pid: int) -> bool:
+def lives(pid: int) -> bool:
     with contextlib.suppress(OSError):
         after_name = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2]
         return after_name.split()[0] != "Z"

@@ -1,0 +1,188 @@
+"""Random processes are killed or stopped at random times while two engines are updated again and again."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from checkpoint_engine.client.rpc_client import ReferenceClient
+from checkpoint_engine.deadline import Deadline
+from checkpoint_engine.reference.engine import ModelSpec, make_checkpoint
+from checkpoint_engine.reference.process import ReferenceProcess
+from tests.commands import command_line
+from tests.core.fault_matrix import BOUND, START_SECONDS, lives, ranks_of
+from tests.core.p2p_processes import ENVIRONMENT
+
+ENGINES = 2
+VERSIONS = "abc"
+SPEC = ModelSpec(layers=4)
+LONGEST_ROUND = 4.5
+"""Seconds, about: an update without a fault is over by then, with the start of its processes."""
+LONGEST_STOP = 12.0
+PLAIN_SECONDS = 90.0
+
+
+@dataclass
+class Round:
+    """What was done, for whoever looks for the cause."""
+
+    number: int
+    method: str
+    version: str
+    did: list[str] = field(default_factory=list[str])
+    exit_code: int | None = None
+    said: str = ""
+
+    def __str__(self) -> str:
+        return f"round {self.number}: {self.version} by {self.method}; {', '.join(self.did) or 'nothing'}: {self.said}"
+
+
+class _Engine:
+    """One that serves, with what is known of its processes."""
+
+    def __init__(self) -> None:
+        self._process = ReferenceProcess(SPEC.to_json(), 1)
+        self.client = ReferenceClient(self._process.endpoint)
+        self.client.wait_ready(Deadline(START_SECONDS))
+        workers = self.client.endpoint.call("GET", "/pids", Deadline(10))["pids"]
+        self.pids = {"front": self._process.pid, "worker": int(workers[0])}
+        self.endpoint = self._process.endpoint
+        self.close = self._process.close
+
+    @property
+    def lives(self) -> bool:
+        return all(map(lives, self.pids.values()))
+
+    def holds(self, directory: Path) -> bool:
+        """Whether each worker holds, byte for byte, what a cold start from these files holds."""
+        results = self.client.collective_rpc("verify", Deadline(30), [str(directory)])
+        return all(result["ok"] for result in results)
+
+
+class Chaos:
+    """The engines, and what is done to them and to who updates them; the same seed makes the same choices."""
+
+    def __init__(self, directory: Path, patched: pytest.MonkeyPatch, seed: int) -> None:
+        self._directory = directory
+        self._random = random.Random(seed)
+        for number, name in enumerate(VERSIONS, start=1):
+            make_checkpoint(directory / name, SPEC, number, shards=ENGINES)
+        (directory / "t").mkdir()
+        patched.setattr(tempfile, "tempdir", str(directory / "t"))  # where it is seen whose turn an update is
+        self._environment = {**os.environ, **ENVIRONMENT, "TMPDIR": str(directory / "t"), "OMP_NUM_THREADS": "1"}
+        self._engines: list[_Engine] = []
+        self.rounds = self.failed = 0
+
+    def close(self) -> None:
+        for engine in self._engines:
+            engine.close()
+
+    def one_round(self) -> None:
+        """An update that something may happen to; whatever came of it, what serves is whole."""
+        self._start_missing()
+        self.rounds += 1
+        now = Round(self.rounds, self._random.choice(["broadcast", "direct"]), self._random.choice(VERSIONS))
+        with subprocess.Popen(
+            self._command(now.version, now.method),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=self._environment,
+            start_new_session=True,
+        ) as launched:
+            resumed = self._strike(launched, now)
+            try:
+                _, now.said = launched.communicate(timeout=PLAIN_SECONDS if not now.did else LONGEST_STOP + BOUND)
+            except subprocess.TimeoutExpired:
+                os.killpg(launched.pid, signal.SIGKILL)
+                pytest.fail(f"{now}: it never ended: {launched.communicate()}")
+        now.exit_code = launched.returncode
+        self.failed += now.exit_code != 0
+        for timer in resumed:
+            timer.join()
+        assert now.exit_code == 0 or now.did, str(now)
+        self._look(now)
+
+    def settle(self) -> None:
+        """Without any fault: one push, and every engine holds exactly that, and serves."""
+        self._start_missing()
+        version = self._random.choice(VERSIONS)
+        pushed = subprocess.run(
+            self._command(version, "broadcast"),
+            capture_output=True,
+            text=True,
+            timeout=PLAIN_SECONDS,
+            check=False,
+            env=self._environment,
+        )
+        assert pushed.returncode == 0, pushed.stderr
+        for engine in self._engines:
+            assert not engine.client.is_paused(Deadline(10))
+            assert engine.holds(self._directory / version)
+
+    def left_behind(self) -> list[str]:
+        """In the directory for temporary files."""
+        kept = ("checkpoint-engine-engines-", "checkpoint-engine-ranks-")
+        return [path.name for path in (self._directory / "t").iterdir() if not path.name.startswith(kept)]
+
+    def _strike(self, launched: subprocess.Popen[str], now: Round) -> list[threading.Timer]:
+        """Kills or stops one or two, at some time, or nobody; those that were stopped go on a while later."""
+        resumed: list[threading.Timer] = []
+        for _ in range(self._random.choice([0, 1, 1, 1, 2])):
+            time.sleep(self._random.uniform(0, LONGEST_ROUND))
+            victims = self._victims(launched)
+            name = self._random.choice(sorted(victims))
+            number = self._random.choice([signal.SIGKILL, signal.SIGSTOP])
+            pause = self._random.uniform(0, LONGEST_STOP)
+            if launched.poll() is not None or not _send(victims[name], number):
+                break
+            now.did.append(f"{number.name} {name}" + (f" for {pause:.1f} s" if number == signal.SIGSTOP else ""))
+            if number == signal.SIGSTOP:
+                resumed.append(threading.Timer(pause, _send, (victims[name], signal.SIGCONT)))
+                resumed[-1].start()
+        return resumed
+
+    def _victims(self, launched: subprocess.Popen[str]) -> dict[str, int]:
+        found = {"launcher": launched.pid} | ranks_of(launched.pid)
+        for number, engine in enumerate(self._engines):
+            found |= {f"{name} of engine {number}": pid for name, pid in engine.pids.items()}
+        return found
+
+    def _look(self, now: Round) -> None:
+        """What lives answers, and what serves holds exactly one version."""
+        for engine in self._engines:
+            if engine.lives and not engine.client.is_paused(Deadline(BOUND)):
+                (state,) = engine.client.status(Deadline(BOUND))
+                assert not state.dirty, f"{now}: serves a mixture"
+                assert state.version is None or engine.holds(self._directory / state.version), str(now)
+
+    def _start_missing(self) -> None:
+        """As whoever runs engines does."""
+        for engine in [engine for engine in self._engines if not engine.lives]:
+            engine.close()
+            self._engines.remove(engine)
+        while len(self._engines) < ENGINES:
+            self._engines.append(_Engine())
+
+    def _command(self, version: str, method: str) -> list[str]:
+        endpoints = [word for engine in self._engines for word in ("--endpoint", engine.endpoint)]
+        options = ("--engine", "reference", *endpoints, "--device", "cpu", "--timeout", "60", "--wait", "15")
+        return command_line("update", self._directory / version, "--method", method, *options)
+
+
+def _send(pid: int, number: int) -> bool:
+    """Whether there was somebody to send it to."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+        return True
+    return False
