@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
@@ -158,6 +159,28 @@ def test_a_holder_that_has_moved_on_ends_the_update(hosts: Callable[..., Cluster
     assert all(isinstance(error, UpdateError) for error in errors)
     assert "no longer holds" in str(errors[0])
     check(cluster.on_all(lambda server: server.gather_metas("v1")))
+    check(cluster.update("v1", method="direct"))
+    assert all(torch.equal(cluster.recorders[0].loaded[name], tensor) for name, tensor in content.items())
+
+
+@needs_mooncake
+def test_with_checksums_what_is_damaged_on_the_way_is_named(
+    hosts: Callable[..., Cluster], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CHECKPOINT_ENGINE_CHECKSUM", "1")
+    cluster = hosts(("red", "blue"))
+    content = tensors_of(1)
+    cluster.register("v1", content)
+    read = P2PStore.read
+
+    def damaging(store: P2PStore, peer: Peer, ranges: Sequence[ByteRange], check: Callable[[], None]) -> None:
+        read(store, peer, ranges, check)
+        ctypes.c_uint8.from_address(ranges[0].target + 7).value ^= 1
+
+    with monkeypatch.context() as faulty:
+        faulty.setattr(P2PStore, "read", damaging)
+        errors = cluster.update("v1", method="direct")
+    assert "did not arrive as it was registered" in str(errors[0])
     check(cluster.update("v1", method="direct"))
     assert all(torch.equal(cluster.recorders[0].loaded[name], tensor) for name, tensor in content.items())
 

@@ -44,6 +44,8 @@ class TensorEntry(msgspec.Struct, frozen=True, array_like=True, gc=False):
     shape: tuple[int, ...]
     offset: int
     shard: ShardPlace | None = None
+    checksum: int | None = None
+    """Sum of its 64-bit words, modulo 2^64 and with a sign, where its holder has taken one."""
 
     @property
     def whole(self) -> tuple[int, ...]:
@@ -81,6 +83,11 @@ class SegmentEntry(msgspec.Struct, frozen=True):
     address: int = 0
     """Where the owner has it mapped; of use to transports that read remote memory."""
     kind: Literal["host", "device"] = "host"
+
+    def without_sums(self) -> SegmentEntry:
+        """For other bytes in the same places."""
+        tensors = tuple(msgspec.structs.replace(tensor, checksum=None) for tensor in self.tensors)
+        return msgspec.structs.replace(self, tensors=tensors)
 
 
 class Holding(msgspec.Struct, frozen=True):

@@ -5,19 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from msgspec.structs import replace
 
-from checkpoint_engine.catalog import TensorEntry
+from checkpoint_engine.catalog import SegmentEntry, TensorEntry
 from checkpoint_engine.errors import CheckpointFormatError
 from checkpoint_engine.planning.buckets import Bucket
 from checkpoint_engine.source.segment import Segment
 from checkpoint_engine.source.store import Registered
+from checkpoint_engine.source.word_sums import sum_of_words
 
 __all__ = ["HostSums"]
-
-_WORD = 8
-"""Bytes."""
-_PLACES = torch.arange(0, 8 * _WORD, 8)
-"""Of bytes in a word."""
 
 
 class HostSums:
@@ -27,6 +24,17 @@ class HostSums:
         """Takes them."""
         self._registered = registered
         self._sums = self._of_all()
+
+    def entries(self) -> list[SegmentEntry]:
+        """What describes the segments, with the sums: whoever reads them from elsewhere compares."""
+        sums = map(int, self._sums)
+        pairs = zip(self._registered.segments, self._registered.entries, strict=True)
+        return [
+            replace(entry, tensors=tuple(replace(tensor, checksum=next(sums)) for tensor in entry.tensors))
+            if isinstance(segment, Segment)
+            else entry
+            for segment, entry in pairs
+        ]
 
     def check(self) -> None:
         """Raises unless all bytes are what they were.
@@ -47,7 +55,7 @@ class HostSums:
 
     def _of_all(self) -> torch.Tensor:
         sums = [
-            _sum(segment.bytes_of(Bucket(0, number, tensor.offset, tensor.nbytes, (tensor,))))
+            sum_of_words(segment.bytes_of(Bucket(0, number, tensor.offset, tensor.nbytes, (tensor,))))
             for number, segment, tensor in self._tensors()
         ]
         return torch.stack(sums) if sums else torch.empty(0, dtype=torch.int64)
@@ -58,12 +66,3 @@ class HostSums:
             if isinstance(segment, Segment):
                 for tensor in entry.tensors:
                     yield number, segment, tensor
-
-
-def _sum(data: torch.Tensor) -> torch.Tensor:
-    """The sum of 64-bit words, modulo 2^64, as fast as memory is read: it changes with any bit that flips alone."""
-    whole = data.numel() // _WORD * _WORD
-    words = data[:whole]
-    if words.storage_offset() % _WORD:
-        words = words.clone()
-    return words.view(torch.int64).sum() + (data[whole:].to(torch.int64) << _PLACES[: data.numel() - whole]).sum()

@@ -212,7 +212,8 @@ class ParameterServer:
         )
         if self._settings.checksum if checksum is None else checksum:
             try:
-                self._store.watch_bytes(checkpoint_name, HostSums(self._store.get(checkpoint_name)).check)
+                sums = HostSums(self._store.get(checkpoint_name))
+                self._store.watch_bytes(checkpoint_name, sums.check, sums.entries())
             except BaseException:
                 self._store.unregister(checkpoint_name)
                 raise

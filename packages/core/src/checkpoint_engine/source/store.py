@@ -124,7 +124,10 @@ class Registered:
         sources = plan.sources(tensors)
         if sources is None:
             return None
-        return lambda: replace(self, refill=Refill(plan, self.host_segments, sources), check_bytes=None)
+        entries = self.entries if self.check_bytes is None else [entry.without_sums() for entry in self.entries]
+        return lambda: replace(
+            self, entries=entries, refill=Refill(plan, self.host_segments, sources), check_bytes=None
+        )
 
     def settle(self) -> None:
         """Nothing is written to it any more."""
@@ -259,14 +262,16 @@ class CheckpointStore:
         with self._lock, on_node_of(self._device):
             self._registered[before.name] = refilled()
 
-    def watch_bytes(self, name: str, check: Callable[[], None]) -> None:
+    def watch_bytes(self, name: str, check: Callable[[], None], entries: list[SegmentEntry]) -> None:
         """From now on `check` is called before and at the end of every update of a checkpoint.
+
+        `entries` describe its segments, with checksums.
 
         Raises:
             CheckpointStateError: there is none of that name.
         """
         with self._lock:
-            self._registered[name] = replace(self._find(name), check_bytes=check)
+            self._registered[name] = replace(self._find(name), check_bytes=check, entries=entries)
 
     def settle(self, name: str) -> None:
         """Returns once nothing is written any more to a checkpoint, if there is one; what is missing stays missing."""

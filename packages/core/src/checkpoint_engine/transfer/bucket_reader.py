@@ -11,6 +11,7 @@ from checkpoint_engine.errors import PeerError, PeerMovedError
 from checkpoint_engine.p2p.store import ByteRange, P2PStore, Peer
 from checkpoint_engine.planning.buckets import Bucket
 from checkpoint_engine.planning.peers import PeerPlan, Route
+from checkpoint_engine.source.word_sums import sum_of_words
 from checkpoint_engine.transfer.receive_memory import ReceiveMemory, ReceiveSlot
 from checkpoint_engine.transfer.trace import Span
 
@@ -81,6 +82,7 @@ class BucketReader:
             begin = time.perf_counter()
             try:
                 self._read(route, slot)
+                _compare(bucket, route, slot)
             except PeerError as error:
                 if self._memory is None:
                     raise
@@ -114,6 +116,28 @@ class BucketReader:
 def _holders(route: Route) -> list[int]:
     """Each once, in order."""
     return list(dict.fromkeys(piece.holder for piece in route))
+
+
+def _compare(bucket: Bucket, route: Route, slot: ReceiveSlot) -> None:
+    """Raises unless what was read is what was registered, of the tensors whose holder has taken checksums."""
+    data = slot.view(bucket.nbytes)
+    for tensor in bucket.tensors:
+        begin = tensor.offset - bucket.start
+        if tensor.checksum is None or not _covers(route, begin, begin + tensor.nbytes):
+            continue
+        if int(sum_of_words(data[begin : begin + tensor.nbytes])) != tensor.checksum:
+            raise PeerError(
+                f"tensor {tensor.name!r} did not arrive as it was registered: its checksum differs. The network or a "
+                "host's memory is faulty"
+            )
+
+
+def _covers(route: Route, begin: int, end: int) -> bool:
+    """Whether those bytes of the bucket are all read."""
+    for piece in sorted(route, key=lambda piece: piece.at):
+        if piece.at <= begin < piece.at + piece.nbytes:
+            begin = piece.at + piece.nbytes
+    return begin >= end
 
 
 def _unreadable(bucket: Bucket, failures: Sequence[PeerError]) -> PeerError:
