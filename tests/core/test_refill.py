@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,8 @@ from checkpoint_engine.errors import (
     UpdateError,
 )
 from checkpoint_engine.receiver.reception import receive_update
+from checkpoint_engine.reference.checkpoint import make_checkpoint
+from checkpoint_engine.reference.engine import ReferenceEngine
 from checkpoint_engine.server.parameter_server import ParameterServer
 from checkpoint_engine.source import copying, refill
 from checkpoint_engine.source.copying import FillPiece
@@ -29,6 +32,7 @@ from checkpoint_engine.transfer.methods import Method
 from tests.core.cluster import TIMEOUT, Cluster, Recorder, check
 from tests.core.filling_rank import FillingRank
 from tests.core.test_device_memory import assert_holds, train
+from tests.core.test_shards import DEALINGS, SPEC, dealt, tensors_of, workers
 from tests.ports import free_port
 
 COUNT = 12
@@ -184,6 +188,28 @@ def test_no_worker_reads_another_ranks_memory_too_early(monkeypatch: pytest.Monk
         expected = train(tensors, step)
         publish(cluster, tensors, f"step-{step}", method)
         assert_holds(cluster, expected)
+    cluster.close()
+
+
+@pytest.mark.parametrize("method", ["direct", "broadcast"])
+@pytest.mark.parametrize("dealing", ["whole", "rows"])
+def test_parallel_engines_hold_what_a_cold_start_does_however_late_its_bytes_come(
+    held_back: Callable[[Callable[[int], None]], None], tmp_path: Path, dealing: str, method: Method
+) -> None:
+    cluster = Cluster(2)
+    sinks = workers(cluster)
+    held_back(lambda number: time.sleep(0.005 * (number % 5)))
+    for seed in (1, 2, 3, 4):
+        directory = make_checkpoint(tmp_path / str(seed), SPEC, seed=seed)
+        tensors = tensors_of(directory)
+        whole = [dict(list(tensors.items())[rank::2]) for rank in range(2)]
+        shares = whole if dealing == "whole" else dealt(tensors, DEALINGS[dealing], 2)
+        cluster.publish(shares, f"step-{seed}", method, in_place=False)
+        for rank, sink in enumerate(sinks):
+            assert sink.engine.compare(ReferenceEngine.cold_start(directory, tp_rank=rank, tp_size=2)).equal
+    report = cluster.servers[0].last_report
+    assert report is not None
+    assert report.engine["reload"] == "plan"
     cluster.close()
 
 
