@@ -164,7 +164,7 @@ class Chaos:
             if engine.lives and not engine.client.is_paused(Deadline(BOUND)):
                 (state,) = engine.client.status(Deadline(BOUND))
                 assert not state.dirty, f"{now}: serves a mixture"
-                assert state.version is None or engine.holds(self._directory / state.version), str(now)
+                assert not state.version or engine.holds(self._directory / state.version), str(now)
 
     def _start_missing(self) -> None:
         """As whoever runs engines does."""

@@ -278,6 +278,19 @@ def test_an_update_without_rank_0_is_an_update_error() -> None:
                 server.update("a", lambda _: None, timeout=timedelta(seconds=1))
 
 
+def test_an_update_that_waits_for_rank_0_can_be_given_up() -> None:
+    with ParameterServer(
+        rank=1, world_size=2, master_addr="127.0.0.1", master_port=free_port(), device="cpu"
+    ) as server:
+        server.register_checkpoint("a", named_tensors={"x": torch.ones(2)})
+        server._gathered.note("a", [], [], remote=False)
+        with ThreadPoolExecutor(1) as pool:
+            update = pool.submit(server.update, "a", lambda _: None, timeout=timedelta(seconds=60))
+            assert within(5.0, lambda: server.abort("somebody lost patience"))
+            with pytest.raises(UpdateError, match=r"phase 'introduce'.*somebody lost patience"):
+                update.result(5.0)
+
+
 def test_a_rank_feeds_no_more_workers_than_a_host_can_have() -> None:
     with ParameterServer(rank=0, world_size=1, device="cpu") as server:
         server.register_checkpoint("a", named_tensors={"x": torch.ones(2)})

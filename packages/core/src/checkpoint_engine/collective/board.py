@@ -65,21 +65,23 @@ class Board:
             self._spoke.give_up(pending)
         return unpack_parts(answer[0])
 
-    def catch_up(self, deadline: Deadline) -> None:
+    def catch_up(self, deadline: Deadline, cancel: Cancel) -> None:
         """Returns once this rank knows all that was posted until now, and ranks that were lost had time to come back.
 
         Raises:
             DeadlineError: rank 0 did not answer in time.
             RankError: it is lost.
             SettingError: it cannot be reached as things are set.
+            CheckpointEngineError: the cause with which `cancel` was set meanwhile.
         """
         if self._spoke is None:
             return
-        self._spoke.wait_until_connected(deadline)
+        self._spoke.wait_until_connected(deadline, cancel)
         pending = self._spoke.ask(Call.CHECK, "caught up")
         patience = Deadline(limits.RANK_RETURN)
         try:
             while pending.wait(min(_TICK_SECONDS, deadline.remaining)) is None:
+                cancel.check()
                 deadline.check("rank 0 answering")
                 if 0 not in self._spoke.lost:
                     patience = Deadline(limits.RANK_RETURN)
@@ -88,6 +90,7 @@ class Board:
         finally:
             self._spoke.give_up(pending)
         while self.lost() is not None and not patience.expired and not deadline.expired:
+            cancel.check()
             time.sleep(_TICK_SECONDS)
 
     def post(self, key: str, text: bytes) -> bytes:

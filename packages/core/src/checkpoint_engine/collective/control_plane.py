@@ -12,7 +12,7 @@ from checkpoint_engine.collective.hub import Hub
 from checkpoint_engine.collective.meeting import Meeting
 from checkpoint_engine.collective.rank_store import RankStore
 from checkpoint_engine.collective.spoke import Spoke
-from checkpoint_engine.deadline import Deadline
+from checkpoint_engine.deadline import Cancel, Deadline
 
 __all__ = ["ControlPlane"]
 
@@ -55,7 +55,7 @@ class ControlPlane:
             SettingError: it never will.
         """
         if self._spoke is not None:
-            self._spoke.wait_until_connected(deadline)
+            self._spoke.wait_until_connected(deadline, Cancel())
 
     def close(self) -> None:
         """Leaves the other ranks."""

@@ -41,7 +41,7 @@ class RankGroup:
         self._generation = ""
         self._members: tuple[int, ...] = ()
 
-    def next_call(self, deadline: Deadline) -> str:
+    def next_call(self, deadline: Deadline, cancel: Cancel) -> str:
         """The name of the next call, the same on all ranks.
 
         A call that failed because another rank did not come is passed over by that rank.
@@ -50,8 +50,9 @@ class RankGroup:
             DeadlineError: this rank has not met rank 0 in time.
             RankError: rank 0 is lost.
             SettingError: it cannot be reached as things are set.
+            CheckpointEngineError: the cause with which `cancel` was set meanwhile.
         """
-        self.board.catch_up(deadline)
+        self.board.catch_up(deadline, cancel)
         self._calls += 1
         while self.board.read(failure_key(f"call-{self._calls}")) is not None:
             self._calls += 1
@@ -65,7 +66,7 @@ class RankGroup:
             RankError: a rank is lost, or gave this call up.
         """
         deadline = Deadline(timeout.total_seconds())
-        call = self.next_call(deadline)
+        call = self.next_call(deadline, Cancel())
         try:
             return self.board.gather(f"{call}/{what}", mine, deadline, Cancel(), waiting_for, unless=failure_key(call))
         except CheckpointEngineError as error:

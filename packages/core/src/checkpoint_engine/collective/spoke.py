@@ -35,7 +35,7 @@ from checkpoint_engine.collective.rank_messages import (
     Welcome,
 )
 from checkpoint_engine.collective.sockets import Pulse, Wake, prepare
-from checkpoint_engine.deadline import Deadline
+from checkpoint_engine.deadline import Cancel, Deadline
 from checkpoint_engine.errors import AccessRefusedError, CheckpointEngineError, DeadlineError, RankError, SettingError
 
 __all__ = ["PendingRequest", "Spoke"]
@@ -101,14 +101,16 @@ class Spoke:
         """Whether the hub has taken this rank."""
         return self._welcome.is_set()
 
-    def wait_until_connected(self, deadline: Deadline) -> None:
+    def wait_until_connected(self, deadline: Deadline, cancel: Cancel) -> None:
         """Waits until the hub has taken this rank.
 
         Raises:
             DeadlineError: it has not in time.
             SettingError: it never will.
+            CheckpointEngineError: the cause with which `cancel` was set meanwhile.
         """
         while not self._welcome.wait(min(_TICK_SECONDS, deadline.remaining)):
+            cancel.check()
             self.check(deadline)
 
     def check(self, deadline: Deadline) -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from checkpoint_engine.contract.failure import Failure
 from checkpoint_engine.contract.phase import Phase
-from checkpoint_engine.deadline import Deadline
+from checkpoint_engine.deadline import Cancel, Deadline
 from checkpoint_engine.device import Device
 from checkpoint_engine.errors import CheckpointEngineError, CheckpointStateError, UpdateError
 from checkpoint_engine.server.membership import Membership
@@ -57,6 +57,8 @@ class UpdateRunner:
         self._rollback = Rollback(store)
         self._busy = threading.Lock()
         self._running: UpdateRun | None = None
+        self._cancel: Cancel | None = None
+        """Of the one that is running, also while it waits for other ranks to begin."""
         self.progress = Progress()
         self.last_report: UpdateReport | None = None
 
@@ -76,17 +78,17 @@ class UpdateRunner:
             with self._events.of(order, lambda: self.last_report):
                 self._run(order, transport)
         finally:
-            self._running = None
+            self._running = self._cancel = None
             self.progress.phase = Phase.IDLE
             self._busy.release()
             self._membership.end_default_group()
 
     def abort(self, reason: str) -> bool:
         """Gives up the one that is running, from another thread; returns whether there was one."""
-        running = self._running
-        if running is None:
+        cancel = self._cancel
+        if cancel is None:
             return False
-        running.cancel.set(CheckpointEngineError(f"aborted: {reason}"))
+        cancel.set(CheckpointEngineError(f"aborted: {reason}"))
         return True
 
     def release_staging(self) -> int:
@@ -144,11 +146,12 @@ class UpdateRunner:
 
     def _run_once(self, order: UpdateOrder, transport: type[Transport], rank: RankResources) -> UpdateReport:
         deadline = Deadline(order.timeout.total_seconds())
-        key = self._next_call(order, rank, deadline)
+        self._cancel = cancel = Cancel()
+        key = self._next_call(order, rank, deadline, cancel)
         with ExitStack() as stack:
             held = stack.enter_context(self._store.use(order.name)) if order.name in self._store.names() else None
             heard = replace(order, trace=order.trace or telemetry.is_listened_to())
-            self._running = run = UpdateRun(heard, transport, rank, held, key, deadline)
+            self._running = run = UpdateRun(heard, transport, rank, held, key, deadline, cancel)
             try:
                 report = telemetry.run_told(order, run.run)
             except CheckpointEngineError:
@@ -159,9 +162,9 @@ class UpdateRunner:
                 self._store.adopt(order.name, *run.arrived)
         return report
 
-    def _next_call(self, order: UpdateOrder, rank: RankResources, deadline: Deadline) -> str:
+    def _next_call(self, order: UpdateOrder, rank: RankResources, deadline: Deadline, cancel: Cancel) -> str:
         try:
-            return rank.group.next_call(deadline)
+            return rank.group.next_call(deadline, cancel)
         except CheckpointEngineError as error:
             phase = Phase.INTRODUCE
             number = rank.group.board.rank

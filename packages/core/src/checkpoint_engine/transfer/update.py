@@ -44,8 +44,19 @@ class UpdateRun:
         held: Registered | None,
         key: str,
         deadline: Deadline,
+        cancel: Cancel,
     ) -> None:
-        """Prepares; `held` is what this rank holds of the checkpoint, and `key` names the call, alike on all ranks."""
+        """Prepares.
+
+        Args:
+            order: What to do.
+            transport: How.
+            rank: What this rank brings.
+            held: What it holds of the checkpoint.
+            key: Names the call, alike on all ranks.
+            deadline: By when it is to be over.
+            cancel: Ends it.
+        """
         self._order = order
         self._rank = rank
         self._board = rank.group.board
@@ -55,7 +66,7 @@ class UpdateRun:
         self._deadline = deadline
         self._clock = StageClock(Trace() if order.trace else None)
         self._workers = WorkerLinks()
-        self.cancel = Cancel()
+        self.cancel = cancel
         self.names: tuple[str, ...] = ()
         """What the workers that this rank feeds call this update."""
         self.all_finished = False
