@@ -233,8 +233,8 @@ class Engine:
         verdicts = run_checks(UnderTest(self, checkpoints, cold, spoilt))
         return {name: words for name, words in verdicts.items() if words}
 
-    def make_adapter(self, checkpoint: str, directory: str) -> dict[str, Any]:
-        return make_adapter(checkpoint, directory)
+    def make_adapter(self, checkpoint: str, directory: str, seed: int = 5) -> dict[str, Any]:
+        return make_adapter(checkpoint, directory, seed=seed)
 
     def spoil(self, parameter: str) -> dict[str, Any]:
         """Flips one bit of a live parameter."""
@@ -371,10 +371,10 @@ def read(checkpoint: str) -> dict[str, torch.Tensor]:
     return found
 
 
-def make_adapter(checkpoint: str, directory: str, rank: int = 8) -> dict[str, Any]:
+def make_adapter(checkpoint: str, directory: str, rank: int = 8, seed: int = 5) -> dict[str, Any]:
     """A LoRA adapter of a checkpoint, of random numbers, that changes what it generates."""
     layers = ("q_proj", "v_proj", "o_proj", "gate_proj", "down_proj")
-    generator, tensors = torch.Generator().manual_seed(5), {}
+    generator, tensors = torch.Generator().manual_seed(seed), {}
     for name, tensor in read(checkpoint).items():
         layer = name.removesuffix(".weight")
         if layer.endswith(layers):

@@ -109,6 +109,7 @@ def test_what_they_answer(monkeypatch: pytest.MonkeyPatch) -> None:
         "world_size": 2,
         "paused": False,
         "weight_version": None,
+        "adapters": {},
     }
     assert asking.post("update", handles={"cpu:0": "h"}, version="v2", timeout=5) == (
         200,
@@ -142,6 +143,8 @@ def test_what_they_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asking.post("update", version="v2")[0] == 400
     assert asking.post("update", handles=["h"])[0] == 400
     assert asking.post("weight_version", version="v2")[0] == 404
+    adapter = asking.send("POST", f"{PREFIX}/adapter", json={"name": "math", "directory": "/nowhere"})
+    assert (adapter.status_code, "--enable-lora" in adapter.json()["error"]) == (400, True)
     status, answer = asking.post("update", handles={"cpu:0": "h"}, version="broken")
     assert (status, answer["error"]) == (500, "RuntimeError: the engine is dead")
     assert Asking(monkeypatch, without_engine=True).post("resume") == (404, {"error": "this server has no engine"})

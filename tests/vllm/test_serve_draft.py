@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.endurance
 
 Update = Callable[..., "subprocess.CompletedProcess[str]"]
 

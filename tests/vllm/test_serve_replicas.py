@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.endurance
 
 STATUS = "/v1/checkpoint_engine/status"
 KEY = {"CHECKPOINT_ENGINE_API_KEY": "secret"}

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from checkpoint_engine.device_utils import DeviceManager, get_ip, npu_generate_uuid
     from checkpoint_engine.errors import CheckpointEngineError
     from checkpoint_engine.p2p_store import P2PStore
+    from checkpoint_engine.server.adapters import send_adapter
     from checkpoint_engine.server.parameter_server import ParameterServer
     from checkpoint_engine.source.shards import TensorShard
     from checkpoint_engine.source.views import CheckpointBox, checkpoint_views
@@ -54,6 +55,7 @@ __all__ = [
     "get_ip",
     "npu_generate_uuid",
     "request_inference_to_update",
+    "send_adapter",
     "update_weights_from_ipc",
 ]
 
@@ -77,6 +79,7 @@ _HOME_OF = {
     "get_ip": "device_utils",
     "npu_generate_uuid": "device_utils",
     "request_inference_to_update": "client.update_request",
+    "send_adapter": "server.adapters",
     "update_weights_from_ipc": "worker",
 }
 

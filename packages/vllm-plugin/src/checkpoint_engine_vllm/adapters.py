@@ -1,4 +1,4 @@
-"""LoRA adapters of an engine whose base model is updated: they stay as they are, and are neither seen nor demanded.
+"""LoRA adapters of an engine: one is replaced; and where the base is updated, they stay, neither seen nor demanded.
 
 vLLM wraps layers once its first checkpoint is loaded. Wrappers give parameters other names than loaders know, and hold
 the adapters.
@@ -7,15 +7,41 @@ the adapters.
 from __future__ import annotations
 
 import contextlib
+import importlib
+import logging
 import sys
 from collections.abc import Generator, Mapping, MutableMapping
 from typing import Any, cast
 
 import torch
 
-__all__ = ["renew_adapters", "without_adapters", "wrapped_experts"]
+__all__ = ["adapter_request", "renew_adapters", "take_adapter", "without_adapters", "wrapped_experts"]
+
+logger = logging.getLogger(__name__)
 
 _OF_EXPERTS = "FusedMoEWithLoRA"
+
+
+def adapter_request(name: str, number: int, directory: str, *, anew: bool) -> Any:  # noqa: ANN401 - vLLM's own
+    """As vLLM is told of an adapter; `anew` whether it is loaded once more if it is there."""
+    kind: Any = importlib.import_module("vllm.lora.request").LoRARequest
+    return kind(lora_name=name, lora_int_id=number, lora_path=directory, load_inplace=anew)
+
+
+def take_adapter(worker: Any, name: str, number: int, directory: str) -> str:  # noqa: ANN401 - vLLM's own
+    """Has a worker load an adapter anew, or forget it if there is no directory; returns what went wrong.
+
+    Nothing is raised: where one of several workers raises, vLLM takes the others' answers for those to its next call.
+    """
+    try:
+        if directory:
+            worker.add_lora(adapter_request(name, number, directory, anew=True))
+        else:
+            worker.remove_lora(number)
+    except Exception as error:
+        logger.exception("this worker could not load the LoRA adapter %r", name)
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 @contextlib.contextmanager

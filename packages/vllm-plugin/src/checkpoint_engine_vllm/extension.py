@@ -21,6 +21,7 @@ from checkpoint_engine.sdk import (
     refuse_update,
 )
 from checkpoint_engine_vllm import compat, patched
+from checkpoint_engine_vllm.adapters import take_adapter
 from checkpoint_engine_vllm.beside import BESIDE
 from checkpoint_engine_vllm.place import WorkerPlace
 from checkpoint_engine_vllm.protocols import Worker
@@ -59,6 +60,10 @@ class WorkerExtension:
     def checkpoint_engine_abort(self) -> dict[str, Any]:
         """Gives up an update that was started over vLLM's weight transfer and never finished; returns the status."""
         return state_of(cast("Worker", self)).abort()
+
+    def checkpoint_engine_adapter(self, name: str, number: int, directory: str) -> str:
+        """Loads a LoRA adapter of this number anew, or forgets it if there is no directory; returns what went wrong."""
+        return take_adapter(self, name, number, directory)
 
     def update_weights_from_ipc(self, zmq_handles: Mapping[str, str]) -> None:
         """Takes the update that one of the handles (device identity -> handle) offers to this worker.

@@ -23,6 +23,7 @@ from checkpoint_engine_vllm import __version__, access, compat
 from checkpoint_engine_vllm.access import Access, RefusedError
 from checkpoint_engine_vllm.data_parallel import ask_all_workers
 from checkpoint_engine_vllm.place import workers_reached
+from checkpoint_engine_vllm.served_adapters import ServedAdapters
 
 __all__ = ["PREFIX", "Routes"]
 
@@ -42,6 +43,8 @@ class _Body(msgspec.Struct, frozen=True):
     timeout: float = limits.UPDATE
     mode: str = "keep"
     clear_cache: bool = True
+    name: str = ""
+    directory: str = ""
 
 
 class Routes:
@@ -53,6 +56,7 @@ class Routes:
     def __init__(self) -> None:
         self._access: Access = access.closed()
         self._served: Any = None
+        self._adapters = ServedAdapters(None, Namespace())
 
     def attach_router(self, app: Any) -> None:  # noqa: ANN401 - FastAPI's application
         """Adds the routes."""
@@ -62,6 +66,7 @@ class Routes:
             "update": self._update,
             "verify": self._verify,
             "abort": self._abort,
+            "adapter": self._adapter,
             "pause": self._pause,
             "resume": self._resume,
             "reset_caches": self._reset_caches,
@@ -71,8 +76,8 @@ class Routes:
 
     async def init_state(self, engine_client: Any, state: object, args: Namespace) -> None:  # noqa: ANN401 - vLLM's own
         """Told by vLLM what it serves, and with which keys."""
-        del state
         self._served = engine_client
+        self._adapters = ServedAdapters(state, args)
         self._access = access.of_vllm(args)
         logger.info("updates of weights are taken at %s by %s", PREFIX, self._access.describe())
 
@@ -91,6 +96,7 @@ class Routes:
             "world_size": workers_reached(engine.vllm_config.parallel_config),
             "paused": await engine.is_paused(),
             "weight_version": await version() if version is not None else None,
+            "adapters": self._adapters.versions,
         }
 
     async def _update(self, body: _Body) -> object:
@@ -108,6 +114,10 @@ class Routes:
     async def _abort(self, body: _Body) -> object:
         del body
         return {"results": await self._workers("checkpoint_engine_abort", limits.SETTLE)}
+
+    async def _adapter(self, body: _Body) -> object:
+        await self._adapters.take(self._engine, body.name, body.directory, body.version)
+        return {"adapters": self._adapters.versions}
 
     async def _pause(self, body: _Body) -> object:
         await self._engine.pause_generation(mode=body.mode, clear_cache=body.clear_cache)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 from checkpoint_engine.sdk import EngineRequestError, limits
@@ -20,6 +22,14 @@ __all__ = ["RoutesClient"]
 
 _PREFIX = "/v1/checkpoint_engine"
 _NOT_FOUND, _UNAUTHORISED = 404, 401
+
+
+@dataclass(frozen=True)
+class _AdapterOrder(WorkersOrder):
+    """All workers take a LoRA adapter."""
+
+    name: str = ""
+    directory: Path = Path()
 
 
 class RoutesClient(CollectiveRpcClient):
@@ -54,12 +64,22 @@ class RoutesClient(CollectiveRpcClient):
 
     def ask_workers(self, order: WorkersOrder, deadline: Deadline) -> list[WorkerReport]:
         """See `WorkersClient`."""
-        what = "verify" if order.compare else "update"
         patience = Deadline(deadline.remaining + limits.ANSWER)
+        if isinstance(order, _AdapterOrder):
+            self._ask("adapter", patience, name=order.name, directory=str(order.directory), version=order.version)
+            return [WorkerReport(ok=True)]
+        what = "verify" if order.compare else "update"
         answer = self._ask(
             what, patience, handles=dict(order.handles), version=order.version, timeout=deadline.remaining
         )
         return self._converted(answer.get("results"), list[WorkerReport])
+
+    def load_adapter(
+        self, name: str, directory: Path, *, version: str, pause: PauseMode, reset_caches: bool, timeout: float
+    ) -> None:
+        """See `AdapterClient`."""
+        order = _AdapterOrder({}, version, pause, reset_caches, name=name, directory=directory.resolve())
+        self.carry_out(order, timeout)
 
     def status(self, deadline: Deadline) -> list[WorkerStatus]:
         """See `WorkersClient`."""
@@ -103,7 +123,7 @@ class RoutesClient(CollectiveRpcClient):
 
     # -- inside
 
-    def _ask(self, name: str, deadline: Deadline, **body: object) -> dict[str, Any]:
+    def _ask(self, name: str, deadline: Deadline, /, **body: object) -> dict[str, Any]:
         return self._object(name, self.endpoint.call("POST", f"{_PREFIX}/{name}", deadline, body=body))
 
     def _status(self, deadline: Deadline) -> dict[str, Any]:

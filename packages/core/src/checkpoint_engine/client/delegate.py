@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from pathlib import Path
 
 from checkpoint_engine.client.endpoint import Endpoint
 from checkpoint_engine.client.engine_client import EngineClient, PauseMode
-from checkpoint_engine.client.plugins import settling_client, telling_client, verifying_client
+from checkpoint_engine.client.plugins import adapter_client, settling_client, telling_client, verifying_client
 from checkpoint_engine.contract.reports import WorkerStatus
 from checkpoint_engine.deadline import Deadline
 
@@ -55,6 +56,19 @@ class ClientDelegate(ABC):
         client.update_weights(
             handles, version=version, pause=pause, reset_caches=reset_caches, timeout=deadline.remaining
         )
+
+    def load_adapter(
+        self, name: str, directory: Path, *, version: str, pause: PauseMode, reset_caches: bool, timeout: float
+    ) -> None:
+        """See `AdapterClient.load_adapter`.
+
+        Raises:
+            MissingDependencyError: the engine that answers takes none.
+        """
+        deadline = Deadline(timeout)
+        taking = adapter_client(self.chosen(deadline))
+        left = deadline.remaining
+        taking.load_adapter(name, directory, version=version, pause=pause, reset_caches=reset_caches, timeout=left)
 
     def verify_weights(self, handles: Mapping[str, str], *, version: str, timeout: float) -> None:
         """See `WorkersClient.verify_weights`.

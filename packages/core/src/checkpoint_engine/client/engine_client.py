@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
 from checkpoint_engine.contract.reports import WorkerStatus
 from checkpoint_engine.deadline import Deadline
 
-__all__ = ["EngineClient", "PauseMode", "SettlingClient", "TellingClient", "VerifyingClient"]
+__all__ = ["AdapterClient", "EngineClient", "PauseMode", "SettlingClient", "TellingClient", "VerifyingClient"]
 
 PauseMode = Literal["keep", "abort", "wait", "none"]
 """What becomes of running requests: kept and continued, aborted, waited for; or the engine is not paused."""
@@ -48,6 +49,30 @@ class EngineClient(Protocol):
 
         Raises:
             EngineRequestError: the engine refuses, or a worker failed; the message names the worker.
+            DeadlineError: it does not answer in time.
+        """
+        ...
+
+
+@runtime_checkable
+class AdapterClient(Protocol):
+    """A client whose engine takes LoRA adapters while it serves."""
+
+    def load_adapter(
+        self, name: str, directory: Path, *, version: str, pause: PauseMode, reset_caches: bool, timeout: float
+    ) -> None:
+        """Has all workers take an adapter, in place of what they have under that name.
+
+        Args:
+            name: What requests call it.
+            directory: Of this host: PEFT's `adapter_config.json` and `adapter_model.safetensors`; copied.
+            version: For the engine's status.
+            pause: What becomes of running requests.
+            reset_caches: Whether the engine drops what it has cached.
+            timeout: Seconds for all of it.
+
+        Raises:
+            EngineRequestError: the engine refuses; it serves what it had.
             DeadlineError: it does not answer in time.
         """
         ...

@@ -7,13 +7,20 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import cast
 
 from checkpoint_engine.client.announced import EngineSign
-from checkpoint_engine.client.engine_client import EngineClient, SettlingClient, TellingClient, VerifyingClient
+from checkpoint_engine.client.engine_client import (
+    AdapterClient,
+    EngineClient,
+    SettlingClient,
+    TellingClient,
+    VerifyingClient,
+)
 from checkpoint_engine.errors import MissingDependencyError
 from checkpoint_engine.version import DISTRIBUTION
 
 __all__ = [
     "CHECKS",
     "CLIENTS",
+    "adapter_client",
     "announced",
     "engine_signs",
     "plugin_client",
@@ -72,6 +79,19 @@ def plugin_client(engine: str) -> type[EngineClient]:
         raise MissingDependencyError(
             f"the plugin for the engine {engine!r} ({found[engine].value}) cannot be loaded: {error}"
         ) from error
+
+
+def adapter_client(client: EngineClient) -> AdapterClient:
+    """The same client, if its engine takes LoRA adapters while it serves.
+
+    Raises:
+        MissingDependencyError: it does not.
+    """
+    if not isinstance(client, AdapterClient):
+        raise MissingDependencyError(
+            f"{type(client).__module__} has no way to give its engine a LoRA adapter; vLLM's takes them by our routes"
+        )
+    return client
 
 
 def telling_client(client: EngineClient) -> TellingClient:

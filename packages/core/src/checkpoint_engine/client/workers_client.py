@@ -39,6 +39,7 @@ class WorkersOrder:
     """What all workers of an engine are to do at once."""
 
     handles: Mapping[str, str]
+    """Empty where no weights of the served model come."""
     version: str
     pause: PauseMode = "none"
     """How running requests are dealt with, by the client or, where `needs_pause` says no, by the engine itself."""
@@ -131,9 +132,13 @@ class WorkersClient:
 
         An engine has one updater at a time, others wait for their turn. One that somebody else had paused stays paused.
         """
+        self.carry_out(WorkersOrder(handles, version, pause, reset_caches), timeout)
+
+    def carry_out(self, order: WorkersOrder, timeout: float) -> None:
+        """The same with any order that changes what the engine serves."""
         deadline = Deadline(timeout)
         with EngineTurn(self.endpoint.address).take(deadline) as turn:
-            self._update_in_turn(WorkersOrder(handles, version, pause, reset_caches), turn, deadline)
+            self._update_in_turn(order, turn, deadline)
 
     def _update_in_turn(self, order: WorkersOrder, turn: EngineTurn, deadline: Deadline) -> None:
         was_left_paused = turn.paused
@@ -178,7 +183,8 @@ class WorkersClient:
             resetting.result()  # its requests end with the deadline
         elif order.reset_caches:
             self.reset_caches(deadline)
-        self.publish_version(order.version, deadline)
+        if order.handles:
+            self.publish_version(order.version, deadline)
         Settlement(self, turn).resume(deadline)
 
     def _untouched(
