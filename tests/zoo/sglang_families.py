@@ -11,7 +11,7 @@ AfmoeForCausalLM ArceeForCausalLM Cohere2ForCausalLM Cohere2MoeForCausalLM Coher
 Ernie4_5_MoeForCausalLM FalconH1ForCausalLM GPT2LMHeadModel GPTBigCodeForCausalLM GPTJForCausalLM Gemma3ForCausalLM
 GemmaForCausalLM Glm4ForCausalLM Glm4MoeForCausalLM Glm4vForConditionalGeneration GptOssForCausalLM GraniteForCausalLM
 GraniteMoeForCausalLM GraniteMoeHybridForCausalLM GraniteMoeSWAForCausalLM GraniteMoeSharedForCausalLM
-GraniteSWAForCausalLM HrmTextForCausalLM LagunaForCausalLM Lfm2ForCausalLM Lfm2VlForConditionalGeneration
+GraniteSWAForCausalLM HrmTextForCausalLM LagunaForCausalLM Lfm2ForCausalLM
 LlamaForCausalLM LlamaForSequenceClassification MellumForCausalLM MiniCPM3ForCausalLM Ministral3ForCausalLM
 MistralForCausalLM MistralModel MixtralForCausalLM OPTForCausalLM Olmo2ForCausalLM Olmo3ForCausalLM OlmoForCausalLM
 Phi3ForCausalLM PhiForCausalLM Qwen2ForCausalLM Qwen2ForSequenceClassification Qwen2MoeForCausalLM
@@ -40,6 +40,11 @@ FAMILIES: dict[str, Family] = {
     "Exaone4ForCausalLM": Family("Exaone4ForCausalLM", {"sliding_window_pattern": "LLLG"}),
     "Glm4MoeLiteForCausalLM": Family("Glm4MoeLiteForCausalLM", {"first_k_dense_replace": 1, "moe_layer_freq": 1}),
     "Lfm2ForCausalLM untied": Family("Lfm2ForCausalLM", _UNTIED),
+    "Lfm2VlForConditionalGeneration": Family(
+        "Lfm2VlForConditionalGeneration",
+        {"vision_config": {"vision_use_head": False}},
+        renamed={"model.vision_tower.": "model.vision_tower.vision_model."},
+    ),
     "MiniMaxM2ForCausalLM": Family("MiniMaxM2ForCausalLM", _M2),
     "Mistral3ForConditionalGeneration": Family("Mistral3ForConditionalGeneration", {**_UNTIED, "text_config": _UNTIED}),
     "OlmoeForCausalLM": Family("OlmoeForCausalLM", {"num_key_value_heads": 4}),
