@@ -84,11 +84,6 @@ class SegmentEntry(msgspec.Struct, frozen=True):
     """Where the owner has it mapped; of use to transports that read remote memory."""
     kind: Literal["host", "device"] = "host"
 
-    def without_sums(self) -> SegmentEntry:
-        """For other bytes in the same places."""
-        tensors = tuple(msgspec.structs.replace(tensor, checksum=None) for tensor in self.tensors)
-        return msgspec.structs.replace(self, tensors=tensors)
-
 
 class Holding(msgspec.Struct, frozen=True):
     """What one rank holds, and how to reach it."""

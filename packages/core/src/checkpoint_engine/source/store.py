@@ -120,14 +120,13 @@ class Registered:
         """
         if not self.pooled or self.is_of_others or self.files_in_place:
             return None
+        if self.check_bytes is not None:  # what describes it has checksums of the bytes that are there
+            return None
         plan = self.refill.plan if self.refill is not None else RefillPlan(self.entries)
         sources = plan.sources(tensors)
         if sources is None:
             return None
-        entries = self.entries if self.check_bytes is None else [entry.without_sums() for entry in self.entries]
-        return lambda: replace(
-            self, entries=entries, refill=Refill(plan, self.host_segments, sources), check_bytes=None
-        )
+        return lambda: replace(self, refill=Refill(plan, self.host_segments, sources))
 
     def settle(self) -> None:
         """Nothing is written to it any more."""
