@@ -134,10 +134,10 @@ def open_nccl(store: dist.Store, rank: int, world_size: int, timeout: timedelta,
 def _ends_soon(work: dist.Work) -> bool:
     try:
         work.wait(_TICK)
-    except RuntimeError:  # either it has failed, or the time is over
-        if work.is_completed():
-            raise
-        return False
+    except RuntimeError:  # the time is over, or it has failed
+        if not work.is_completed():
+            return False
+        work.wait()  # it may have been done well just after the time was over; else this says why it failed
     return True
 
 
