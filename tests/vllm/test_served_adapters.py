@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from argparse import Namespace
 from collections import defaultdict
@@ -141,5 +142,10 @@ def test_what_is_refused(served: Served, monkeypatch: pytest.MonkeyPatch, tmp_pa
         served.take("one", name="tiny")
     with pytest.raises(RefusedError, match="no LoRA adapter that can be read"):
         anyio.run(served.adapters.take, served.engine, "math", str(tmp_path / "nowhere"), "")
+    pipes = tmp_path / "pipes"
+    pipes.mkdir()
+    os.mkfifo(pipes / "adapter_model.safetensors")  # whose other end nobody opens
+    with pytest.raises(RefusedError, match="is not a file of the user"):
+        anyio.run(served.adapters.take, served.engine, "math", str(pipes), "")
     with pytest.raises(RefusedError, match="--api-server-count 1"):
         Served(monkeypatch, tmp_path, api_server_count=2).take("one")

@@ -137,7 +137,8 @@ def _copied(source: Path, target: Path) -> Path:
     target.mkdir()
     try:
         for name in (_WEIGHTS, _CONFIG):
-            with (source / name).open("rb") as file:
+            # What is no file, as a pipe, must not be waited for.
+            with os.fdopen(os.open(source / name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
                 status = os.fstat(file.fileno())
                 if not stat.S_ISREG(status.st_mode) or status.st_uid not in (os.geteuid(), 0):
                     raise RefusedError(_BAD, f"{source / name} is not a file of the user that serves")
