@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -13,6 +15,7 @@ from checkpoint_engine.catalog import Catalog, Holding
 from checkpoint_engine.collective import register_communicator
 from checkpoint_engine.collective.base import _FACTORIES
 from checkpoint_engine.collective.torch_group import TorchGroup, open_gloo, open_nccl
+from checkpoint_engine.device import CpuDevice
 from checkpoint_engine.errors import SettingError, UpdateError
 from checkpoint_engine.server.parameter_server import ParameterServer
 from checkpoint_engine.transfer.automatic import Automatic
@@ -121,6 +124,30 @@ def test_a_collective_backend_can_be_chosen(
     check(cluster.update("a"))
     assert sorted(opened) == [0, 1]
     assert all(recorder.loaded["y"].tolist() == list(range(7)) for recorder in cluster.recorders)
+
+
+def test_a_collective_library_finds_the_ranks_device_current(
+    clusters: Callable[[int], Cluster], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = threading.local()
+    found: list[bool] = []
+
+    @contextmanager
+    def active(_: CpuDevice) -> Generator[None]:
+        here.current = True
+        yield
+        here.current = False
+
+    def open_mine(*known: Any) -> TorchGroup:
+        found.append(getattr(here, "current", False))
+        return open_gloo(*known)
+
+    monkeypatch.setattr(CpuDevice, "active", active)
+    monkeypatch.setitem(_FACTORIES, "gloo", open_mine)
+    cluster = clusters(2)
+    cluster.register("a", {"x": torch.arange(5.0)})
+    check(cluster.update("a"))
+    assert found == [True, True]
 
 
 def test_an_unknown_collective_backend_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

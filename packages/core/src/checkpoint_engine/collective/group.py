@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import wait
+from contextlib import AbstractContextManager
 from datetime import timedelta
-from functools import partial
 
 import msgspec
 import torch
@@ -82,6 +82,7 @@ class RankGroup:
         self,
         backend: str,
         device: torch.device,
+        active: Callable[[], AbstractContextManager[object]],
         generation: str,
         deadline: Deadline,
         members: Sequence[int],
@@ -89,7 +90,8 @@ class RankGroup:
     ) -> Communicator | None:
         """The communicator of that generation for tensors of this device; None for a single rank, which needs none.
 
-        `members` are the ranks that it connects, this one among them; it counts them in this order.
+        `members` are the ranks that it connects, this one among them; it counts them in this order. `active` makes the
+        device the calling thread's own.
 
         Raises:
             RankError: a rank did not come in time.
@@ -102,15 +104,13 @@ class RankGroup:
             self._generation, self._members = generation, tuple(members)
         timeout = timedelta(seconds=max(deadline.remaining, _SHORTEST_SECONDS))
         if backend not in self._communicators:
-            opening = partial(
-                open_communicator,
-                backend,
-                dist.PrefixStore(f"{generation}/{backend}", self._plane.store),
-                self._members.index(self.board.rank),
-                len(members),
-                timeout,
-                device,
-            )
+            store = dist.PrefixStore(f"{generation}/{backend}", self._plane.store)
+            place = self._members.index(self.board.rank)
+
+            def opening() -> Communicator:
+                with active():
+                    return open_communicator(backend, store, place, len(members), timeout, device)
+
             # Libraries wait for a host that is lost as long as they may, and hear of nothing meanwhile.
             opened = in_background(opening, "checkpoint-engine-connect")
             while not wait([opened], _TICK_SECONDS).done:

@@ -136,6 +136,7 @@ class Broadcast(Transport):
         communicator = self._rank.group.communicator(
             chosen or device.backend,
             device.torch_device,
+            device.active,
             agreed_generation(ranks, receivers, self._update.key),
             self._update.deadline,
             receivers,
