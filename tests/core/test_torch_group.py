@@ -56,3 +56,12 @@ def test_who_gives_up_does_not_wait_for_it() -> None:
     given_up.abort()
     with pytest.raises(RankError, match="given up"):
         given_up.broadcast(torch.zeros(1), 1)
+
+
+def test_memory_that_is_freed_under_it_is_waited_for() -> None:
+    """Of a GPU, for which `meta` stands here."""
+    work = Work(2)
+    given_up = group(work)
+    given_up.abort()
+    given_up.broadcast(torch.zeros(1, device="meta"), 1)
+    assert work.left == 2

@@ -41,7 +41,7 @@ class TorchGroup:
         options.rootRank = source
         options.rootTensor = 0
         with self._peer_errors("broadcast"):
-            self._wait(self._group.broadcast([tensor], options))
+            self._wait(self._group.broadcast([tensor], options), tensor)
 
     def all_reduce(self, tensor: torch.Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> None:
         """Combines `tensor` over all ranks, in place.
@@ -52,7 +52,7 @@ class TorchGroup:
         options = dist.AllreduceOptions()
         options.reduceOp = op  # pyright: ignore[reportAttributeAccessIssue] - the stub lacks the conversion
         with self._peer_errors("all-reduce"):
-            self._wait(self._group.allreduce([tensor], options))
+            self._wait(self._group.allreduce([tensor], options), tensor)
 
     def set_timeout(self, timeout: timedelta) -> None:
         """Bounds every later operation."""
@@ -76,12 +76,12 @@ class TorchGroup:
         else:
             groups.clear()  # gloo closes its connections only now
 
-    def _wait(self, work: dist.Work) -> None:
-        """Until it is done; NCCL's waits in its stream, and can be aborted there. Gloo's cannot: it is left alone then.
+    def _wait(self, work: dist.Work, tensor: torch.Tensor) -> None:
+        """Until it is done. What NCCL does waits in its stream and can be aborted there; what gloo does is left alone.
 
-        What it works on lives as long as it does.
+        Not where it would write to a GPU: that memory is freed under it. Host memory lives as long as the tensor does.
         """
-        if self._backend != "gloo":
+        if self._backend != "gloo" or not tensor.is_cpu:
             work.wait()
             return
         while not _ends_soon(work):
