@@ -42,10 +42,30 @@ def copy_all(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -
 
 def host_to_device_rate(ranks: int) -> float:
     """Bytes a second into each GPU when all copy at once from pinned memory."""
+    return bus_rates(ranks)["host_to_device"]
+
+
+def bus_rates(ranks: int) -> dict[str, float]:
+    """Bytes a second between each GPU and pinned memory, all at once: in, out, and each way of both at once."""
     gpus = range(min(ranks, torch.cuda.device_count()))
-    host = [torch.ones(SIZE, dtype=torch.uint8).pin_memory() for _ in gpus]
-    targets = blocks(gpus)
-    return best_rate(SIZE, lambda: copy_all(targets, host), gpus)
+    host, other = ([torch.ones(SIZE, dtype=torch.uint8).pin_memory() for _ in gpus] for _ in range(2))
+    targets, sources = blocks(gpus), blocks(gpus)
+    outward = [torch.cuda.Stream(gpu) for gpu in gpus]
+
+    def out() -> None:
+        for stream, target, source in zip(outward, other, sources, strict=True):
+            with torch.cuda.stream(stream):
+                target.copy_(source, non_blocking=True)
+
+    def both() -> None:
+        copy_all(targets, host)
+        out()
+
+    return {
+        "host_to_device": best_rate(SIZE, lambda: copy_all(targets, host), gpus),
+        "device_to_host": best_rate(SIZE, out, gpus),
+        "both_ways": best_rate(SIZE, both, gpus),
+    }
 
 
 def device_rates(gpus: Sequence[int]) -> dict[str, float]:
@@ -74,7 +94,7 @@ def main() -> None:
     if arguments.device == "cpu":
         rates = {"host_to_device": processor_rate(arguments.gpus)}
     else:
-        rates = {"host_to_device": host_to_device_rate(arguments.gpus)}
+        rates = bus_rates(arguments.gpus)
         print(json.dumps({f"{name}_bytes_per_second": rate for name, rate in rates.items()}), flush=True)
         rates |= device_rates(range(arguments.gpus))
     print(json.dumps({f"{name}_bytes_per_second": rate for name, rate in rates.items()}), flush=True)

@@ -54,14 +54,14 @@ class Senders:
         """Reads a checkpoint, a share of its files each, and calls it what its directory is called."""
         self._all({"directory": str(directory), "in_place": in_place}, tell_nobody)
 
-    def update(self, client: Client, name: str, way: str) -> None:
+    def update(self, client: Client, name: str, way: str, only: Sequence[str] = ()) -> None:
         """One update of one engine; a way is a method and how the engine takes tensors over."""
         method, reload = way.split(":")
 
         def ask(handles: Sequence[tuple[str, str]]) -> None:
             client.update_weights(dict(handles), version=name, pause="keep", reset_caches=True, timeout=UPDATE_SECONDS)
 
-        self._all({"name": name, "method": method, "reload": reload}, ask)
+        self._all({"name": name, "method": method, "reload": reload, "only": list(only)}, ask)
 
     def close(self) -> None:
         """Ends all ranks."""
@@ -94,7 +94,7 @@ def start_rank(rank: int, ranks: int, device: str, port: int) -> ParameterServer
 def follow(ps: ParameterServer, order: Mapping[str, Any], ask: RequestFunction) -> None:
     """One rank's part of what all do together."""
     if "method" in order:
-        ps.update(order["name"], ask, method=order["method"], reload=order["reload"])
+        ps.update(order["name"], ask, method=order["method"], reload=order["reload"], only=order["only"])
         return
     directory = Path(order["directory"])
     files = split_among_ranks(select_directory(directory), ps.world_size)[ps.rank]
