@@ -19,6 +19,8 @@ from checkpoint_engine.transfer.trace import PHASES
 
 SECONDS = 300.0
 """For one update."""
+IN_PLACE = {"device", "native"}
+"""Systems that leave the weights where they are."""
 UNCOUNTED = 3
 """Steps in which plans are recorded, proved and checked."""
 
@@ -73,6 +75,11 @@ class Trainer:
         work()
         self.laps[name] = time.perf_counter() - begin
 
+    def ask(self, version: str) -> Callable[[list[tuple[str, str]]], None]:
+        """What asks the engine for an update."""
+        options: dict[str, Any] = {"pause": "keep", "reset_caches": True, "timeout": SECONDS}
+        return lambda handles: self.client.update_weights(dict(handles), version=version, **options)
+
     def ours(self, system: str) -> tuple[Callable[[int], None], Callable[[], dict[str, Any]]]:
         """A step through a parameter server, and what that tells of its last one."""
         from checkpoint_engine.ps import ParameterServer  # noqa: PLC0415 - of one system only
@@ -80,15 +87,11 @@ class Trainer:
         ps = ParameterServer()
         self.close = ps.close
 
-        def asks(version: str) -> Callable[[list[tuple[str, str]]], None]:
-            options: dict[str, Any] = {"pause": "keep", "reset_caches": True, "timeout": SECONDS}
-            return lambda handles: self.client.update_weights(dict(handles), version=version, **options)
-
         def publish(step: int) -> None:
-            version, stay = f"step-{step}", system == "device"
+            version, stay = f"step-{step}", system in IN_PLACE
             options: dict[str, Any] = {"version": version, "method": "direct", "in_place": stay, "trace": self.traced}
             options["workers"] = self.workers
-            self.lap("update", lambda: ps.publish(self.weights, asks(version), **options))
+            self.lap("update", lambda: ps.publish(self.weights, self.ask(version), **options))
 
         def host(step: int) -> None:
             version, method = f"step-{step}", system.removeprefix("host-")
@@ -97,7 +100,7 @@ class Trainer:
                 lambda: ps.register_checkpoint(version, named_tensors=self.weights, use_shared_memory_pool=True),
             )
             self.lap("gather", lambda: ps.gather_metas(version))
-            self.lap("update", lambda: ps.update(version, asks(version), method=method))
+            self.lap("update", lambda: ps.update(version, self.ask(version), method=method))
             self.lap("unregister", lambda: ps.unregister_checkpoint(version))
 
         def tell() -> dict[str, Any]:
@@ -112,7 +115,7 @@ class Trainer:
             told = {"stages": stages, "requests": asked, "engine": {} if report is None else dict(report.engine)}
             return {**told, "phases": [(name, *(round(at, 4) for at in times)) for name, *times in phases]}
 
-        return (publish if system in {"device", "host"} else host), tell
+        return (publish if system in {*IN_PLACE, "host"} else host), tell
 
 
 def bits_of(weight: torch.Tensor) -> int:

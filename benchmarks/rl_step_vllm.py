@@ -6,6 +6,7 @@ Trainer and engine share a GPU; with `--tensor-parallel-size 2` the engine has t
 bring over NVLink what is kept there. Every step draws all weights anew, brings them over with pause, caches and resume,
 and compares the sum of all bit patterns that the engine's parameters hold with the trainer's. `ipc` packs its tensors,
 over vLLM's own routes; in vLLM 0.26 its module imports `ray`, of which it needs nothing: an empty module does.
+`native` is `device` through our backend `checkpoint_engine` of vLLM's weight transfer, over vLLM's own routes.
 `ipc-ours` is the same trainer of vLLM's, sending to our backend `checkpoint_engine_ipc`; a number behind either says
 how many GiB the trainer packs at a time, where vLLM's default is one. Where the engine quantises what it gets
 (`--serve-options "--quantization fp8_per_channel"`), its sum is compared with that of the first system of the run,
@@ -36,9 +37,38 @@ HERE = Path(__file__).parent
 
 @dataclass(kw_only=True)
 class VllmTrainer(Trainer):
-    """Brings its weights by vLLM's own `ipc` trainer, too."""
+    """Brings its weights by vLLM's own `ipc` trainer, too, and by our backend of vLLM's weight transfer."""
 
     server: Server
+    native: bool = False
+    met: bool = False
+
+    def ask(self, version: str) -> Callable[[list[tuple[str, str]]], None]:
+        """What asks the engine for an update; the native backend by vLLM's own routes."""
+        if not self.native:
+            return super().ask(version)
+        post = self.posting()
+
+        def update(handles: list[tuple[str, str]]) -> None:
+            post("/pause", mode="keep")
+            post("/start_weight_update")
+            post("/update_weights", {"update_info": {"handles": dict(handles), "version": version}})
+            post("/finish_weight_update")
+            post("/resume")
+
+        return update
+
+    def posting(self) -> Callable[..., None]:
+        """Asks vLLM's own routes, once its backend is set up."""
+        client = httpx.Client(base_url=self.server.url, timeout=SECONDS)
+
+        def post(path: str, body: object = None, **query: str) -> None:
+            client.post(path, json=body, params=query).raise_for_status()
+
+        if not self.met:
+            post("/init_weight_transfer_engine", {"init_info": {}})
+        self.met = True
+        return post
 
     def reports(self) -> dict[str, Any]:
         """What the engine's worker tells of its last update, if it is ours."""
@@ -48,12 +78,7 @@ class VllmTrainer(Trainer):
         """A step by vLLM's own trainer."""
         from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine  # noqa: PLC0415
 
-        client = httpx.Client(base_url=self.server.url, timeout=SECONDS)
-
-        def post(path: str, body: object = None, **query: str) -> None:
-            client.post(path, json=body, params=query).raise_for_status()
-
-        post("/init_weight_transfer_engine", {"init_info": {}})
+        post = self.posting()
 
         def step(_: int) -> None:
             options = {"send_mode": "http", "url": self.server.url, "packed": True, **packed}
@@ -66,11 +91,11 @@ class VllmTrainer(Trainer):
         return step
 
 
-def ipc_of(system: str) -> tuple[str, dict[str, int]]:
-    """The backend that vLLM's `ipc` trainer sends to, and its settings; nothing for other systems."""
+def backend_of(system: str) -> tuple[str, dict[str, int]]:
+    """The backend of vLLM's weight transfer, and settings of its `ipc` trainer; nothing where none is asked for."""
     kind, _, rest = system.partition("-")
     if kind != "ipc":
-        return "", {}
+        return "checkpoint_engine" if kind == "native" else "", {}
     ours, size = "ours" in rest.split("-"), rest.rpartition("-")[2]
     packed = {"packed_buffer_size_bytes": int(size) << 30} if size.isdigit() else {}
     return "checkpoint_engine_ipc" if ours else "ipc", packed
@@ -87,7 +112,7 @@ def run(
     options = ["--load-format", "dummy", "--max-model-len", "256", "--max-num-seqs", "2"]
     options += ["--gpu-memory-utilization", "0.5", "--kv-cache-memory-bytes", str(1 << 30)]
     options += ["--tensor-parallel-size", str(arguments.tensor_parallel_size), *arguments.serve_options.split()]
-    environment, (door, packed) = {}, ipc_of(system)
+    environment, (door, packed) = {}, backend_of(system)
     if door == "ipc":
         environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
         os.environ.update(environment)
@@ -97,8 +122,9 @@ def run(
     with serving([model], arguments.work, *options, **environment) as (server,):
         weights = {t.name: torch.empty(t.shape, dtype=torch.bfloat16, device="cuda") for t in tensors}
         asked = {"client": server.client, "requests": server.timed.seconds, "traced": arguments.trace}
-        trainer = VllmTrainer(weights=weights, server=server, workers=arguments.tensor_parallel_size, **asked)
-        step, tell = (trainer.ipc(packed), trainer.reports) if door else trainer.ours(system)
+        asked |= {"workers": arguments.tensor_parallel_size, "native": system == "native"}
+        trainer = VllmTrainer(weights=weights, server=server, **asked)
+        step, tell = (trainer.ipc(packed), trainer.reports) if system.startswith("ipc") else trainer.ours(system)
         for number in range(arguments.steps):
             expected = trainer.change(number)
             begin = time.perf_counter()

@@ -82,7 +82,9 @@ class Run:
             peers = each * (self.gpus - 1) / self.gpus
             return peers / rate.get("peer", nan) if self.gpus > 1 else each / rate.get("device", nan)
         bus = each / rate.get("host_to_device", nan)
-        if system in ("host", "host-cpu", "host-direct") or self.gpus == 1:
+        if system == "host":  # what is filled is sent while the rest is still being filled
+            return max(bus, each / rate.get("both_ways", nan))
+        if system in ("host-cpu", "host-direct") or self.gpus == 1:
             return bus
         return max(bus, self.nbytes / rate.get("nccl_broadcast", nan))
 
