@@ -123,11 +123,16 @@ def _together(lines: queue.Queue[str | None], ranks: int, deadline: float, befor
         "cpu_seconds": sum(each["cpu_seconds"] for each in rows),
         "failure": next((each["failure"] for each in rows if each["failure"]), ""),
         "wrong_bytes": sum(each["wrong_bytes"] for each in rows),
+        **{name: [each[name] for each in sorted(rows, key=_rank)] for name in ("read_bytes", "kept_bytes")},
         "device_bytes_used": max(each["device_bytes_used"] for each in rows),
     }
     if row["failure"] or row["wrong_bytes"]:
         raise StepsError(row["failure"] or f"{row['wrong_bytes']} bytes are wrong", before)
     return row
+
+
+def _rank(row: Row) -> int:
+    return row["rank"]
 
 
 def _show(row: Row) -> None:

@@ -3,8 +3,9 @@
     python benchmarks/trainer.py SYSTEM[+SYSTEM…] WORKLOAD DEVICE STEPS
 
 It runs on whichever `checkpoint_engine` is on the path, as rank `RANK` of `WORLD_SIZE`: each holds its share of the
-whole tensors, and its worker keeps its part of each. Every step changes every byte, brings the weights over, and has
-the worker compare all it holds with what it should. Prints one line of JSON a step; `steps.py` starts the ranks.
+whole tensors, or with `…-fsdp2` its rows of every one, as a DTensor; its worker keeps its part of each. Every step
+changes every byte, brings the weights over, and has the worker compare all it holds with what it should. Prints one
+line of JSON a step; `steps.py` starts the ranks.
 """
 
 from __future__ import annotations
@@ -15,18 +16,22 @@ import queue
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from rank import make_receiver, system_name
-from torch import multiprocessing
+from rank import make_receiver, share_one_gpu, system_name
+from torch import distributed, multiprocessing
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 from workloads import Tensor, share_of, tensors_of
 
 PERIOD = 251
 ANSWER_SECONDS = 300.0
 FLAT_BYTES = 1 << 30
 ALIGNMENT = 256
+FSDP2 = "-fsdp2"
+"""Ends the name of a system whose trainers hold rows of every tensor, as FSDP2 deals them out."""
 
 
 class Pattern:
@@ -49,6 +54,12 @@ class Pattern:
             return whole
         size = whole.shape[tensor.dim] // world
         return whole.narrow(tensor.dim, rank * size, size)
+
+    def rows(self, index: int, tensor: Tensor, step: int, rows: range) -> torch.Tensor:
+        """Bytes of some of its rows."""
+        whole = self.of(index, tensor, step)
+        item = len(whole) // tensor.shape[0]  # the rows of a vector are its elements
+        return whole[rows.start * item : rows.stop * item]
 
 
 def place_of(rank: int, device: str) -> torch.device:
@@ -79,7 +90,7 @@ def engine(
             torch.cuda.synchronize()
 
     receive = make_receiver(load, held, dims, rank, place.index)
-    replies.put("ready")
+    replies.put(sum(tensor.nbytes for tensor in held.values()))
     while (order := orders.get()) is not None:
         if isinstance(order, int):
             replies.put(wrong_bytes(held, pattern, tensors, order, rank, world))
@@ -108,8 +119,12 @@ def wrong_bytes(
 class Trainer:
     """The weights that change, and what takes them over."""
 
-    share: list[tuple[int, Tensor]]
+    share: list[tuple[int, Tensor, range]]
+    """Number of a tensor, what it is, and which rows of it this rank has."""
     weights: dict[str, torch.Tensor]
+    """What it has."""
+    given: dict[str, torch.Tensor]
+    """The same as the system under test is given it: as it is, or as DTensors."""
     pattern: Pattern
     ask: Callable[[list[tuple[str, str]]], None]
     server: Any
@@ -121,9 +136,9 @@ class Trainer:
 
     def change(self, step: int) -> None:
         """Trains."""
-        for index, tensor in self.share:
+        for index, tensor, rows in self.share:
             weight = self.weights[tensor.name].view(torch.uint8)
-            weight.copy_(self.pattern.of(index, tensor, step))
+            weight.copy_(self.pattern.rows(index, tensor, step, rows))
         if torch.cuda.is_available():
             torch.cuda.synchronize()
 
@@ -136,7 +151,7 @@ class Trainer:
     def publish(self, step: int, *, in_place: bool, method: str = "direct") -> None:
         """Ours, in one call: the weights stay where they are, or go through host memory while they are sent."""
         options = {"version": f"step-{step}", "method": method, "in_place": in_place}
-        self.lap("update", lambda: self.server.publish(self.weights, self.ask, **options))
+        self.lap("update", lambda: self.server.publish(self.given, self.ask, **options))
 
     def host_memory(self, step: int, method: str) -> None:
         """Ours, call by call, as upstream's users do it."""
@@ -154,7 +169,7 @@ class Trainer:
         torch.distributed.barrier()
 
     def _by_calls(self, name: str, **options: Any) -> None:  # noqa: ANN401 - of the system under test
-        pooled = {"named_tensors": self.weights, "use_shared_memory_pool": True}
+        pooled = {"named_tensors": self.given, "use_shared_memory_pool": True}
         self.lap("register", lambda: self.server.register_checkpoint(name, **pooled))
         self.lap("gather", lambda: self.server.gather_metas(name))
         self.lap("update", lambda: self.server.update(name, self.ask, **options))
@@ -169,7 +184,7 @@ class Trainer:
             "host-broadcast": lambda step: self.host_memory(step, "broadcast"),
             "upstream": self.upstream,
             "upstream-p2p": lambda step: self.upstream(step, peers=True),
-        }[system.removesuffix("-cpu")]
+        }[system.removesuffix("-cpu").removesuffix(FSDP2)]
 
 
 def main() -> None:
@@ -187,27 +202,69 @@ def main() -> None:
     worker.start()
     place = place_of(rank, device)
     tensors = tensors_of(workload)
-    share = share_of(tensors, rank, world)
+    sharded = systems[0].removesuffix("-cpu").endswith(FSDP2)
+    share = rows_of(tensors, rank, world) if sharded else whole_of(share_of(tensors, rank, world))
     source = torch.device("cpu") if systems[0].endswith("-cpu") else place
-    weights = flat_weights([tensor for _, tensor in share], source)
-    pattern = Pattern([tensor for _, tensor in share], source)
-    replies.get(timeout=ANSWER_SECONDS)
+    weights = flat_weights([replace(tensor, shape=(len(rows), *tensor.shape[1:])) for _, tensor, rows in share], source)
+    pattern = Pattern([tensor for _, tensor, _ in share], source)
+    given = distributed_tensors(share, weights, rank, world) if sharded else weights
+    kept = replies.get(timeout=ANSWER_SECONDS)
+    if not systems[0].startswith("upstream"):
+        share_one_gpu(world, device)
     server = ParameterServer(auto_pg=True)
     bucket_sizes = watch_bucket_size(server)
     if world > 1 or systems[0].startswith("upstream"):
         server.init_process_group()
     trainer = Trainer(
-        share, weights, pattern, lambda handles: orders.put(handles[rank][1]), server, world, meeting(rank, world)
+        share,
+        weights,
+        given,
+        pattern,
+        lambda handles: orders.put(handles[rank][1]),
+        server,
+        world,
+        meeting(rank, world),
     )
     number = 0
     for system in systems:
         for step in range(steps):
-            row = {"system": system, "rank": rank, "step": step, **one_step(trainer, system, number, orders, replies)}
+            row = {"system": system, "rank": rank, "step": step, "kept_bytes": kept}
+            row |= one_step(trainer, system, number, orders, replies)
             row["bucket_bytes"] = bucket_sizes[-1]
             print(json.dumps(row), file=answer, flush=True)
             number += 1
     orders.put(None)
     worker.join(30)
+
+
+def whole_of(share: Sequence[tuple[int, Tensor]]) -> list[tuple[int, Tensor, range]]:
+    """All rows of these tensors."""
+    return [(index, tensor, range(tensor.shape[0])) for index, tensor in share]
+
+
+def rows_of(tensors: Sequence[Tensor], rank: int, world: int) -> list[tuple[int, Tensor, range]]:
+    """A rank's rows of every tensor, as `torch.chunk` deals them out: the last ones may get fewer, or none."""
+    steps = [-(-tensor.shape[0] // world) for tensor in tensors]
+    return [
+        (index, tensor, range(tensor.shape[0])[rank * step : (rank + 1) * step])
+        for index, (tensor, step) in enumerate(zip(tensors, steps, strict=True))
+    ]
+
+
+def distributed_tensors(
+    share: Sequence[tuple[int, Tensor, range]], weights: Mapping[str, torch.Tensor], rank: int, world: int
+) -> dict[str, torch.Tensor]:
+    """Rows as DTensors over a mesh of all ranks. Its group is gloo's, since NCCL connects no two ranks of one GPU."""
+    address = f"tcp://{os.environ['MASTER_ADDR']}:{int(os.environ['MASTER_PORT']) + 9}"
+    distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
+    mesh = init_device_mesh(next(iter(weights.values())).device.type, (world,), backend_override={0: "gloo"})
+    found: dict[str, torch.Tensor] = {}
+    for _, tensor, _ in share:
+        shape = torch.Size(tensor.shape)
+        strides = torch.empty(shape, device="meta").stride()
+        local = weights[tensor.name]
+        found[tensor.name] = DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=shape, stride=strides)
+    return found
 
 
 def flat_weights(tensors: Sequence[Tensor], place: torch.device) -> dict[str, torch.Tensor]:
@@ -283,6 +340,7 @@ def one_step(
         "stages": {} if report is None else {name: round(value, 4) for name, value in report.seconds.items()},
         "failure": failure,
         "wrong_bytes": wrong,
+        "read_bytes": 0 if report is None else report.engine.get("read_bytes", 0),
         "device_bytes_used": total - free,
     }
 

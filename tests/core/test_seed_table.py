@@ -12,8 +12,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from steps import StepsError, run_steps
-from trainer import Pattern, wrong_bytes
-from workloads import MIXTURES, share_of, tensors_of
+from trainer import Pattern, rows_of, wrong_bytes
+from workloads import MIXTURES, Tensor, share_of, tensors_of
 
 pytestmark = pytest.mark.pure
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -45,6 +45,18 @@ def test_shares_are_all_of_a_model_and_layers_are_as_many_as_fit(name: str) -> N
     assert layers == whole.layers or sum(t.nbytes for t in tensors) < 60e9
     shares = [share_of(tensors, rank, 8) for rank in range(8)]
     assert [entry for share in shares for entry in share] == list(enumerate(tensors))
+
+
+def test_rows_are_dealt_out_as_fsdp2_does_and_make_up_what_a_tensor_is() -> None:
+    tensors = [Tensor("a", (7, 4), 0), Tensor("b", (5,), None), Tensor("c", (2, 3), 1)]
+    pattern = Pattern(tensors, CPU)
+    shares = [rows_of(tensors, rank, 4) for rank in range(4)]
+    for index, tensor in enumerate(tensors):
+        dealt = [share[index][2] for share in shares]
+        sizes = [len(part) for part in torch.empty(tensor.shape).chunk(4)]
+        assert [len(rows) for rows in dealt] == sizes + [0] * (4 - len(sizes))
+        parts = [pattern.rows(index, tensor, 3, rows) for rows in dealt]
+        assert torch.equal(torch.cat(parts), pattern.of(index, tensor, 3))
 
 
 @pytest.mark.thorough

@@ -70,6 +70,7 @@ class ModelUpdate:
         self._copied_alone = (own & model.tensors) - model.loaded if self._by_plan else set[str]()
         """Tensors that only copies take, under the names that they come with."""
         self._nbytes = {"plan": 0, "loader": 0}
+        self._read = 0
 
     @property
     def figures(self) -> UpdateFigures:
@@ -77,6 +78,7 @@ class ModelUpdate:
         return UpdateFigures(
             reload=self._ladder.rung.word,
             plan_bytes=self._nbytes["plan"],
+            read_bytes=self._read,
             loader_bytes=self._nbytes["loader"],
             loader_reason=self._ladder.reason,
             engine={"rebuilt_layers": len(self.model.rebuilt)},
@@ -156,7 +158,7 @@ class ModelUpdate:
             if layer not in self._open:
                 self._open_layer(layer)
         if self._replay is not None:
-            self._replay.load(copied, self._moving)
+            self._read += self._replay.load(copied, self._moving)
         if loaded:
             self._give_to_loader(loaded)
         for way, pairs in (("plan", copied), ("loader", loaded)):

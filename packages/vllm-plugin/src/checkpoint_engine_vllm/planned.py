@@ -60,6 +60,8 @@ class PlannedReload:
         self._moving: dict[str, torch.Tensor] = {}
         self._done: list[Layer] = []
         self._written = False
+        self.read_bytes = 0
+        """Bytes that copies have read."""
         others = [layer.module for layer in self._layers.of(Way.LOADER)]
         self._loader = self._loader_of(others, shared) if others else None
 
@@ -137,7 +139,7 @@ class PlannedReload:
     def _load_part(self, tensors: Tensors) -> None:
         self._open_layers(tensors)
         self._written = self._written or not self._routes.in_place.isdisjoint(names_of(tensors))
-        self._replay.load(tensors, self._moving)
+        self.read_bytes += self._replay.load(tensors, self._moving)
         if self._proof is not None:
             self._proof.expect(tensors, self._routes.planned)
         self._close_layers(tensors)

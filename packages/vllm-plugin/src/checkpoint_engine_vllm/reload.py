@@ -71,6 +71,8 @@ class LayerwiseReload:
         self._held_back: list[tuple[str, torch.Tensor]] = []
         """In host memory, where vLLM's loader must get all tensors in one call."""
         self.cloned_bytes = 0
+        self.read_bytes = 0
+        """By copies of a plan: none."""
         self.loader_bytes = 0
         """Of the tensors that were given to vLLM's loader."""
 

@@ -304,6 +304,7 @@ class VllmSink(EngineSink):
         return UpdateFigures(
             reload=rung.word,
             plan_bytes=self.nbytes - by_loader,
+            read_bytes=target.read_bytes,
             loader_bytes=by_loader,
             loader_reason=ladder.reason,
             cloned_bytes=target.cloned_bytes + (0 if draft is None else draft.cloned_bytes),

@@ -26,6 +26,8 @@ class UpdateFigures(msgspec.Struct, frozen=True, kw_only=True):
     """How they were taken over: by `plan`, by the `loader`, or by the loader in `proof` of the plan."""
     plan_bytes: int = 0
     """Bytes of the tensors that copies took over."""
+    read_bytes: int = 0
+    """How many of those this worker's copies read: what it keeps of them, unless one needs a whole tensor."""
     loader_bytes: int = 0
     """Of those that the engine's own loader did."""
     loader_reason: str = ""

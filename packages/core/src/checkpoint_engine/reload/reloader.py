@@ -75,6 +75,7 @@ class Reloader:
         """What copies fill in this update; None if it goes by the loader."""
         self._nbytes = {True: 0, False: 0}
         """Bytes that came by plan, and by the loader."""
+        self._read = 0
 
     def begin(self, tensors: Mapping[str, TensorSpec], mode: ReloadMode, *, compared: bool = False) -> None:
         """Starts an update; `compared` as in `Update`.
@@ -82,7 +83,7 @@ class Reloader:
         Raises:
             WeightsRejectedError: nothing but the plan may be used, and it does not cover everything.
         """
-        self._nbytes = {True: 0, False: 0}
+        self._nbytes, self._read = {True: 0, False: 0}, 0
         layers = None
         if mode != "loader":
             layers = self._ladder.layers_for(dict(tensors), lambda: self._record(tensors), tensors)
@@ -102,7 +103,7 @@ class Reloader:
         if ladder.proof is not None and ladder.layers is not None:
             ladder.proof.expect(tensors, ladder.layers.targets)
         if layers is not None:
-            layers.replay.load(tensors, {})
+            self._read += layers.replay.load(tensors, {})
             by_loader = _left(tensors, layers.tensors)
         if by_loader:
             self._load(by_loader)
@@ -127,6 +128,7 @@ class Reloader:
         return UpdateFigures(
             reload=ladder.rung.word,
             plan_bytes=self._nbytes[True],
+            read_bytes=self._read,
             loader_bytes=self._nbytes[False],
             loader_reason=ladder.reason,
         )

@@ -5,6 +5,7 @@ What is copied are byte runs. They are worked out once for a bucket that comes a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -74,20 +75,20 @@ class Replay:
         self.nbytes = sum(step.piece.nbytes for steps in self._steps.values() for step in steps)
         """Bytes that one update reads."""
 
-    def load(self, tensors: Sequence[tuple[str, torch.Tensor]], moving: Mapping[str, torch.Tensor]) -> None:
-        """Copies what these tensors bring, on the current stream.
+    def load(self, tensors: Sequence[tuple[str, torch.Tensor]], moving: Mapping[str, torch.Tensor]) -> int:
+        """Copies what these tensors bring, on the current stream; returns how many bytes of them it reads.
 
         Args:
             tensors: Contiguous, by name; those that the plan does not have are passed over.
             moving: Target -> its memory, for those whose place is not fixed.
         """
         if isinstance(tensors, Delivery) and tensors.bucket is not None and self._in_one_place:
-            self._program_for(tensors).run(tensors, self._fixed, moving)
-        else:
-            with without_functions():
-                self._copy_each(tensors, moving)
+            return self._program_for(tensors).run(tensors, self._fixed, moving)
+        with without_functions():
+            return self._copy_each(tensors, moving)
 
-    def _copy_each(self, tensors: Sequence[tuple[str, torch.Tensor]], moving: Mapping[str, torch.Tensor]) -> None:
+    def _copy_each(self, tensors: Sequence[tuple[str, torch.Tensor]], moving: Mapping[str, torch.Tensor]) -> int:
+        read = 0
         batches: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
         for name, tensor in tensors:
             for step in self._steps.get(name, ()):
@@ -95,6 +96,7 @@ class Replay:
                 if target is None:
                     target = view_of(moving[step.piece.target], step.piece.target_region, step.piece.target_dtype)
                 source = view_of(tensor, step.piece.region, step.piece.source_dtype)
+                read += step.piece.nbytes
                 if step.batched:
                     targets, sources = batches.setdefault(step.piece.source_dtype, ([], []))
                     targets.append(target)
@@ -103,6 +105,7 @@ class Replay:
                     _copy(target, source)
         for targets, sources in batches.values():
             _copy_all(targets, sources)
+        return read
 
     def spans(self, bucket: Iterable[tuple[str, int]]) -> tuple[tuple[int, int], ...]:
         """Ranges (start, bytes) of a bucket that are read; `bucket` says where in it each tensor begins."""
@@ -110,10 +113,6 @@ class Replay:
             _read_of(step.piece, at) for name, at in bucket for step in self._steps.get(name, ()) if step.piece.nbytes
         )
         return tuple((start, nbytes) for _, start, nbytes in plan_byte_runs(copies).spans(_GAP))
-
-    def reads(self, delivery: Delivery) -> int:
-        """Bytes of it that `load` copies by runs; the rest goes tensor by tensor."""
-        return self._program_for(delivery).nbytes
 
     def _program_for(self, delivery: Delivery) -> _Program:
         # Memory that stays mapped has a program of its own, which goes with it.
@@ -149,15 +148,11 @@ class _Program:
         self._fixed = _Runs(fixed, source_stays=delivery.stays, targets_stay=True)
         self._moving = _Runs(moving, source_stays=delivery.stays, targets_stay=False)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its runs."""
-        return self._fixed.nbytes + self._moving.nbytes
-
-    def run(self, delivery: Delivery, fixed: Mapping[str, torch.Tensor], moving: Mapping[str, torch.Tensor]) -> None:
-        """Copies, on the current stream."""
+    def run(self, delivery: Delivery, fixed: Mapping[str, torch.Tensor], moving: Mapping[str, torch.Tensor]) -> int:
+        """Copies, on the current stream; returns how many bytes that reads."""
         self._fixed.run(delivery, fixed)
         self._moving.run(delivery, moving)
+        return self._fixed.reads + self._moving.reads
 
 
 class _Runs:
@@ -172,8 +167,12 @@ class _Runs:
         of: list[tuple[int, Piece]] = []
         others: dict[tuple[int, Piece], None] = {}
         """What is copied by itself, out of the whole tensor: casts, and what no rows make up."""
+        whole: dict[int, int] = {}
+        """Bytes of a tensor that has to be put together for them."""
         for number, places, step in found:
             planned = self._copies_of(step.piece, places)
+            if places[0].box is not None:
+                whole[number] = math.prod(places[0].whole) * step.piece.source_dtype.itemsize
             if planned is None:
                 others[number, step.piece] = None
             else:
@@ -181,12 +180,9 @@ class _Runs:
                 of += [(number, step.piece)] * len(planned)
         self._runs = plan_byte_runs(copies)
         self._others = list(others | dict.fromkeys(of[copy] for copy in self._runs.apart))
+        self.reads = self._runs.nbytes + sum(whole.get(number, piece.nbytes) for number, piece in self._others)
+        """Bytes."""
         self._copies: PreparedCopies | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the runs."""
-        return self._runs.nbytes
 
     def run(self, delivery: Delivery, targets: Mapping[str, torch.Tensor]) -> None:
         """Copies into these targets."""
