@@ -8,7 +8,7 @@ import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import msgspec
 import torch
@@ -84,20 +84,28 @@ def local_tensors(given: NamedTensors) -> LocalTensors:
         return LocalTensors(cast("Mapping[str, torch.Tensor]", given), {})  # every step comes here
     tensors: dict[str, torch.Tensor] = {}
     shards: dict[str, tuple[str, ShardPlace]] = {}
-    for name, value in given.items():
-        for part, whole, begin in parts_of(name, value):
-            shape = tuple(part.shape)
-            if shape == whole:
-                label = name
-            else:
-                label = f"{name}{TensorBox(begin, shape)}"
-                shards[label] = name, ShardPlace(whole, begin)
-            if label in tensors:
-                raise DuplicateTensorError(f"tensor {label!r} is given twice")
-            tensors[label] = part
+    with torch.no_grad():  # once, and not for each of thousands of DTensors
+        for name, value in given.items():
+            for part, whole, begin in parts_of(name, value):
+                label, shape = name, tuple(part.shape)
+                if shape != whole:
+                    words, place = _place_of(whole, begin, shape)
+                    label = name + words
+                    shards[label] = name, place
+                if label in tensors:
+                    raise DuplicateTensorError(f"tensor {label!r} is given twice")
+                tensors[label] = part
     return LocalTensors(tensors, shards)
 
 
+@functools.lru_cache(_LAYOUTS_REMEMBERED)
+def _place_of(whole: tuple[int, ...], begin: tuple[int, ...], shape: tuple[int, ...]) -> tuple[str, ShardPlace]:
+    """A box of a tensor for people, and as catalogs have it; layers are cut alike."""
+    return str(TensorBox(begin, shape)), ShardPlace(whole, begin)
+
+
+_Runs = tuple[tuple[int, int], ...]
+"""Along one dimension: where runs of indices begin, and how long they are."""
 _Part = tuple[torch.Tensor, tuple[int, ...], tuple[int, ...]]
 """A tensor, the shape of what it is a part of, and where in that it begins."""
 
@@ -139,45 +147,73 @@ def _is_distributed(kind: type) -> bool:
 
 def _parts_of_distributed(name: str, tensor: torch.Tensor) -> Iterator[_Part]:
     given = cast("Any", tensor)
-    mesh, placements = given.device_mesh, tuple(given.placements)
-    for placement in placements:
-        if placement.is_partial():
-            raise UnsupportedTensorError(
-                f"tensor {name!r} is still to be summed up over ranks ({placement}); redistribute it first"
-            )
+    mesh, placements = given.device_mesh, given.placements
     coordinate = mesh.get_coordinate()
+    layout = _layout_of(tuple(tensor.shape), mesh, tuple(placements), coordinate and tuple(coordinate))
+    if layout.fault:
+        raise UnsupportedTensorError(f"tensor {name!r} {layout.fault}")
     if coordinate is None:  # this rank is not in the mesh
         return
-    with torch.no_grad():
-        local: torch.Tensor = given.to_local()
-    whole, cuts = tuple(tensor.shape), tuple(map(_cut_of, placements))
-    runs = _runs_of(whole, tuple(mesh.shape), cuts, tuple(coordinate))
-    sizes = tuple(sum(size for _, size in along) for along in runs)
-    if sizes != tuple(local.shape):
+    if torch.is_grad_enabled():
+        with torch.no_grad():
+            local: torch.Tensor = given.to_local()
+    else:
+        local = given.to_local()
+    if layout.sizes != tuple(local.shape):
         raise UnsupportedTensorError(
-            f"tensor {name!r} is laid out in a way that is not known here: {placements} over a mesh of "
-            f"{list(mesh.shape)} gives a part of shape {list(sizes)}, and this rank's has {list(local.shape)}; give "
-            "its parts as TensorShards"
+            f"tensor {name!r} is laid out in a way that is not known here: {tuple(placements)} over a mesh of "
+            f"{list(mesh.shape)} gives a part of shape {list(layout.sizes)}, and this rank's has {list(local.shape)}; "
+            "give its parts as TensorShards"
         )
     if local.numel() or not tensor.numel():
-        yield from _boxes_of(local, whole, runs)
+        yield from _boxes_of(local, layout)
 
 
-def _boxes_of(local: torch.Tensor, whole: tuple[int, ...], runs: tuple[_Runs, ...]) -> Iterator[_Part]:
+class _Layout(NamedTuple):
+    """What of a distributed tensor a rank has."""
+
+    whole: tuple[int, ...]
+    runs: tuple[_Runs, ...] = ()
+    sizes: tuple[int, ...] = ()
+    begin: tuple[int, ...] | None = None
+    """Where it begins, if it is one box."""
+    fault: str = ""
+    """Why it cannot be given."""
+
+
+@functools.lru_cache(_LAYOUTS_REMEMBERED)
+def _layout_of(
+    whole: tuple[int, ...],
+    mesh: Any,  # noqa: ANN401 - torch's; equal meshes have equal shapes
+    placements: tuple[Any, ...],
+    coordinate: tuple[int, ...] | None,
+) -> _Layout:
+    for placement in placements:
+        if placement.is_partial():
+            return _Layout(whole, fault=f"is still to be summed up over ranks ({placement}); redistribute it first")
+    if coordinate is None:
+        return _Layout(whole)
+    runs = _runs_of(whole, tuple(mesh.shape), tuple(map(_cut_of, placements)), coordinate)
+    begin = tuple(along[0][0] for along in runs) if all(len(along) == 1 for along in runs) else None
+    return _Layout(whole, runs, tuple(sum(size for _, size in along) for along in runs), begin)
+
+
+def _boxes_of(local: torch.Tensor, layout: _Layout) -> Iterator[_Part]:
     """A local tensor as boxes: mostly one, several where what follows each other here does not so in the whole."""
+    if layout.begin is not None:
+        yield local, layout.whole, layout.begin
+        return
     placed: list[list[tuple[int, int, int]]] = []
-    for along in runs:
+    for along in layout.runs:
         ends = itertools.accumulate(size for _, size in along)
         placed.append([(begin, end - size, size) for (begin, size), end in zip(along, ends, strict=True)])
     for corner in itertools.product(*placed):
         part = local
         for dimension, (_, here, size) in enumerate(corner):
             part = part.narrow(dimension, here, size)
-        yield part, whole, tuple(begin for begin, _, _ in corner)
+        yield part, layout.whole, tuple(begin for begin, _, _ in corner)
 
 
-_Runs = tuple[tuple[int, int], ...]
-"""Along one dimension: where runs of indices begin, and how long they are."""
 _Cut = tuple[int, int] | None
 """Of a placement: the dimension that it shards, and into how many parts that is divided beforehand; None if none."""
 
