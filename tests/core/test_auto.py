@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -70,9 +71,19 @@ def test_an_engine_that_starts_is_waited_for(serving: Callable[[Answers], Endpoi
     answers: Answers = {"/version": (503, {})}
     endpoint = serving(answers)
     threading.Timer(0.5, lambda: answers.update({"/version": (200, {"version": "1"})})).start()
-    assert identify(endpoint, Deadline(20)) == "vllm"
+    assert identify(endpoint, Deadline(20), wait=True) == "vllm"
     with pytest.raises(DeadlineError, match="no engine answered"):
-        identify(Endpoint("http://127.0.0.1:9"), Deadline(0.5))
+        identify(Endpoint("http://127.0.0.1:9"), Deadline(0.5), wait=True)
+
+
+def test_one_that_is_not_there_is_waited_for_by_nobody_but_those_who_wait(
+    serving: Callable[[Answers], Endpoint],
+) -> None:
+    for endpoint, seen in ((Endpoint("http://127.0.0.1:9"), "refused"), (serving({"/version": (503, {})}), "503")):
+        client, begun = AutoClient(endpoint.address), time.monotonic()
+        with pytest.raises(EngineRequestError, match=f"no engine answers at.*{seen}"):
+            client.status(Deadline(60))
+        assert time.monotonic() - begun < 5
 
 
 def test_it_speaks_as_the_engines_own_client() -> None:

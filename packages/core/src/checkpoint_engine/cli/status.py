@@ -1,6 +1,7 @@
 """`checkpoint-engine status`: what do serving engines hold, and how did it get there?"""
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated
 
 import msgspec
@@ -54,7 +55,8 @@ def status(
     """
     del verbose_
     while True:
-        found = [_ask(each, engine, timeout) for each in endpoint]
+        with ThreadPoolExecutor(len(endpoint)) as pool:
+            found = list(pool.map(lambda each: _ask(each, engine, timeout), endpoint))
         if json:
             print_json({"ok": all(each.ok for each in found), "endpoints": found})
         else:

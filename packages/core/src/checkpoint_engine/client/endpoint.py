@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
+from checkpoint_engine import limits
 from checkpoint_engine.deadline import Deadline
 from checkpoint_engine.errors import DeadlineError, EngineRequestError, SettingError
 
@@ -69,7 +70,7 @@ class Endpoint:
 
         Raises:
             EngineRequestError: nobody listens there, or the connection broke.
-            DeadlineError: no answer came in time.
+            DeadlineError: nothing took the connection within 5 s, or no answer came in time.
         """
         request = f"{method} {path}"
         deadline.check(f"{request} to {self.address}")
@@ -80,7 +81,7 @@ class Endpoint:
                 httpx.Client(
                     base_url=self._base_url,
                     transport=httpx.HTTPTransport(uds=self._socket, trust_env=False, verify=self._tls),
-                    timeout=deadline.remaining,
+                    timeout=httpx.Timeout(deadline.remaining, connect=min(limits.CONNECT, deadline.remaining)),
                     trust_env=False,
                     headers=self._headers,
                 ) as client,
@@ -91,6 +92,8 @@ class Endpoint:
                     given = "does not take the key that it is given" if self._headers else "asks for a key"
                     text = f"it {given}; set {_API_KEY} to that of the engine ({shorten(text)})"
                 return Reply(response.status_code, text)
+        except httpx.ConnectTimeout as error:
+            raise DeadlineError(f"{self.address} takes no connection: is its host there?") from error
         except httpx.TimeoutException as error:
             raise DeadlineError(f"{self.address} did not answer {request} within {deadline.said}") from error
         except (httpx.HTTPError, httpx.InvalidURL) as error:
