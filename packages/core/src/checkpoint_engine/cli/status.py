@@ -56,7 +56,8 @@ def status(
     del verbose_
     while True:
         with ThreadPoolExecutor(len(endpoint)) as pool:
-            found = list(pool.map(lambda each: _ask(each, engine, timeout), endpoint))
+            asked = [pool.submit(_ask, each, engine, timeout) for each in endpoint]
+        found = [each.result() for each in asked]
         if json:
             print_json({"ok": all(each.ok for each in found), "endpoints": found})
         else:
