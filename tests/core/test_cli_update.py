@@ -28,6 +28,7 @@ from checkpoint_engine.reference.engine import ModelSpec, make_checkpoint
 from checkpoint_engine.reference.process import ReferenceProcess
 from tests.commands import command_line, run_command
 from tests.core import engines
+from tests.ports import free_port
 
 SPEC = ModelSpec(experts=2)
 SMALL_BUCKETS = {"PS_MAX_BUCKET_SIZE_GB": str(64 / (1 << 20))}  # 64 KiB: about ten buckets
@@ -460,6 +461,33 @@ def test_a_directory_to_go_back_to(engine: ReferenceProcess, ranks: Ranks, check
     assert "rolled_back" not in json.loads(run_command("update", checkpoints / "b", *arguments, *back).stdout)
 
 
+def test_an_engine_that_never_comes_is_named_though_all_ranks_wait_as_long(checkpoints: Path) -> None:
+    """Ranks that lead no engine wait for those that do, and must not speak first."""
+    nowhere = f"localhost:{free_port()}"
+    for engine in ("reference", "auto"):
+        arguments = ["--engine", engine, "--endpoint", nowhere, "-tp", 2, "--device", "cpu", "--wait", 2]
+        failed = run_command("update", checkpoints / "a", *arguments)
+        assert failed.returncode == 1
+        *_, last = failed.stderr.strip().splitlines()
+        assert last.startswith("DeadlineError: ")
+        assert nowhere in last
+        assert "refused" in last
+
+
+def test_ctrl_c_while_an_engine_is_waited_for(checkpoints: Path) -> None:
+    arguments = ["--engine", "reference", "--endpoint", f"localhost:{free_port()}", "-tp", TP, "--device", "cpu"]
+    with subprocess.Popen(
+        command_line("update", checkpoints / "b", *arguments), stderr=subprocess.PIPE, text=True
+    ) as running:
+        assert running.stderr is not None
+        for line in running.stderr:
+            if "reading" in line:
+                running.send_signal(signal.SIGINT)
+                break
+        assert "interrupted by the user" in " ".join(running.stderr.read().split())
+        assert running.wait(30) == 130
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("number", "word"), [(signal.SIGINT, "interrupted by the user"), (signal.SIGTERM, "ended by SIGTERM")]
@@ -481,7 +509,7 @@ def test_whoever_ends_the_command_gives_the_update_up_in_order(
                 running.send_signal(number)
                 break
         assert word in " ".join(running.stderr.read().split())
-        assert running.wait(30) == 1
+        assert running.wait(30) == 130
     dirty_workers, paused = status(engine)
     assert paused == (True in dirty_workers)  # the abort may have come before the first tensor
     ranks.run(job(engine, checkpoints / "a"), ignore)

@@ -209,7 +209,8 @@ class Rank:
 
     def _gather(self, job: Job, name: str) -> None:
         with self._timed(Phase.GATHER):
-            self._server.gather_metas(name, timeout=timedelta(seconds=job.patience.wait))
+            # Another rank may wait for its engine, and is to say itself that that did not come.
+            self._server.gather_metas(name, timeout=timedelta(seconds=job.patience.wait + limits.ANSWER))
         if job.afterwards.save_metas and self._server.rank == 0:
             _save(self._server, name, Path(job.afterwards.save_metas))
 

@@ -1,6 +1,7 @@
 """The `checkpoint-engine` command."""
 
 import inspect
+import signal
 import sys
 from collections.abc import Callable
 from typing import Annotated
@@ -23,6 +24,9 @@ from checkpoint_engine.terminal import say_whatever_comes
 from checkpoint_engine.version import __version__
 
 __all__ = ["app", "main"]
+
+_INTERRUPTED = 128 + signal.SIGINT
+"""As shells have it."""
 
 app = typer.Typer(
     name="checkpoint-engine",
@@ -74,14 +78,21 @@ def _about(
 
 
 def main() -> None:
-    """Entry point: errors of ours become a short message and exit code 1."""
+    """Entry point: errors of ours become a short message and exit code 1, or 130 after Ctrl-C."""
     say_whatever_comes()
     try:
         with ended_by_signals():
             app()
     except CheckpointEngineError as error:
         print_error(error, as_json="--json" in sys.argv)
-        sys.exit(1)
+        sys.exit(_INTERRUPTED if _was_interrupted(error) else 1)
+
+
+def _was_interrupted(error: BaseException | None) -> bool:
+    """Whether it only says what became of a command that somebody ended."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
 
 
 if __name__ == "__main__":

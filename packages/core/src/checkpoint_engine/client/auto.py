@@ -75,18 +75,20 @@ def identify(endpoint: Endpoint, deadline: Deadline, *, wait: bool = False) -> s
         EngineRequestError: nobody listens there, or what answers is none of the engines that have a plugin here.
     """
     signs = engine_signs()
-    while not (found := _look(endpoint, signs, deadline)).engine:
+    while True:
+        found = _look(endpoint, signs, deadline)
+        if found.engine:
+            return found.engine
         if not found.may_start:
             raise EngineRequestError(
                 f"what answers at {endpoint.address} is none of {', '.join(signs)} ({found.seen}); "
                 "install the engine's plugin here, or name the engine with --engine"
             )
-        if deadline.expired:
-            raise DeadlineError(f"no engine answered at {endpoint.address} within {deadline.said}: {found.seen}")
         if not wait:
             raise EngineRequestError(f"no engine answers at {endpoint.address}: {found.seen}")
         time.sleep(min(_POLL_SECONDS, deadline.remaining))
-    return found.engine
+        if deadline.expired:
+            raise DeadlineError(f"no engine answered at {endpoint.address} within {deadline.said}: {found.seen}")
 
 
 def _look(endpoint: Endpoint, signs: Mapping[str, EngineSign], deadline: Deadline) -> _Found:
