@@ -27,4 +27,5 @@ class Packed:
             try:
                 return {"apply(eye)": method.apply(module, identity)}
             except (RuntimeError, TypeError, NotImplementedError, AttributeError) as error:
-                return {f"apply(eye) raises {type(error).__name__}": torch.empty(0)}
+                # Of no default dtype: an engine that failed to start may have left its own behind.
+                return {f"apply(eye) raises {type(error).__name__}": torch.empty(0, dtype=torch.uint8)}
