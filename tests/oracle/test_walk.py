@@ -100,3 +100,23 @@ def test_what_only_a_kernel_holds_is_told_by_what_it_computes() -> None:
     hidden[0, 1] = 2.0
     [found] = differences(contents(model, [probe], left_out=["_p"]), before)
     assert found.startswith("apply(eye)")
+
+
+class NoKernel:
+    """A method of a layer whose kernel does not run here."""
+
+    def apply(self, layer: Any, x: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("no kernel")
+
+
+def test_a_probe_that_fails_is_alike_whatever_default_dtype_a_failed_start_has_left() -> None:
+    layer: Any = nn.Linear(2, 2)
+    layer.input_size, layer.quant_method = 2, NoKernel()
+    probe = Packed(torch.float32, torch.device("cpu"))
+    before = contents(layer, [probe])
+    assert any("raises RuntimeError" in path for path in before)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert differences(contents(layer, [probe]), before) == []
+    finally:
+        torch.set_default_dtype(torch.float32)
