@@ -73,6 +73,32 @@ def test_the_way_up_and_back_after_a_failure_or_a_change(ladder: Ladder[TwoLayer
     assert [rung.word for rung in Rung] == ["loader", "proof", "plan", "plan"]
 
 
+@pytest.mark.parametrize("ups", [1, 2, 3])
+def test_a_plan_whose_copies_alone_were_done_stays_and_is_compared_again(ladder: Ladder[TwoLayers], ups: int) -> None:
+    for _ in range(ups):
+        climb(ladder)
+    for _ in range(2):
+        assert ladder.begin("auto", ladder.layers_for("key", TwoLayers)).by_plan
+        ladder.interrupted()
+    assert [climb(ladder) for _ in range(2)] == [Rung.CHECK, Rung.PLAN]
+    assert climb(ladder, "another") is Rung.PROOF
+
+
+def test_an_interrupted_proof_proves_nothing(ladder: Ladder[TwoLayers], tmp_path: Path) -> None:
+    ladder.begin("auto", ladder.layers_for("key", TwoLayers))
+    ladder.interrupted()
+    assert climb(ladder) is Rung.PROOF
+    tensors = {name: TensorSpec(torch.float32, (2,)) for name in "pq"}
+    kept = KeptProofs({"engine": "one"}, tmp_path)
+    kept.keep(plan().digest, tensors)
+    other = Ladder[TwoLayers]("the loader", "served", lambda: kept)
+    assert other.begin("auto", other.layers_for("key", TwoLayers, tensors)) is Rung.CHECK
+    other.succeeded()
+    assert other.begin("auto", other.layers_for("key", TwoLayers, tensors)) is Rung.PLAN
+    other.interrupted()
+    assert other.begin("auto", other.layers_for("key", TwoLayers, tensors)) is Rung.PROOF, "it has seen none itself"
+
+
 def test_what_would_say_nothing_to_another_process_is_neither_kept_nor_asked_for(tmp_path: Path) -> None:
     class OwnAlone(Ladder[TwoLayers]):
         def digest_of(self, layers: TwoLayers) -> str:

@@ -123,17 +123,22 @@ def test_one_altered_entry_of_a_plan_is_found_before_the_plan_is_used(
     assert sink.engine.compare(cold).equal
 
 
-def test_an_entry_altered_after_the_proof_is_found_by_the_check(tmp_path: Path) -> None:
-    sink = ReferenceSink(ReferenceEngine(DENSE))
-    tensors = tensors_of(make_checkpoint(tmp_path, DENSE, seed=1))
-    give(sink, tensors, "v1")
+def divert_a_copy(sink: ReferenceSink) -> str:
+    """Has a copy of its plan go elsewhere; returns the parameter that gets nothing."""
     assert sink._reloader._ladder.layers is not None
     replay = sink._reloader._ladder.layers.replay
     step = next(steps[0] for steps in replay._steps.values() if steps and steps[0].piece.region.elements > 1)
     assert step.target is not None
-    step.target = step.target.clone()  # the copy now goes elsewhere
-    step_target = step.piece.target
-    sink.engine.parameters[step_target].zero_()
+    step.target = step.target.clone()
+    sink.engine.parameters[step.piece.target].zero_()
+    return step.piece.target
+
+
+def test_an_entry_altered_after_the_proof_is_found_by_the_check(tmp_path: Path) -> None:
+    sink = ReferenceSink(ReferenceEngine(DENSE))
+    tensors = tensors_of(make_checkpoint(tmp_path, DENSE, seed=1))
+    give(sink, tensors, "v1")
+    step_target = divert_a_copy(sink)
     with pytest.raises(WorkerError, match="put something else") as caught:
         give(sink, tensors, "v2")
     assert step_target in str(caught.value)
@@ -141,6 +146,64 @@ def test_an_entry_altered_after_the_proof_is_found_by_the_check(tmp_path: Path) 
     assert sink.dirty
     assert give(sink, tensors, "v3").reload == "proof", "nothing of a plan that failed is kept"
     assert not sink.dirty
+
+
+def by_plan_and_broken_off(tmp_path: Path) -> tuple[ReferenceSink, dict[str, torch.Tensor], ReferenceEngine]:
+    """A sink that goes by plan and has taken two buckets of an update, with what it held before."""
+    old, new = (make_checkpoint(tmp_path / str(seed), DENSE, seed=seed) for seed in (1, 2))
+    sink, tensors = ReferenceSink(ReferenceEngine(DENSE)), tensors_of(old)
+    for _ in range(3):
+        give(sink, tensors, "old")
+    others = tensors_of(new)
+    specs = {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in others.items()}
+    sink.begin(Update("id", "checkpoint", "new", specs))
+    for start in (0, 3):
+        sink.load(list(others.items())[start : start + 3])
+    cold = ReferenceEngine.cold_start(old)
+    assert not sink.engine.compare(cold).equal
+    return sink, tensors, cold
+
+
+def test_a_mixture_that_copies_alone_have_made_is_healed_by_plan(tmp_path: Path) -> None:
+    sink, tensors, cold = by_plan_and_broken_off(tmp_path)
+    assert not sink.abort()
+    assert sink.dirty
+    figures = give(sink, tensors, "old")
+    assert (figures.reload, figures.loader_bytes) == ("plan", 0)
+    assert sink.engine.compare(cold).equal
+    assert not sink.dirty
+
+
+def test_a_mixture_that_is_healed_by_plan_is_compared(tmp_path: Path) -> None:
+    sink, tensors, _ = by_plan_and_broken_off(tmp_path)
+    sink.abort()
+    divert_a_copy(sink)
+    with pytest.raises(WorkerError, match="put something else"):
+        give(sink, tensors, "old")
+
+
+@pytest.mark.parametrize("hook", ["take", "complete"])
+def test_what_a_sink_has_failed_in_itself_is_healed_by_the_loader(
+    hook: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sink, tensors, cold = by_plan_and_broken_off(tmp_path)
+    others = [(name, torch.zeros_like(tensor)) for name, tensor in tensors.items()]
+    with monkeypatch.context() as patched:
+        patched.setattr(sink._reloader, {"take": "load", "complete": "finish"}[hook], fail_by_itself)
+        with pytest.raises(WorkerError, match="by itself"):
+            load_and_finish(sink, others)
+    assert not sink.abort()
+    assert give(sink, tensors, "old").reload == "proof"
+    assert sink.engine.compare(cold).equal
+
+
+def load_and_finish(sink: ReferenceSink, tensors: list[tuple[str, torch.Tensor]]) -> None:
+    sink.load(tensors)
+    sink.finish()
+
+
+def fail_by_itself(*_: object) -> None:
+    raise WorkerError("it fails by itself")
 
 
 @pytest.mark.thorough

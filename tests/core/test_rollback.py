@@ -131,6 +131,20 @@ def test_a_worker_that_fails_half_way_is_given_back_what_it_had(
     assert_holds(fleet.engine, checkpoints / "b")
 
 
+@pytest.mark.parametrize("method", ["broadcast", "direct"])
+def test_a_mixture_of_copies_alone_takes_the_next_update_by_plan(method: str, fleet: Fleet, checkpoints: Path) -> None:
+    for name in "aba":
+        assert fleet.update(name, method) == []
+    fleet.fail_in("raise-in-load")
+    assert len(fleet.update("b", method, rollback=False)) == 2
+    assert fleet.paused
+    assert fleet.update("a", method) == []
+    reports = [server.last_report for server in fleet.servers]
+    assert [report and report.engine["reload"] for report in reports] == ["plan", "plan"]
+    assert_holds(fleet.engine, checkpoints / "a")
+    assert not fleet.paused
+
+
 def test_nothing_is_sent_again_where_the_old_weights_are_whole(fleet: Fleet, checkpoints: Path) -> None:
     assert fleet.update("a", "broadcast") == []
     held = {worker.update for worker in fleet.client.status(Deadline(5))}

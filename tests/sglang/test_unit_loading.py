@@ -371,6 +371,22 @@ def test_a_processed_layer_takes_weights_again_at_its_old_address() -> None:
     assert places == [tensor.data_ptr() for tensor in (model.layer.weight, model.layer.scale, model.layer.rows)]
 
 
+def test_a_plan_outlives_an_update_that_has_done_nothing_but_copies_into_parameters_that_stay() -> None:
+    model, given = loaded_quantised(1)
+    rungs = ladder()
+    assert not begun(rungs, model, given).only_copied, "the first update goes by the loader"
+    for _ in range(2):
+        load = begun(rungs, model, given)
+        load.take(list(given.items()))
+        load.finish()
+    load = begun(rungs, model, given)
+    load.take([("norm", given["norm"])])
+    assert load.only_copied
+    load.take([("scale.0", given["scale.0"])])
+    assert not load.only_copied, "a layer is open that SGLang processes"
+    load.abort()
+
+
 def test_what_a_checkpoint_lacks_goes_back_to_what_it_was_at_first() -> None:
     model, _ = loaded_quantised(1)
     fresh, b = loaded_quantised(2, without="scale.1")

@@ -89,6 +89,11 @@ class Engine:
         os.environ["CHECKPOINT_ENGINE_PROOFS"] = where
         return {}
 
+    def forget(self) -> dict[str, Any]:
+        """Has the worker forget what it knows of its plan, as after an update that broke off."""
+        self.adapter._ladder.failed()
+        return {}
+
     def stop(self) -> dict[str, Any]:
         if self.llm is not None:
             self.adapter = None

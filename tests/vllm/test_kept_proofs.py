@@ -35,12 +35,6 @@ def updated(engine: Engine, checkpoint: Path) -> str:
     return done["details"]["reload"]
 
 
-def break_off(engine: Engine, checkpoint: Path) -> None:
-    """Has a worker forget what it knows, and no weights."""
-    done = engine("update", checkpoint=checkpoint, break_after=0)
-    assert (done["error"], done["intact"]) == ("RuntimeError", True)
-
-
 def test_a_second_process_goes_by_plan_from_its_first_update(
     engine: Engine, fresh_engine: Engine, cold: Engine, checkpoints: Path, kept: Path
 ) -> None:
@@ -50,10 +44,10 @@ def test_a_second_process_goes_by_plan_from_its_first_update(
     assert updated(engine, other) == "proof"
     (file,) = kept.iterdir()
     file.unlink()
-    break_off(engine, one)
+    engine("forget")
     assert updated(engine, other) == "proof"
     assert not list(kept.iterdir()), "an update that changes nothing shows nothing of what else would change"
-    break_off(engine, one)
+    engine("forget")
     assert updated(engine, one) == "proof"
     assert file.exists()
 

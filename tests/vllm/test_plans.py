@@ -111,6 +111,15 @@ def test_an_update_by_plan_that_breaks_off_is_dirty_and_a_full_one_heals(
     assert holds(by_plan, cold("qwen3-b"))
 
 
+def test_an_update_that_has_only_copied_is_healed_by_plan(by_plan: Engine, cold: Cold, checkpoints: Path) -> None:
+    done = by_plan("update", checkpoint=checkpoints / "qwen3-b", bucket_bytes=1, first=NORM, break_after=1)
+    assert (done["error"], done["intact"], done["dirty"]) == ("RuntimeError", False, True)
+    assert not holds(by_plan, cold("qwen3"))
+    healed = by_plan("update", checkpoint=checkpoints / "qwen3")
+    assert (healed["error"], healed["dirty"], healed["details"]["reload"]) == (None, False, "plan")
+    assert holds(by_plan, cold("qwen3"))
+
+
 def test_a_layer_that_was_only_begun_gets_its_old_weights_back(by_plan: Engine, cold: Cold, checkpoints: Path) -> None:
     done = by_plan("update", checkpoint=checkpoints / "qwen3-b", bucket_bytes=1, first=Q, break_after=1)
     assert (done["error"], done["intact"], done["dirty"]) == ("RuntimeError", True, False)

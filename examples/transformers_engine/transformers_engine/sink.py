@@ -55,7 +55,7 @@ class TransformersSink(EngineSink):
 
     def restore(self) -> bool:
         """What was written cannot be taken back."""
-        self._reloader.failed()
+        self._reloader.failed(interrupted=self.interrupted)
         return not self._written
 
     def wanted(self, bucket: Sequence[tuple[str, int]]) -> tuple[tuple[int, int], ...] | None:

@@ -45,7 +45,7 @@ class ModelUpdate:
         self._partial = partial
         self._untouched = Untouched(model) if partial and ladder.rung is not Rung.PLAN else None
         self.names = names
-        self._ladder = ladder
+        self.ladder = ladder
         self._by_plan = ladder.rung.by_plan
         self._replay = model.replay() if self._by_plan else None
         self._proof = ladder.proof
@@ -76,13 +76,19 @@ class ModelUpdate:
     def figures(self) -> UpdateFigures:
         """How weights are taken over."""
         return UpdateFigures(
-            reload=self._ladder.rung.word,
+            reload=self.ladder.rung.word,
             plan_bytes=self._nbytes["plan"],
             read_bytes=self._read,
             loader_bytes=self._nbytes["loader"],
-            loader_reason=self._ladder.reason,
+            loader_reason=self.ladder.reason,
             engine={"rebuilt_layers": len(self.model.rebuilt)},
         )
+
+    @property
+    def only_copied(self) -> bool:
+        """Whether nothing was done yet but copies of a whole update's plan into parameters that stay where they are."""
+        others = self._open or self._done or self._held or self._call is not None or self._nbytes["loader"]
+        return self._by_plan and not self._partial and not others
 
     def begin(self) -> None:
         """Makes the model ready where its loader is called once, and asks then where its parameters are."""
@@ -132,11 +138,11 @@ class ModelUpdate:
             self._close_layer(layer)
         self._process_in_place()
         if self._proof is not None:
-            self._ladder.judge(self._proof.differing(self._proved))
+            self.ladder.judge(self._proof.differing(self._proved))
         self._refuse_moved()
         if self._untouched is not None:
             self._untouched.check()
-        self._ladder.succeeded()
+        self.ladder.succeeded()
 
     def abort(self) -> None:
         """Puts the old weights back into layers that are not complete."""

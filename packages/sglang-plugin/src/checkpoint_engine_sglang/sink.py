@@ -95,11 +95,16 @@ class SGLangSink(EngineSink):
 
     def restore(self) -> bool:
         """Gives the update up; SGLang loads in place, so what was written stays written."""
+        kept = self.interrupted and all(one.only_copied for one in self._updates)
+        ladders = {one.ladder for one in self._updates} if kept else set[ModelLadder]()
         for one in self._updates:
             one.abort()
         self._updates = []
         for ladder in (*self._ladders.values(), *self._part_ladders.values()):
-            ladder.failed()
+            if ladder in ladders:
+                ladder.interrupted()
+            else:
+                ladder.failed()
         return self.state is WeightsState.BEGUN
 
     def others_brought(self, version: str) -> None:

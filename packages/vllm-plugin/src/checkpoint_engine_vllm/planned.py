@@ -79,6 +79,11 @@ class PlannedReload:
         """See `Reload`."""
         return 0 if self._loader is None else self._loader.loader_bytes
 
+    @property
+    def only_copied(self) -> bool:
+        """Whether nothing was done yet but copies into parameters that stay where they are."""
+        return self._loader is None and not self._open and not self._done
+
     def begin(self) -> None:
         """Makes the model ready for new weights."""
         self._repairs.before(self._scope)

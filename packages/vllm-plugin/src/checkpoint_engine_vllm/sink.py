@@ -27,6 +27,7 @@ from checkpoint_engine_vllm.draft import NAME, PREFIX, DraftReload, open_draft
 from checkpoint_engine_vllm.loadplan import LoadPlan, Planner, missing_parameters
 from checkpoint_engine_vllm.noise import Noise
 from checkpoint_engine_vllm.part import Part
+from checkpoint_engine_vllm.planned import PlannedReload
 from checkpoint_engine_vllm.plans import AnyReload, LayersLadder, open_reload
 from checkpoint_engine_vllm.protocols import Worker
 from checkpoint_engine_vllm.reload import is_torn
@@ -190,14 +191,20 @@ class VllmSink(EngineSink):
 
     def restore(self) -> bool:
         """Puts the old weights back where layers are not complete; returns whether all weights are the old ones."""
-        target, draft = self._target, self._draft
+        target, draft, kept = self._target, self._draft, self._only_copied()
         self._target = self._draft = self._part = None
-        for ladder in (self._ladder, self._part_ladder, self._draft_ladder):
+        for ladder in (self._part_ladder, self._draft_ladder, *(() if kept else (self._ladder,))):
             ladder.failed()
         if target is None:
             return True
         # The served model first: layers that it shares with the draft model are its own to put back.
-        intact = target.abort()
+        try:
+            intact = target.abort()
+        except BaseException:
+            self._ladder.failed()
+            raise
+        if kept:
+            self._ladder.interrupted()
         if intact:
             self._aliases.restore()
         return (draft is None or draft.abort()) and intact
@@ -221,6 +228,11 @@ class VllmSink(EngineSink):
         return found
 
     # -- inside
+
+    def _only_copied(self) -> bool:
+        """Whether the update under way has changed nothing but parameters that its plan fills wholly, in place."""
+        alone = self._draft is None and self._part is None and not self._aliases.tensors
+        return self.interrupted and alone and isinstance(self._target, PlannedReload) and self._target.only_copied
 
     def _opened(self) -> AnyReload:
         if self._target is None:

@@ -35,6 +35,7 @@ class EngineSink(ABC):
         self.nbytes = 0
         """Bytes of the tensors that were taken over."""
         self._open = False
+        self._at_rest = False
         self._seconds = dict.fromkeys(_STEPS, 0.0)
 
     # -- what an engine fills in
@@ -57,7 +58,10 @@ class EngineSink(ABC):
 
     @abstractmethod
     def restore(self) -> bool:
-        """Gives up what is open, and whatever was learned of it; returns whether all weights are the old ones."""
+        """Gives up what is open, and whatever was learned of it; returns whether all weights are the old ones.
+
+        What was learned may stay where the update was `interrupted`, and nothing but copies of a plan was done.
+        """
 
     def running(self) -> AbstractContextManager[object]:
         """What every hook runs in."""
@@ -76,6 +80,11 @@ class EngineSink(ABC):
         return self.life.dirty
 
     @property
+    def interrupted(self) -> bool:
+        """Whether an update that is given up was broken off from outside: no hook of it failed or began to complete."""
+        return self._at_rest
+
+    @property
     def state(self) -> WeightsState:
         """How far it is."""
         return self.life.state
@@ -92,7 +101,7 @@ class EngineSink(ABC):
         if update.partial:
             self._check_takes_parts()
         self.life.begin(update)
-        self.nbytes, self._open, self._seconds = 0, False, dict.fromkeys(_STEPS, 0.0)
+        self.nbytes, self._open, self._at_rest, self._seconds = 0, False, False, dict.fromkeys(_STEPS, 0.0)
         with self.running():
             try:
                 with self._timed("check"):
@@ -103,6 +112,7 @@ class EngineSink(ABC):
                 raise
             self._open = True
             self.open(update)
+        self._at_rest = True
 
     def load(self, tensors: Tensors) -> None:
         """Takes tensors over.
@@ -112,8 +122,10 @@ class EngineSink(ABC):
             CheckpointStateError: no update is under way.
         """
         self.life.load()
+        self._at_rest = False
         with self._timed("load"), self.running():
             self.take(tensors)
+        self._at_rest = True
         self.life.deliver(names_of(tensors))
         self.nbytes += nbytes_of(tensors)
 
@@ -125,7 +137,7 @@ class EngineSink(ABC):
             CheckpointStateError: no update is under way.
         """
         update = self.life.check_complete()
-        tensors = len(self.life.delivered)
+        tensors, self._at_rest = len(self.life.delivered), False
         with self._timed("finish"), self.running():
             figures = self.complete(update)
         self.life.finish()

@@ -71,7 +71,7 @@ class ReferenceSink(EngineSink):
 
     def restore(self) -> bool:
         """What was written cannot be taken back."""
-        self._reloader.failed()
+        self._reloader.failed(interrupted=self.interrupted)
         return not self._written
 
     def verifier(self) -> WeightSink:

@@ -2,7 +2,8 @@
 
 The first update goes by the engine's own loader, and every piece of the plan is compared with what that did; the second
 by the plan, and is compared as well; from then on the plan alone does it. Where another process has proved the very
-same plan, the second comes first. Whatever fails, or rests on something that has changed since, begins anew.
+same plan, the second comes first. Whatever fails, or rests on something that has changed since, begins anew; what was
+only interrupted goes back to the second.
 """
 
 from __future__ import annotations
@@ -106,6 +107,8 @@ class _Climb(Generic[_Layers]):
     tensors: Mapping[str, TensorSpec]
     stage: PlanStage = PlanStage.RECORDED
     proved_elsewhere: bool = False
+    proved_here: bool = False
+    """Whether this process has seen its loader do what the plan says."""
 
 
 class Ladder(Generic[_Layers]):
@@ -245,12 +248,24 @@ class Ladder(Generic[_Layers]):
         if climb is not None and self.proof is not None:
             climb.stage, climb.proved_elsewhere = PlanStage(min(climb.stage + 1, PlanStage.CHECKED)), False
             if self.rung is Rung.PROOF:
+                climb.proved_here = True
                 self._tell_others(KeptProofs.keep)
         self.proof = None
 
     def failed(self) -> None:
         """The update broke off: whatever was learned of this model is learned anew, by this process itself."""
         self._climb, self.proof, self._trusting = None, None, False
+
+    def interrupted(self) -> None:
+        """The update was broken off between two buckets, and had only done copies of the plan, into fixed places.
+
+        So what is held differs from a whole model in nothing but parameters that every update by this plan writes to
+        the last element. It stays, and the next update by it is compared.
+        """
+        if self._climb is None or not self.rung.by_plan or not self._climb.proved_here:
+            self.failed()
+            return
+        self._climb.stage, self.proof = PlanStage.PROVED, None
 
     def _is_proved(self, kept: KeptProofs, climb: _Climb[_Layers]) -> bool:
         return self.recall(climb.layers, lambda digest: kept.has(digest, climb.tensors))

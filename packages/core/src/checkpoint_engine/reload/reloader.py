@@ -133,10 +133,17 @@ class Reloader:
             loader_reason=ladder.reason,
         )
 
-    def failed(self) -> None:
-        """The update broke off: the plan is recorded and proved anew."""
+    def failed(self, *, interrupted: bool = False) -> None:
+        """The update broke off: the plan is recorded and proved anew, unless only its copies had been done.
+
+        Args:
+            interrupted: Whether it was broken off between two calls of `load`, see `EngineSink.interrupted`.
+        """
         self._layers = None
-        self._ladder.failed()
+        if interrupted and not self._nbytes[False]:
+            self._ladder.interrupted()
+        else:
+            self._ladder.failed()
 
     def _record(self, tensors: Mapping[str, TensorSpec]) -> _PlainParameters:
         load, targets = self._meta_model()

@@ -12,6 +12,7 @@ whatever state the next check brings it out of.
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -264,6 +265,18 @@ def _given_up_anywhere(engine: EngineUnderTest) -> None:
     _bring_to(engine, 0)
 
 
+def _given_up_by_plan(engine: EngineUnderTest) -> None:
+    """A sender dies once the plan is trusted: whichever way the old weights are brought back, they come back whole."""
+    tensors = engine.checkpoint(1)
+    for after in (1, len(tensors) // 2, len(tensors) - 1):
+        for turn in (0, 1, 0):
+            _bring_to(engine, turn)
+        with contextlib.suppress(_StoppedError):
+            _update(engine, engine.sink, tensors, "v1", _SMALL, stop_after=after)
+        engine.sink.abort()
+        _bring_to(engine, 0)
+
+
 def _an_older_mixture_stays_one(engine: EngineUnderTest) -> None:
     """An update that is refused later heals nothing."""
     _bring_to(engine, 0)
@@ -373,6 +386,7 @@ CHECKS: Mapping[str, Callable[[EngineUnderTest], None]] = MappingProxyType(
             _addresses_stay,
             _refused_before_anything_changes,
             _given_up_anywhere,
+            _given_up_by_plan,
             _an_older_mixture_stays_one,
             _announced_and_not_delivered,
             _out_of_order,
