@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 import time
 from datetime import timedelta
@@ -17,6 +18,8 @@ def obey(server: ParameterServer, order: str, limit: timedelta) -> None:
         server.gather_metas("a", timeout=limit)
     elif order == "barrier":
         server.store_based_barrier(limit)
+    elif order == "hang":
+        ctypes.PyDLL(None).usleep(int(limit.total_seconds() * 1e6))  # as a library call that lets no thread run
     else:
         server.update("a", lambda _: time.sleep(2 * limit.total_seconds()), timeout=limit)
 

@@ -429,6 +429,26 @@ def test_command_refuses_at_once_what_cannot_work(
     assert words in error.replace("\n", " ")
 
 
+@pytest.mark.parametrize(
+    ("workers", "words"), [(1, "or WORLD_SIZE in the environment"), (2, "started neither RANK nor WORLD_SIZE")]
+)
+def test_a_command_in_a_pod_that_sets_variables_for_ranks_names_them(
+    workers: int,
+    words: str,
+    checkpoints: Path,
+    run_main: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for variable, value in {"RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(variable, value)
+    for variable in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(variable, raising=False)
+    where = ("--engine", "reference", "--endpoint", "http://127.0.0.1:9", "--device", "cpu", "--wait", 2)
+    code, _, error = run_main("update", str(checkpoints / "a"), *map(str, where), "-tp", str(workers))
+    assert code == 1
+    assert words in " ".join(error.split())
+
+
 def test_ranks_end_with_a_command_that_is_killed(engine: ReferenceProcess, checkpoints: Path) -> None:
     arguments = ["--engine", "reference", "--endpoint", engine.endpoint, "-tp", TP, "--device", "cpu", "--json"]
     with subprocess.Popen(
@@ -490,7 +510,12 @@ def test_ctrl_c_while_an_engine_is_waited_for(checkpoints: Path) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("number", "word"), [(signal.SIGINT, "interrupted by the user"), (signal.SIGTERM, "ended by SIGTERM")]
+    ("number", "word"),
+    [
+        (signal.SIGINT, "interrupted by the user"),
+        (signal.SIGTERM, "ended by SIGTERM"),
+        pytest.param(signal.SIGHUP, "ended by SIGHUP", marks=pytest.mark.endurance),
+    ],
 )
 def test_whoever_ends_the_command_gives_the_update_up_in_order(
     engine: ReferenceProcess, ranks: Ranks, checkpoints: Path, number: signal.Signals, word: str

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,7 +36,9 @@ from checkpoint_engine.errors import (
     SettingError,
     UpdateError,
 )
+from checkpoint_engine.link.channel import Listener
 from checkpoint_engine.server.parameter_server import ParameterServer
+from checkpoint_engine.transfer import update
 from tests.core.rank_processes import RankProcess, all_of
 from tests.ports import free_port
 from tests.waiting import within
@@ -78,6 +81,25 @@ def test_a_rank_that_is_stopped_or_killed_is_told_apart_within_seconds_and_named
         ((seconds, said),) = all_of([one], "update", 10)
         assert "UpdateError of rank 0" in said
         assert seconds < 10
+
+
+def test_a_rank_that_lives_and_does_nothing_is_told_apart_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "HUNG", 3.0)
+    port = free_port()
+    hung = RankProcess(1, 2, port)
+    try:
+        with ParameterServer(rank=0, world_size=2, master_addr="127.0.0.1", master_port=port, device="cpu") as server:
+            server.register_checkpoint("a", named_tensors={"x": torch.ones(2)})
+            hung.order("gather", 60)
+            server.gather_metas("a", timeout=timedelta(seconds=60))
+            assert hung.answer()[1] == "done"
+            hung.order("hang", 8)
+            start = time.monotonic()
+            with pytest.raises(RankError, match=r"rank 1 .*is hung: it does nothing since \d s, but lives"):
+                server.store_based_barrier(timedelta(seconds=30))
+            assert time.monotonic() - start < 7
+    finally:
+        hung.end()
 
 
 def test_a_rank_0_that_is_not_there_is_waited_for_no_longer_than_was_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,3 +319,26 @@ def test_a_rank_feeds_no_more_workers_than_a_host_can_have() -> None:
         server.gather_metas("a")
         with pytest.raises(SettingError, match="at most 1024"):
             server.update("a", lambda _: None, workers=1 << 40)
+
+
+def test_of_several_links_none_stays_where_one_cannot_be_opened(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    directory = tmp_path_factory.mktemp("l")
+    monkeypatch.setattr(tempfile, "tempdir", str(directory))
+    opened: list[Listener] = []
+
+    def open_two() -> Listener:
+        if len(opened) == 2:
+            raise SettingError("there are no descriptors left")
+        opened.append(Listener())
+        return opened[-1]
+
+    monkeypatch.setattr(update, "Listener", open_two)
+    with ParameterServer(rank=0, world_size=1, device="cpu") as server:
+        server.register_checkpoint("a", named_tensors={"x": torch.ones(2)})
+        server.gather_metas("a")
+        with pytest.raises(UpdateError, match=r"phase .introduce.*no descriptors left"):
+            server.update("a", lambda _: None, method="direct", workers=3)
+        assert len(opened) == 2
+        assert list(directory.glob("checkpoint-engine-link-*")) == []

@@ -24,9 +24,10 @@ from checkpoint_engine.client.engine_client import PauseMode
 from checkpoint_engine.client.engine_turn import EngineTurn
 from checkpoint_engine.client.rpc_client import ReferenceClient
 from checkpoint_engine.client.settlement import held_by
-from checkpoint_engine.client.workers_client import WorkersClient
+from checkpoint_engine.client.workers_client import WorkersClient, WorkersOrder
 from checkpoint_engine.contract.failure import Held
-from checkpoint_engine.contract.reports import WorkerStatus, name_of_update
+from checkpoint_engine.contract.phase import Phase
+from checkpoint_engine.contract.reports import WorkerReport, WorkerStatus, name_of_update
 from checkpoint_engine.deadline import Deadline
 from checkpoint_engine.errors import (
     CheckpointEngineError,
@@ -214,6 +215,65 @@ def test_an_engine_has_one_updater_at_a_time(
             turn.give_back()
             assert pushed.result(60) is None
     assert_holds(engine, checkpoints / "a")
+
+
+def test_who_tries_again_at_once_after_a_deadline_has_it_serve_no_request_meanwhile(
+    server: ParameterServer, engine: ReferenceProcess, checkpoints: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread that asked for the first update lives on, and would end its own pause in the middle of the second."""
+    assert push(server, engine, checkpoints / "a", "a") is None
+
+    def update(client: ReferenceClient, seconds: float) -> None:
+        def ask(addresses: list[tuple[str, str]]) -> None:
+            client.update_weights(dict(addresses), version="b", pause="keep", reset_caches=True, timeout=seconds)
+
+        limit = timedelta(seconds=seconds)
+        server.update("b", ask, timeout=limit, version="b", method="direct", workers=TP, rollback=False)
+
+    server.unregister_checkpoint("a")
+    server.register_checkpoint("b", files=find_files(checkpoints / "b"), use_inplace_pin_memory=False)
+    server.gather_metas("b")
+    with pytest.raises(UpdateError, match="1 s"):
+        update(LateClient(engine.endpoint), 1.0)
+    monkeypatch.setattr(WorkerLink, "ask_to_finish", ask_later)  # by then the first request has ended, too
+    seen, over = list[bool](), threading.Event()
+    watch = threading.Thread(target=watch_while_it_loads, args=(server, engine, seen, over))
+    watch.start()
+    try:
+        update(ReferenceClient(engine.endpoint), 30)
+    finally:
+        over.set()
+        watch.join()
+    assert seen
+    assert all(seen), "it served while it loaded"
+    assert not is_paused(engine)
+    assert_holds(engine, checkpoints / "b")
+
+
+_BETWEEN = (Phase.LOAD, Phase.FINISH)
+
+
+class LateClient(ReferenceClient):
+    """Of an engine that is slow to hear."""
+
+    def ask_workers(self, order: WorkersOrder, deadline: Deadline) -> list[WorkerReport]:
+        time.sleep(2)
+        return super().ask_workers(order, deadline)
+
+
+def ask_later(link: WorkerLink, sums: tuple[int, ...]) -> None:
+    time.sleep(0.8)
+    ask_to_finish(link, sums)
+
+
+def watch_while_it_loads(
+    server: ParameterServer, engine: ReferenceProcess, paused: list[bool], over: threading.Event
+) -> None:
+    while not over.is_set():
+        before = server.progress.phase
+        now = is_paused(engine)
+        if before in _BETWEEN and server.progress.phase in _BETWEEN:
+            paused.append(now)
 
 
 def test_a_pause_that_somebody_else_made_is_left_as_it_was(

@@ -315,7 +315,8 @@ def workers_of_each(ranks: int, job: Job) -> int:
     if ranks != expected or workers % ranks:
         raise SettingError(
             f"{len(engines.endpoints)} engine instance(s) of {engines.workers} worker(s) are fed by {expected} ranks, "
-            f"not {ranks}: each rank feeds the worker on its own device (several workers only with --method direct)"
+            f"not {ranks} (--ranks, or WORLD_SIZE in the environment): each rank feeds the worker on its own device "
+            "(several workers only with --method direct)"
         )
     return workers // ranks
 

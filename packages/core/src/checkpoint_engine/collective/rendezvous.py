@@ -132,7 +132,8 @@ def _address_from_environment(master_addr: str | None, master_port: int | None) 
     port = master_port if master_port is not None else _port_from_environment()
     if host is None or port is None:
         raise SettingError(
-            "MASTER_ADDR and MASTER_PORT are not set; start with torchrun, or pass master_addr and master_port"
+            "MASTER_ADDR and MASTER_PORT are not set: start with torchrun, or pass master_addr and master_port; a rank "
+            "that is alone has WORLD_SIZE=1, and a command that no launcher started neither RANK nor WORLD_SIZE"
         )
     host = host.strip().removeprefix("[").removesuffix("]")
     hosted_by_agent = master_port is None and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

@@ -117,6 +117,7 @@ class UpdateRun:
         return self._request is None or self._request.ends(seconds)
 
     def _run(self, stack: ExitStack) -> UpdateReport:
+        self._progress.phase = Phase.INTRODUCE
         listeners: list[Listener] = []
         for _ in range(self._order.workers):
             listeners.append(Listener())
