@@ -227,6 +227,7 @@ class Matrix:
 
     def _judge(self, cell: Cell, outcome: Outcome, pids: dict[str, int]) -> None:
         words = " ".join(outcome.said.split())
+        words = words[max(0, words.find("Error: ")) :]  # what was said on the way does not count
         if cell.role != "launcher" and outcome.exit_code != 0 and not re.search(_CAUSES[cell.role], words):
             outcome.problems.append("does not name the cause")
         if cell.role.startswith("rank") and outcome.exit_code != 0 and not re.search(r"in phase '|phase", words):

@@ -46,7 +46,8 @@ class Settlement:
     def unheard(self, why: str = "") -> tuple[Held, str]:
         """Of an engine that does not say what it holds."""
         said = f" ({why})" if why else ""
-        return Held.UNKNOWN, f"what its workers hold now is unknown{said}; {self._stays()}: update again"
+        found = f"what its workers hold now is unknown{said}; {self._stays()}"
+        return Held.UNKNOWN, f"{found}: if `checkpoint-engine status` fails, too, restart it, and update again"
 
     def after(self, version: str, updates: Collection[str], *, reset_caches: bool) -> tuple[Held, str]:
         """After an update of this sender failed: which weights the engine holds now, and the same in words.

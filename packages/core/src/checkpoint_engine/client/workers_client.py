@@ -242,6 +242,7 @@ class WorkersClient:
             held, found = settlement.unheard()
         else:
             held, found = settlement.after(order.version, updates, reset_caches=order.reset_caches)
+            found = found.replace(f" ({error})", "")  # said already
         settled = type(error)(f"{error}; {found}")
         settled.held = held.value
         return settled
@@ -282,8 +283,8 @@ class WorkersClient:
         except (DeadlineError, EngineRequestError) as error:
             if isinstance(error, DeadlineError) or patience.expired:
                 raise EngineSilentError(
-                    f"{error}: is a worker stopped, busy with another update, or in a step that takes longer? "
-                    "An engine of such steps is paused first; or update again"
+                    f"{error}: is a worker stopped (SIGCONT continues it), busy with another update, or in a step that "
+                    "takes longer (then pause the engine first)?"
                 ) from error
             # What it cannot say does not matter here; whether it can be updated shows next.
 
