@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from types import TracebackType
 
@@ -28,6 +29,10 @@ from checkpoint_engine.contract.phase import Phase
 __all__ = ["UpdateView", "print_stages", "size", "slowest"]
 
 _GB = 1e9
+_SILENCE = 5.0
+"""After so many seconds without a line, where there is no terminal, bytes are told that have moved since."""
+_UNTIMED = 0.0005
+"""A stage that shows as 0.000 s has no rate."""
 _PHASES = {
     Phase.START: "starting the ranks",
     Phase.ENGINE: "waiting for the engine",
@@ -87,6 +92,7 @@ class UpdateView:
         )
         self._task = self._progress.add_task(_PHASES[Phase.START], total=None)
         self._phase = Phase.START
+        self._said = 0.0
         self._warnings: set[str] = set()
 
     def __call__(self, event: Progressed | Logged) -> None:
@@ -97,7 +103,9 @@ class UpdateView:
         if event.phase != self._phase and event.phase in _PHASES:
             self._phase = event.phase
             if not self._live:
-                self._console.print(f"{_PHASES[event.phase]} …", style="dim")
+                self._say()
+        elif not self._live and event.bytes_done and time.monotonic() - self._said > _SILENCE:
+            self._say(f"{size(event.bytes_done)} of {size(event.nbytes)}")
         self._progress.update(
             self._task,
             description=_PHASES.get(event.phase, event.phase.value),
@@ -107,12 +115,18 @@ class UpdateView:
 
     def __enter__(self) -> Self:
         self._progress.start()
+        if not self._live:
+            self._say()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._progress.stop()
+
+    def _say(self, more: str = "") -> None:
+        self._said = time.monotonic()
+        self._console.print(f"{_PHASES[self._phase]} … {more}".rstrip(), style="dim")
 
     def _warn(self, message: str) -> None:
         """Ranks often warn of the same; once is enough."""
@@ -139,7 +153,7 @@ def print_stages(console: Console, reports: Sequence[Done]) -> None:
     table.add_column("GB/s", justify="right")
     for stage, seconds in slowest(reports).items():
         label, moves = _STAGES[stage]
-        rate = f"{first.nbytes / seconds / _GB:.2f}" if moves and seconds > 0 else ""
+        rate = f"{first.nbytes / seconds / _GB:.2f}" if moves and seconds >= _UNTIMED else ""
         table.add_row(label, f"{seconds:.3f} s", rate, style="bold" if stage == "total" else None)
     console.print(table)
     console.print(
