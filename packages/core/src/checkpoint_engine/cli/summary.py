@@ -39,7 +39,7 @@ _PHASES = {
     Phase.READ: "reading the files",
     Phase.GATHER: "exchanging catalogs",
     Phase.INTRODUCE: "meeting the other ranks",
-    Phase.CONNECT: "meeting the engine's workers",
+    Phase.CONNECT: "the engine's workers check what comes",
     Phase.LOAD: "sending",
     Phase.FINISH: "finishing",
 }
