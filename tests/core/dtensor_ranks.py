@@ -9,17 +9,19 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from checkpoint_engine.errors import UnsupportedTensorError
-from checkpoint_engine.source.shards import local_tensors
+from checkpoint_engine.source.given_before import GivenBefore
+from checkpoint_engine.source.shards import NamedTensors, local_tensors
 
 PLACEMENTS = ((Shard(0), Shard(0)), (Shard(1), Shard(0)), (Replicate(), Shard(1)), (Shard(0), Replicate()))
 SHAPES = ((8, 6), (5, 3), (7, 9), (1, 4), (3, 1), (9, 2))
@@ -32,6 +34,36 @@ def whole(seed: int, shape: tuple[int, ...]) -> torch.Tensor:
 def model() -> torch.nn.Module:
     torch.manual_seed(0)
     return torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 5), torch.nn.LayerNorm(5))
+
+
+def steps(mesh: DeviceMesh) -> dict[str, bool]:
+    """What is given step by step, and whether what was remembered of the step before led to what is there."""
+    given: dict[str, Any] = {
+        "rows": distribute_tensor(whole(1, (8, 6)), mesh, [Shard(0)]),
+        "little": distribute_tensor(whole(2, (1, 4)), mesh, [Shard(0)]),
+        "all": distribute_tensor(whole(3, (3, 3)), mesh, [Replicate()]),
+        "plain": torch.ones(2),
+    }
+    before = GivenBefore()
+
+    def right(step: NamedTensors) -> bool:
+        found, expected = before.local_tensors(step), local_tensors(step)
+        if found.tensors.keys() != expected.tensors.keys() or found.shards != expected.shards:
+            return False
+        return all(found.tensors[label] is part for label, part in expected.tensors.items())
+
+    seen = {"first": right(given), "the same": right(given), "in another dict": right(dict(given))}
+    given["rows"].to_local().fill_(7)
+    seen["other numbers"] = right(given)
+    # What a rank has of them is of the same shape.
+    seen["not cut"] = right({**given, "rows": distribute_tensor(whole(1, (4, 6)), mesh, [Replicate()])})
+    seen["of another shape"] = right({**given, "rows": distribute_tensor(whole(1, (6, 8)), mesh, [Shard(0)])})
+    seen["one less"] = right({name: value for name, value in given.items() if name != "all"})
+    seen["other names"] = right({f"model.{name}": value for name, value in given.items()})
+    seen["as at first"] = right(given)
+    given["rows"]._local_tensor = torch.zeros(4, 6)  # as FSDP does when it moves its parameters
+    seen["moved"] = right(given)
+    return seen
 
 
 def main() -> None:
@@ -60,7 +92,7 @@ def main() -> None:
         refusal = ""
     except UnsupportedTensorError as error:
         refusal = str(error)
-    path.write_text(json.dumps({"places": places, "refusal": refusal}))
+    path.write_text(json.dumps({"places": places, "refusal": refusal, "steps": steps(mesh["tensor"])}))
     if os.environ["RANK"] == "0":
         save_file(expected, f"{path}.expected")
     dist.barrier()

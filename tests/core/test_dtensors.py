@@ -54,6 +54,13 @@ def test_a_sum_that_is_still_to_be_made_is_refused(dealt: Path) -> None:
     assert "'sum' is still to be summed up over ranks" in json.loads((dealt / "0").read_text())["refusal"]
 
 
+def test_what_was_given_before_is_told_from_what_is_given_now(dealt: Path) -> None:
+    for rank in range(RANKS):
+        steps = json.loads((dealt / str(rank)).read_text())["steps"]
+        assert len(steps) == 10
+        assert not [step for step, right in steps.items() if not right]
+
+
 CUTS = st.one_of(st.none(), st.tuples(st.integers(0, 1), st.sampled_from([1, 2, 3])))
 
 

@@ -17,7 +17,7 @@ from checkpoint_engine.boxes import TensorBox, find_box_fault
 from checkpoint_engine.catalog import SegmentEntry, ShardPlace, TensorEntry
 from checkpoint_engine.errors import DuplicateTensorError, SettingError, UnsupportedTensorError
 
-__all__ = ["LocalTensors", "NamedTensors", "TensorShard", "local_tensors", "parts_of"]
+__all__ = ["LocalTensors", "NamedTensors", "TensorShard", "is_distributed", "local_tensors", "parts_of"]
 
 _LAYOUTS_REMEMBERED = 1 << 12
 
@@ -80,7 +80,7 @@ def local_tensors(given: NamedTensors) -> LocalTensors:
     if not all(issubclass(kind, str) for kind in set(map(type, given))):
         strange = next(name for name in given if not isinstance(name, str))  # pyright: ignore[reportUnnecessaryIsInstance]
         raise SettingError(f"{strange!r} is no name of a tensor; names are text")
-    if all(issubclass(kind, torch.Tensor) and not _is_distributed(kind) for kind in set(map(type, given.values()))):
+    if all(issubclass(kind, torch.Tensor) and not is_distributed(kind) for kind in set(map(type, given.values()))):
         return LocalTensors(cast("Mapping[str, torch.Tensor]", given), {})  # every step comes here
     tensors: dict[str, torch.Tensor] = {}
     shards: dict[str, tuple[str, ShardPlace]] = {}
@@ -117,7 +117,7 @@ def parts_of(name: str, value: torch.Tensor | TensorShard | Sequence[TensorShard
         UnsupportedTensorError: as `local_tensors`.
     """
     if isinstance(value, torch.Tensor):
-        if _is_distributed(type(value)):
+        if is_distributed(type(value)):
             yield from _parts_of_distributed(name, value)
         else:
             yield value, tuple(value.shape), (0,) * value.dim()
@@ -127,7 +127,7 @@ def parts_of(name: str, value: torch.Tensor | TensorShard | Sequence[TensorShard
             f"{name!r} is no tensor but a {type(value).__name__}; leave it out (`_extra_state` is no weight)"
         )
     for shard in [value] if isinstance(value, TensorShard) else value:
-        if not isinstance(shard, TensorShard) or _is_distributed(type(shard.tensor)):  # pyright: ignore[reportUnnecessaryIsInstance] - callers need not be typed
+        if not isinstance(shard, TensorShard) or is_distributed(type(shard.tensor)):  # pyright: ignore[reportUnnecessaryIsInstance] - callers need not be typed
             raise UnsupportedTensorError(f"{name!r}: give plain tensors, DTensors, or TensorShards of plain tensors")
         box = TensorBox(tuple(shard.offsets), tuple(shard.tensor.shape))
         fault = find_box_fault(tuple(shard.shape), (box,))
@@ -139,7 +139,7 @@ def parts_of(name: str, value: torch.Tensor | TensorShard | Sequence[TensorShard
         yield shard.tensor, tuple(shard.shape), box.begin
 
 
-def _is_distributed(kind: type) -> bool:
+def is_distributed(kind: type) -> bool:
     """Whether these are DTensors; where nobody has imported those, there are none."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and issubclass(kind, module.DTensor)

@@ -7,6 +7,7 @@ import logging
 import os
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,7 @@ from checkpoint_engine.host.numa import on_node_of
 from checkpoint_engine.source.copies_in_files import is_same_in_file
 from checkpoint_engine.source.device_segment import DeviceSegment, InPlace, keep_in_place
 from checkpoint_engine.source.filling import Filled, NewSegments, SegmentSource
+from checkpoint_engine.source.given_before import GivenBefore
 from checkpoint_engine.source.loader import Files, Selection, iterate_files, iterate_tensors, require_carriable, select
 from checkpoint_engine.source.pool import SegmentPool
 from checkpoint_engine.source.refill import Refill
@@ -162,6 +164,7 @@ class CheckpointStore:
         self._registered: dict[str, Registered] = {}
         self._being_registered: set[str] = set()
         self._users: dict[str, int] = {}
+        self._given: defaultdict[str, GivenBefore] = defaultdict(GivenBefore)
 
     def register(
         self,
@@ -241,7 +244,7 @@ class CheckpointStore:
             CheckpointStateError: what is registered under the name is in use.
             CheckpointEngineError: as `register`; nothing is registered under the name then.
         """
-        local, before = local_tensors(tensors), self._registered.get(name)
+        local, before = self._given[name].local_tensors(tensors), self._registered.get(name)
         if before is not None:
             alike = before.shards == local.shards
             if alike and tensors_stay and before.is_exactly(local.tensors):
@@ -302,6 +305,7 @@ class CheckpointStore:
             registered = self._find(name)
             self._refuse_if_used(name)
             del self._registered[name]
+            self._given.pop(name, None)
         if farewell is not None:
             farewell()
         self._let_go(registered)
