@@ -49,7 +49,7 @@ _CAUSES = {
 }
 _MEETINGS = "checkpoint-engine-ranks-"
 """Directory in which ranks of this user meet; empty between runs."""
-_KEPT = ("checkpoint-engine-engines-", "checkpoint-engine-test-", "torch", "pymp-")
+_KEPT = ("checkpoint-engine-engines-", "checkpoint-engine-adapters-", "checkpoint-engine-test-", "torch", "pymp-")
 """What stays on purpose (whose turn an engine's update is), or is of other tests."""
 
 
