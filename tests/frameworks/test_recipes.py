@@ -1,9 +1,10 @@
-"""Frameworks as they are, on the CPU: verl's own manager, TRL's own trainer, Ray, and a loop into vLLM and SGLang."""
+"""Frameworks as they are, on the CPU: verl's own manager, TRL's own trainer, Ray, and FSDP2 into vLLM and SGLang."""
 
 from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,10 @@ from typing import Any
 
 import pytest
 
+from tests.commands import run_command
 from tests.environments import ROOT, python_of
+from tests.sglang.conftest import plugins as sglang_plugins  # noqa: F401 - a fixture
+from tests.sglang.conftest import serving as serving_sglang
 from tests.vllm.conftest import Server as VllmServer
 from tests.vllm.conftest import vllm_environment
 
@@ -42,7 +46,7 @@ def vllm(frameworks: Path, checkpoints: Path, tmp_path: Path) -> Iterator[VllmSe
     server.close()
 
 
-def run(python: Path, script: Path, *arguments: object, **environment: str) -> str:
+def run(python: Path, script: Path | str, *arguments: object, **environment: str) -> str:
     """What a script says; it runs where no GPU is seen."""
     done = subprocess.run(
         list(map(str, [python, "-W", "ignore", script, *arguments])),
@@ -85,3 +89,53 @@ def test_engine_and_trainer_are_ray_actors(frameworks: Path, checkpoints: Path) 
     answers = re.findall(r"^(?:start|step \d): ('.*'|\".*\")(?:, equal=True.*)?$", said, re.MULTILINE)
     assert len(answers) == 4, said
     assert len(set(answers)) > 1, said  # weights of noise need not say something new after every step
+
+
+@pytest.mark.parametrize("workers", [1])
+def test_fsdp2_publishes_every_step_into_vllm_and_sglang_at_once(
+    frameworks: Path,
+    checkpoints: Path,
+    sglang_plugins: Path,  # noqa: F811
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    workers: int,
+) -> None:
+    size = ("--tensor-parallel-size", str(workers))
+    cores = {"VLLM_CPU_OMP_THREADS_BIND": "|".join("01"[:workers])}
+
+    def vllm(model: Path, *options: str) -> VllmServer:
+        return VllmServer(python_of("vllm").parent, model, tmp_path / "vllm.log", *size, *options, **cores)
+
+    begun = serving_sglang(python_of("sglang"), checkpoints, sglang_plugins, tmp_path_factory)
+    start = next(begun)
+    sglang = start("qwen3", *size, workers=workers)
+    served = vllm(checkpoints / "qwen3", "--load-format", "dummy")
+    try:
+        served.wait()
+        engines = (served.endpoint, sglang.endpoint)
+        launch = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+        example = ROOT / "examples" / "fsdp2_two_engines.py"
+        saved = tmp_path / "trained"
+        shutil.copytree(checkpoints / "qwen3", saved, ignore=shutil.ignore_patterns("*.safetensors*"))
+        weights = ("--save", saved / "model.safetensors")
+        said = run(frameworks, "-m", *launch, example, checkpoints / "qwen3", *engines, *size, *weights)
+        steps = re.findall(r"step \d+: loss ([\d.]+), \['(.*)', '(.*)'\]", said)
+        assert len(steps) == 6, said
+        losses = [float(loss) for loss, _, _ in steps]
+        assert losses[-1] < losses[0] / 10
+        assert len(set(steps)) > 2
+        assert steps[-1][1:] == (" Paris, as everybody knows.",) * 2
+        assert [worker["version"] for worker in served.rpc("checkpoint_engine_status")] == ["step-5"] * workers
+        assert {worker["version"] for worker in sglang.status()["workers"]} == {"step-5"}
+        where = ("--endpoint", served.endpoint, "--engine", "vllm", "--device", "cpu")
+        equal = run_command("verify", saved, *where, *size, timeout=240)
+        assert equal.returncode == 0, equal.stderr
+        after = served.tokens(), sglang.state()
+        for server in (served, sglang):
+            server.close()
+        sglang, served = start(saved, *size, workers=workers), vllm(saved)
+        served.wait()
+        assert (served.tokens(), sglang.state()) == after
+    finally:
+        served.close()
+        next(begun, None)
