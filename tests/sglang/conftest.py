@@ -18,7 +18,7 @@ from tests.sglang.sglang_server import SHARED_MEMORY, Server
 
 HERE = Path(__file__).parent
 CHECKPOINTS = ("qwen3", "qwen3-b", "moe", "moe-b")
-PLUGINS = ("faults", "cpu_identity", "second_model", "plain_kernels")
+PLUGINS = ("faults", "cpu_identity", "second_model", "plain_kernels", "unpinned")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

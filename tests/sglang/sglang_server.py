@@ -99,11 +99,12 @@ class Server:
 class Stream(TokenStream):
     """A generation of a running SGLang."""
 
-    def __init__(self, server: Server, length: int) -> None:
+    def __init__(self, server: Server, length: int, **request: Any) -> None:
         self.finish: dict[str, Any] | None = None
         parameters = {"temperature": 0, "max_new_tokens": length, "ignore_eos": True}
         super().__init__(
-            f"{server.endpoint}/generate", {"text": PROMPTS[0], "sampling_params": parameters, "stream": True}
+            f"{server.endpoint}/generate",
+            {"text": PROMPTS[0], "sampling_params": parameters, "stream": True, **request},
         )
 
     def take(self, answer: dict[str, Any]) -> None:

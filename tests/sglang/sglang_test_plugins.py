@@ -40,6 +40,17 @@ def plain_kernels() -> None:
     HookRegistry.register(f"{method}.process_weights_after_loading", _process, HookType.AROUND)
 
 
+def unpinned() -> None:
+    """Lets LoRA adapters run: SGLang pins memory for them on any device. And fails at loading one on demand."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    for maker in ("tensor", "empty", "zeros", "ones", "arange"):
+        setattr(torch, maker, _without_pinning(getattr(torch, maker)))
+    torch.Tensor.pin_memory = lambda tensor, *_: tensor
+    runner = "sglang.srt.model_executor.model_runner.ModelRunner"
+    HookRegistry.register(f"{runner}.load_lora_adapter_from_tensors", _load_adapter, HookType.AROUND)
+
+
 def cpu_identity() -> None:
     """Gives SGLang's own worker the identity that a parameter server on the CPU knows it by."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
@@ -63,6 +74,21 @@ def second_model() -> None:
 
 
 def _nothing_to_wait_for(*_: object, **__: object) -> None: ...
+
+
+def _without_pinning(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def make(*args: Any, **kwargs: Any) -> torch.Tensor:
+        kwargs.pop("pin_memory", None)
+        return original(*args, **kwargs)
+
+    return make
+
+
+def _load_adapter(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    done = original(*args, **kwargs)
+    if (fault := _fault()).get("adapter"):
+        _fail(fault)
+    return done
 
 
 def _fault() -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import msgspec
@@ -129,6 +130,20 @@ class SGLangClient(WorkersClient):
             )
             pause = "wait"
         super().update_weights(handles, version=version, pause=pause, reset_caches=reset_caches, timeout=timeout)
+
+    def load_adapter(
+        self, name: str, directory: Path, *, version: str, pause: PauseMode, reset_caches: bool, timeout: float
+    ) -> None:
+        """See `AdapterClient`; requests that run go on with the adapter that they began with, and its cached keys.
+
+        So SGLang is not paused and no cache dropped: `pause` and `reset_caches` say nothing here.
+        """
+        del pause, reset_caches
+        body = {"name": name, "directory": str(directory.resolve()), "version": version}
+        reply = self.endpoint.send("POST", routes.ADAPTER, Deadline(timeout), body=body)
+        if not reply.ok:
+            hint = f": {_NO_PLUGIN}" if reply.status == _NOT_FOUND else f" with {reply.status}: {shorten(reply.text)}"
+            raise EngineRequestError(f"{self.endpoint.address} refuses the adapter {name!r}{hint}")
 
     def needs_pause(self, mode: PauseMode) -> bool:
         """See `WorkersClient`: the update itself waits for running requests, without a pause before it."""

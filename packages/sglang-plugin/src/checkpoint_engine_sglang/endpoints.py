@@ -7,7 +7,7 @@ import importlib
 import logging
 import os
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
@@ -20,12 +20,13 @@ from checkpoint_engine_sglang.messages import Order, Report, pack
 if TYPE_CHECKING:
     from checkpoint_engine_sglang.front import ServerFront
 
-__all__ = ["Body", "Endpoints", "access_of", "install"]
+__all__ = ["AdapterBody", "Body", "Endpoints", "access_of", "install"]
 
 logger = logging.getLogger(__name__)
 
 _BAD, _FAILED, _LATE = 422, 500, 504
 
+_Words = TypeVar("_Words", bound=msgspec.Struct)
 _Answer = tuple[dict[str, Any], int]
 """Content, and HTTP status."""
 
@@ -44,6 +45,14 @@ class Body(msgspec.Struct):
     """As `/checkpoint_engine/verify` does; from clients that do not know that route."""
 
 
+class AdapterBody(msgspec.Struct):
+    """What a client sends to have a LoRA adapter taken."""
+
+    name: str
+    directory: str
+    version: str = ""
+
+
 class Endpoints:
     """What our routes do."""
 
@@ -58,13 +67,19 @@ class Endpoints:
 
     async def update(self, request: Any) -> _Answer:  # noqa: ANN401
         """Has all workers take an update."""
-        return await self._carry_out(await _read(request), routes.UPDATE)
+        return await self._carry_out(await _read(request, Body), routes.UPDATE)
 
     async def verify(self, request: Any) -> _Answer:  # noqa: ANN401
         """Has all workers compare their weights."""
-        body = await _read(request)
+        body = await _read(request, Body)
         body.verify = True
         return await self._carry_out(body, routes.VERIFY)
+
+    async def adapter(self, request: Any) -> _Answer:  # noqa: ANN401
+        """Has all workers take a LoRA adapter."""
+        body = await _read(request, AdapterBody)
+        await self._front.adapters.take(body.name, body.directory, body.version)
+        return {"adapters": self._front.adapters.versions}, 200
 
     async def abort(self, request: Any) -> _Answer:  # noqa: ANN401
         """Gives up what is under way."""
@@ -118,6 +133,7 @@ def install(server: Any, front: ServerFront) -> None:  # noqa: ANN401 - SGLang's
         (routes.UPDATE, "POST", endpoints.update),
         (routes.VERIFY, "POST", endpoints.verify),
         (routes.ABORT, "POST", endpoints.abort),
+        (routes.ADAPTER, "POST", endpoints.adapter),
     ):
         app.add_route(path, admin(endpoints.as_route(handler)), methods=[method])
     logger.info("updates of weights are taken at %s by %s", routes.UPDATE, access.describe())
@@ -140,9 +156,9 @@ def access_of(server_args: Any) -> Access:  # noqa: ANN401 - SGLang's own
     return Access([key] if key else [], os.environ.get(TOKEN_VARIABLE) or None, engine="SGLang", option=option)
 
 
-async def _read(request: Any) -> Body:  # noqa: ANN401
+async def _read(request: Any, kind: type[_Words]) -> _Words:  # noqa: ANN401
     try:
-        return msgspec.json.decode(await request.body(), type=Body)
+        return msgspec.json.decode(await request.body(), type=kind)
     except msgspec.MsgspecError as error:
         raise RefusedError(_BAD, f"not as expected: {error}") from error
 

@@ -27,6 +27,7 @@ from checkpoint_engine_sglang.messages import (
     pack,
     unpack,
 )
+from checkpoint_engine_sglang.named_adapters import NamedAdapters
 
 __all__ = ["ServerFront", "lost_hooks", "make_front", "update_weights_from_ipc"]
 
@@ -61,6 +62,7 @@ class ServerFront:
         self._stages = 1
         self._holds_requests = False
         self._status: asyncio.Task[list[Report]] | None = None
+        self.adapters = NamedAdapters(manager, self._ask_for_adapter)
 
     @property
     def server_args(self) -> Any:  # noqa: ANN401 - SGLang's own
@@ -150,12 +152,16 @@ class ServerFront:
             "updating": self._updating,
             "weight_version": compat.weight_version(self._manager),
             "pipeline_stages": self._stages,
+            "adapters": self.adapters.versions,
             "lost_hooks": lost_hooks,
             "sglang": installation.version(),
             "plugin": __version__,
         }
 
     # -- inside
+
+    async def _ask_for_adapter(self, request: Any) -> str:  # noqa: ANN401
+        return (await self.update(request, wait_for_requests=False))[1]
 
     def _observe(self, reports: list[Report], problem: str) -> None:
         """In SGLang's `/metrics`, where those are on."""

@@ -34,13 +34,15 @@ BUSY = Phase.WAIT.value
 class Order(msgspec.Struct, frozen=True):
     """What the workers are to do."""
 
-    do: Literal["update", "verify", "status"] = "update"
+    do: Literal["update", "verify", "status", "adapter"] = "update"
     version: str = ""
     timeout: float = limits.UPDATE
     door: str = ""
     """The way in that it came by, for people."""
     give_up: str = ""
     """Path of a file: once it is there, workers of the front's host give up."""
+    adapter: tuple[str, str, str, bool] = ("", "", "", False)
+    """A LoRA adapter's identity, its name for SGLang, the directory of its files, and whether it is pinned."""
 
 
 class Report(msgspec.Struct, frozen=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["ABORT", "STATUS", "UPDATE", "VERIFY"]
+__all__ = ["ABORT", "ADAPTER", "STATUS", "UPDATE", "VERIFY"]
 
 STATUS = "/checkpoint_engine/status"
 """`GET`: what every worker holds, the gate, and which hooks found their place."""
@@ -15,3 +15,6 @@ VERIFY = "/checkpoint_engine/verify"
 
 ABORT = "/checkpoint_engine/abort"
 """`POST`: give up the update, or comparison, under way."""
+
+ADAPTER = "/checkpoint_engine/adapter"
+"""`POST`: take a LoRA adapter, in place of what has its name."""

@@ -139,6 +139,8 @@ class SchedulerSide:
         stages = worker.position.stages
         if order.do == "status":
             return _answer(success=True, message=_encode(ReplicaReports(worker.status(), stages)))
+        if order.do == "adapter":
+            return _answer(success=True, message=_encode(ReplicaReports(worker.take_adapter(order), stages)))
         start = time.perf_counter()
         reports = worker.run(handles, order, flush=bool(request.flush_cache))
         failures = failures_in(reports)

@@ -11,6 +11,7 @@ import msgspec
 
 from checkpoint_engine.sdk import Details, WorkerError, pick_handle, receive_update
 from checkpoint_engine_sglang import compat
+from checkpoint_engine_sglang.adapters import forget_adapter, load_adapter
 from checkpoint_engine_sglang.admission import Verdict
 from checkpoint_engine_sglang.agreement import Pending, WorkerGroup
 from checkpoint_engine_sglang.compat import Position, Runner
@@ -92,6 +93,16 @@ class WorkerSide:
             else:
                 logger.info("weights updated to version %r in %.2f s", order.version, time.perf_counter() - start)
         return [msgspec.structs.replace(report, dirty=self._mixed or report.dirty) for report in reports]
+
+    def take_adapter(self, order: Order) -> list[Report]:
+        """Loads a LoRA adapter beside those that are there; where one worker cannot, none keeps it."""
+        scheduler = compat.scheduler_of(self._manager)
+        error = load_adapter(scheduler, order.adapter)
+        phase = "update" if error else ""
+        reports = self._workers.exchange(self._report(ok=not error, phase=phase, error=error), _GRACE_SECONDS)
+        if not all(report.ok for report in reports):
+            forget_adapter(scheduler, order.adapter)
+        return reports
 
     def describe(self) -> str:
         """What the engine holds, for people."""

@@ -10,9 +10,7 @@ import asyncio
 import atexit
 import importlib
 import logging
-import os
 import shutil
-import stat
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +18,14 @@ from typing import Any
 
 from checkpoint_engine.sdk import limits
 from checkpoint_engine.sdk.access import RefusedError
+from checkpoint_engine.sdk.adapters import copy_adapter, directory_of_adapters
 from checkpoint_engine.sdk.directories import OwnedDirectory
 from checkpoint_engine_vllm.adapters import adapter_request
 from checkpoint_engine_vllm.data_parallel import ask_all_workers
 
 __all__ = ["ServedAdapters"]
 
-_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - a directory of mode 0700 is made in it
-_WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
-_BAD, _FAILED, _MISSING = 400, 500, 404
+_BAD, _MISSING = 400, 404
 
 logger = logging.getLogger(f"vllm.{__name__}")  # below vLLM's own, which decides on what its users see
 
@@ -74,7 +71,7 @@ class ServedAdapters:
         models = self._models(engine, name)
         async with models.lora_resolver_lock[name]:
             kept = self._kept.get(name) or self._new(models)
-            files = await asyncio.to_thread(_copied, Path(directory), kept.home / f"files-{kept.times}")
+            files = await asyncio.to_thread(copy_adapter, Path(directory), kept.home / f"files-{kept.times}")
             if errors := await _load(engine, name, kept.number, str(files)):
                 await self._put_back(engine, models, name, kept)
                 await asyncio.to_thread(shutil.rmtree, files, ignore_errors=True)
@@ -110,7 +107,7 @@ class ServedAdapters:
     def _new(self, models: Any) -> _Kept:  # noqa: ANN401 - vLLM's own
         """With a number of its own, also where a name was loaded otherwise: what runs with that one goes on with it."""
         if self._directory is None:
-            self._directory = OwnedDirectory("adapters", _SHARED_MEMORY if _SHARED_MEMORY.is_dir() else None)
+            self._directory = directory_of_adapters()
             atexit.register(self._directory.close)
         number = int(models.lora_id_counter.inc(1))
         home = self._directory.path / str(number)
@@ -125,28 +122,6 @@ class ServedAdapters:
             del self._kept[name], models.lora_requests[name]
             logger.error("the LoRA adapter %r is lost: its old weights do not load either", name)
         await _load(engine, name, kept.number, "")
-
-
-def _copied(source: Path, target: Path) -> Path:
-    """Both files, of this user, so that nobody changes them any more.
-
-    Raises:
-        RefusedError: they are not there, or somebody else's.
-    """
-    shutil.rmtree(target, ignore_errors=True)
-    target.mkdir()
-    try:
-        for name in (_WEIGHTS, _CONFIG):
-            # What is no file, as a pipe, must not be waited for.
-            with os.fdopen(os.open(source / name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-                status = os.fstat(file.fileno())
-                if not stat.S_ISREG(status.st_mode) or status.st_uid not in (os.geteuid(), 0):
-                    raise RefusedError(_BAD, f"{source / name} is not a file of the user that serves")
-                with (target / name).open("wb") as copy:
-                    shutil.copyfileobj(file, copy, 1 << 24)
-    except OSError as error:
-        raise RefusedError(_BAD, f"{source} is no LoRA adapter that can be read here: {error}") from error
-    return target
 
 
 def _point(kept: _Kept, files: Path) -> None:

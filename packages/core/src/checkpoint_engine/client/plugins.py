@@ -89,7 +89,7 @@ def adapter_client(client: EngineClient) -> AdapterClient:
     """
     if not isinstance(client, AdapterClient):
         raise MissingDependencyError(
-            f"{type(client).__module__} has no way to give its engine a LoRA adapter; vLLM's takes them by our routes"
+            f"{type(client).__module__} has no way to give its engine a LoRA adapter; vLLM's and SGLang's have"
         )
     return client
 

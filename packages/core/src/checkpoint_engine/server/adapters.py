@@ -36,13 +36,14 @@ def send_adapter(
     Until all of its workers have it, requests for `name` get the old one.
 
     Args:
-        client: The engine's, as `VllmClient("localhost:8000")`.
+        client: The engine's, as `VllmClient("localhost:8000")` or `SGLangClient("localhost:30000")`.
         name: What requests call it (`"model": name`).
         tensors: Of the adapter, by PEFT's names (`base_model.model.….lora_A.weight`), on any device; they are copied.
         config: PEFT's configuration: `r`, `lora_alpha`, `target_modules` and so on, as in `adapter_config.json`.
         version: What these weights shall be called in the engine's status.
-        pause: What becomes of running requests: `keep` has them go on, with the new adapter where they use this one.
-        reset_caches: Whether the engine drops what it has cached.
+        pause: What becomes of running requests: `keep` has them go on, with the new adapter where they use this one. An
+            SGLang is not paused: they end with the old one.
+        reset_caches: Whether the engine drops what it has cached; an SGLang need not.
         timeout: Seconds for all of it.
 
     Raises:
