@@ -21,6 +21,7 @@ from checkpoint_engine_sglang import SGLangClient
 from tests.rolling import Sender
 from tests.sglang.sglang_push import InTreeAnswer, broken, in_tree, push, read
 from tests.sglang.sglang_server import Server, Stream
+from tests.sharded import ShardingTrainer
 
 Update = Callable[..., "subprocess.CompletedProcess[str]"]
 SGLANG = ("--engine", "sglang")
@@ -140,6 +141,17 @@ def test_by_plan_and_directly(
         assert done.returncode == 0, done.stderr
         assert way in done.stdout + done.stderr
         assert on_a.state() == cold[name]
+
+
+def test_shards_of_a_trainer_are_served_as_after_a_cold_start(
+    on_a: Server, cold: dict[str, Any], weights: dict[str, Any]
+) -> None:
+    trainer = ShardingTrainer(1, SGLangClient(on_a.endpoint))
+    for dealing in ("rows", "columns", "uneven"):
+        for method, name in (("broadcast", "qwen3-b"), ("direct", "qwen3")):
+            trainer.step(weights[name], dealing, method, name)
+            assert on_a.state() == cold[name]
+    trainer.close()
 
 
 def test_some_tensors_only(

@@ -64,8 +64,10 @@ def test_two_tensor_parallel_workers(
     for dealing, method, name in (
         ("rows", "broadcast", "qwen3-b"),
         ("rows", "direct", "qwen3"),
-        ("columns", "direct", "qwen3-b"),
-        ("uneven", "broadcast", "qwen3"),
+        ("columns", "broadcast", "qwen3-b"),
+        ("columns", "direct", "qwen3"),
+        ("uneven", "broadcast", "qwen3-b"),
+        ("uneven", "direct", "qwen3"),
     ):
         trainer.step(weights[name], dealing, method, name)
         assert (server.state() == expected) == (name == "qwen3")
@@ -122,7 +124,9 @@ def test_two_tensor_parallel_workers(
                 assert (server.status()["dirty"], server.weight_version()) == (False, "qwen3")
 
 
-def test_experts_that_are_spread_over_two_workers(serve: Serve, update_command: Update, checkpoints: Path) -> None:
+def test_experts_that_are_spread_over_two_workers(
+    serve: Serve, update_command: Update, checkpoints: Path, weights: Weights
+) -> None:
     """Only weights are compared: SGLang on the CPU starts so, but ends at the first request."""
     spread = ("--tp-size", "2", "--ep-size", "2", "--skip-server-warmup")
     fresh = serve("moe-b", *spread, workers=2, until="/checkpoint_engine/status")
@@ -135,6 +139,13 @@ def test_experts_that_are_spread_over_two_workers(serve: Serve, update_command: 
         assert done.returncode == 0, done.stderr
         assert server.checksums() == (expected if name == "moe-b" else before) != {}
     assert before != expected
+
+    # A trainer's two ranks, each with its experts.
+    trainer = ShardingTrainer(2, SGLangClient(server.endpoint))
+    for method, name in (("broadcast", "moe"), ("direct", "moe-b")):
+        trainer.step(weights[name], "experts", method, name)
+        assert server.checksums() == (expected if name == "moe-b" else before)
+    trainer.close()
 
 
 def test_two_pipeline_stages(serve: Serve, update_command: Update, checkpoints: Path, weights: Weights) -> None:

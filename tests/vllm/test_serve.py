@@ -100,7 +100,7 @@ def test_shards_of_a_trainer_are_served_as_after_a_cold_start(
     serving_a: Any, verify: Update, cold: Cold, checkpoints: Path
 ) -> None:
     trainer = ShardingTrainer(1, VllmClient(serving_a.endpoint))
-    for dealing in ("rows", "columns", "grid"):
+    for dealing in ("rows", "columns", "uneven", "grid"):
         for method, name in (("broadcast", "qwen3-b"), ("direct", "qwen3")):
             trainer.step(tensors_of(checkpoints / name), dealing, method, name)
             assert serving_a.tokens() == cold(name)["tokens"]

@@ -27,8 +27,9 @@ from checkpoint_engine_vllm.reaching import reach_weights
 __all__ = ["Layer", "LayerRoutes", "Layers", "Way"]
 
 
-_MOST_KINDS = 5
-"""Of processed layers, of which each may have been found to need rebuilding or not."""
+_MOST_KINDS = 8
+"""Of processed layers, of which each may have been found to need rebuilding or not, so that two to this power of
+digests are looked up. A mixture of experts has six."""
 
 _VERSIONED = ("vllm", "torch", "transformers")
 """Packages whose code is known by their versions, which proofs are kept under."""
