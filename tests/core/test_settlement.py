@@ -235,9 +235,15 @@ def test_who_tries_again_at_once_after_a_deadline_has_it_serve_no_request_meanwh
     server.gather_metas("b")
     with pytest.raises(UpdateError, match="1 s"):
         update(LateClient(engine.endpoint), 1.0)
-    monkeypatch.setattr(WorkerLink, "ask_to_finish", ask_later)  # by then the first request has ended, too
-    seen, over = list[bool](), threading.Event()
-    watch = threading.Thread(target=watch_while_it_loads, args=(server, engine, seen, over))
+    seen, finishing, over = list[bool](), threading.Event(), threading.Event()
+
+    def ask_later(link: WorkerLink, sums: tuple[int, ...]) -> None:
+        time.sleep(0.8)  # by then the first request has ended, too
+        finishing.set()  # and from now on this one's may
+        ask_to_finish(link, sums)
+
+    monkeypatch.setattr(WorkerLink, "ask_to_finish", ask_later)
+    watch = threading.Thread(target=watch_while_it_loads, args=(server, engine, seen, finishing, over))
     watch.start()
     try:
         update(ReferenceClient(engine.endpoint), 30)
@@ -261,18 +267,17 @@ class LateClient(ReferenceClient):
         return super().ask_workers(order, deadline)
 
 
-def ask_later(link: WorkerLink, sums: tuple[int, ...]) -> None:
-    time.sleep(0.8)
-    ask_to_finish(link, sums)
-
-
 def watch_while_it_loads(
-    server: ParameterServer, engine: ReferenceProcess, paused: list[bool], over: threading.Event
+    server: ParameterServer,
+    engine: ReferenceProcess,
+    paused: list[bool],
+    finishing: threading.Event,
+    over: threading.Event,
 ) -> None:
     while not over.is_set():
         before = server.progress.phase
         now = is_paused(engine)
-        if before in _BETWEEN and server.progress.phase in _BETWEEN:
+        if before in _BETWEEN and server.progress.phase in _BETWEEN and not finishing.is_set():
             paused.append(now)
 
 
