@@ -22,6 +22,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -41,33 +42,30 @@ class VllmTrainer(Trainer):
 
     server: Server
     native: bool = False
-    met: bool = False
 
     def ask(self, version: str) -> Callable[[list[tuple[str, str]]], None]:
         """What asks the engine for an update; the native backend by vLLM's own routes."""
         if not self.native:
             return super().ask(version)
-        post = self.posting()
 
         def update(handles: list[tuple[str, str]]) -> None:
-            post("/pause", mode="keep")
-            post("/start_weight_update")
-            post("/update_weights", {"update_info": {"handles": dict(handles), "version": version}})
-            post("/finish_weight_update")
-            post("/resume")
+            self.post("/pause", mode="keep")
+            self.post("/start_weight_update")
+            self.post("/update_weights", {"update_info": {"handles": dict(handles), "version": version}})
+            self.post("/finish_weight_update")
+            self.post("/resume")
 
         return update
 
-    def posting(self) -> Callable[..., None]:
-        """Asks vLLM's own routes, once its backend is set up."""
+    @cached_property
+    def post(self) -> Callable[..., None]:
+        """Asks vLLM's own routes; its backend is set up."""
         client = httpx.Client(base_url=self.server.url, timeout=SECONDS)
 
         def post(path: str, body: object = None, **query: str) -> None:
             client.post(path, json=body, params=query).raise_for_status()
 
-        if not self.met:
-            post("/init_weight_transfer_engine", {"init_info": {}})
-        self.met = True
+        post("/init_weight_transfer_engine", {"init_info": {}})
         return post
 
     def reports(self) -> dict[str, Any]:
@@ -78,7 +76,7 @@ class VllmTrainer(Trainer):
         """A step by vLLM's own trainer."""
         from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine  # noqa: PLC0415
 
-        post = self.posting()
+        post = self.post
 
         def step(_: int) -> None:
             options = {"send_mode": "http", "url": self.server.url, "packed": True, **packed}

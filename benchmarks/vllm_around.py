@@ -134,7 +134,7 @@ def check(
     files: Path,
     expect: Callable[[str, object, object], None],
 ) -> None:
-    """One engine after the other change, beside what it should be."""
+    """Takes the first one through all of it, and says of each step whether it holds what it should."""
     updated = servers[0]
     a, b = checkpoints
     for path in checkpoints:

@@ -60,6 +60,9 @@ def steps(mesh: DeviceMesh) -> dict[str, bool]:
     seen["of another shape"] = right({**given, "rows": distribute_tensor(whole(1, (6, 8)), mesh, [Shard(0)])})
     seen["one less"] = right({name: value for name, value in given.items() if name != "all"})
     seen["other names"] = right({f"model.{name}": value for name, value in given.items()})
+    tied = {**given, "again": given["rows"]}
+    seen["under two names"] = right(tied)
+    seen["under two names, the same"] = right(tied)
     seen["as at first"] = right(given)
     given["rows"]._local_tensor = torch.zeros(4, 6)  # as FSDP does when it moves its parameters
     seen["moved"] = right(given)

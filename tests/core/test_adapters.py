@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from safetensors.torch import load_file
 from checkpoint_engine import send_adapter
 from checkpoint_engine.client.rpc_client import ReferenceClient
 from checkpoint_engine.errors import MissingDependencyError, SettingError
+from checkpoint_engine.sdk.access import RefusedError
+from checkpoint_engine.sdk.adapters import CONFIG, WEIGHTS, copy_adapter
 
 pytestmark = pytest.mark.pure
 
@@ -44,6 +47,21 @@ def test_an_engine_reads_what_a_trainer_has() -> None:
     assert all(torch.equal(client.tensors[name], tensor) for name, tensor in tensors.items())
     assert client.config == config | {"peft_type": "LORA", "target_modules": ["q_proj", "v_proj"]}
     assert not client.directory.exists()
+
+
+def test_a_server_keeps_nothing_of_a_directory_that_it_does_not_take(tmp_path: Path) -> None:
+    source, target = tmp_path / "given", tmp_path / "kept"
+    source.mkdir()
+    (source / WEIGHTS).write_text("weights")
+    for why in ("No such file", "is not a file of the user"):
+        with pytest.raises(RefusedError, match=why):
+            copy_adapter(source, target)
+        assert not target.exists()
+        if why == "No such file":
+            os.mkfifo(source / CONFIG)
+    (source / CONFIG).unlink()
+    (source / CONFIG).write_text("{}")
+    assert sorted(each.name for each in copy_adapter(source, target).iterdir()) == sorted((WEIGHTS, CONFIG))
 
 
 def test_what_cannot_be_sent_is_refused_by_name() -> None:

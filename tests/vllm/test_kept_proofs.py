@@ -136,6 +136,36 @@ def test_the_ways_that_were_proved_are_taken_over_and_no_others() -> None:
     assert proved(left="1") == ""
 
 
+SIX = [type(f"Kind{number}", (torch.nn.Linear,), {"__module__": __name__}) for number in range(6)]
+"""As many kinds of processed layers as a mixture of experts has."""
+
+
+def mixture() -> Layers:
+    """What is known of a fresh model of them."""
+    made, shadow = (torch.nn.Sequential(*(k(3, 3, bias=False, device=d) for k in SIX)) for d in ("cpu", "meta"))
+    for layer in made:
+        cast("Any", layer).quant_method = Processed()
+    targets = dict(shadow.named_parameters())
+
+    def load(tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        for name, tensor in tensors:
+            targets[name].data.copy_(tensor)
+
+    seen = record(load, targets, {name: TensorSpec(torch.float32, (3, 3)) for name in targets})
+    return Layers(LoadPlan("", make_plan(seen, targets), targets, {}), made)
+
+
+@pytest.mark.usefixtures("without_vllm")
+@pytest.mark.parametrize("rebuilt", range(len(SIX)))
+def test_whichever_kind_of_six_was_rebuilt_the_proof_is_found(rebuilt: int) -> None:
+    proof = mixture()
+    proof.tried = True
+    proof.rebuild(proof.layers[str(rebuilt)])
+    found = mixture()
+    assert found.recall({proof.digest}.__contains__)
+    assert [layer.name for layer in found.of(Way.REBUILT)] == [str(rebuilt)]
+
+
 @pytest.mark.usefixtures("without_vllm")
 def test_other_layers_other_copies_and_flags_that_no_loader_has_set_are_not_proved() -> None:
     known = {proved()}

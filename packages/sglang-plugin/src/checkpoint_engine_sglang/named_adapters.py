@@ -26,7 +26,7 @@ from checkpoint_engine_sglang.messages import Order, pack
 
 __all__ = ["NamedAdapters"]
 
-_BAD, _MISSING, _FAILED = 400, 404, 500
+_BAD, _MISSING = 400, 404
 _NEEDED = ("lora_registry", "lora_ref_cache", "lora_update_lock", "update_lora_adapter_communicator")
 
 logger = logging.getLogger(__name__)
@@ -105,12 +105,18 @@ class NamedAdapters:
         task.add_done_callback(self._unloading.discard)
 
     async def _unload(self, old: Any, kept: _NamedAdapter | None) -> None:  # noqa: ANN401
-        """Once nobody uses it."""
-        await self._manager.lora_registry.wait_for_unload(old.lora_id)
-        kind: Any = importlib.import_module("sglang.srt.managers.io_struct").UnloadLoRAAdapterReqInput
-        async with self._manager.lora_update_lock:
-            request = kind(lora_name=old.lora_name, lora_id=old.lora_id)
-            await self._manager.update_lora_adapter_communicator(request)
+        """Once nobody uses it, however long that takes: nobody waits for it."""
+        try:
+            await self._manager.lora_registry.wait_for_unload(old.lora_id)
+            kind: Any = importlib.import_module("sglang.srt.managers.io_struct").UnloadLoRAAdapterReqInput
+            async with self._manager.lora_update_lock:
+                request = kind(lora_name=old.lora_name, lora_id=old.lora_id)
+                await self._manager.update_lora_adapter_communicator(request)
+        except Exception:
+            logger.exception(
+                "the old weights of the LoRA adapter %r are not unloaded: they keep their slot", old.lora_name
+            )
+            return
         if kept is not None:
             await asyncio.to_thread(shutil.rmtree, kept.files, ignore_errors=True)
 

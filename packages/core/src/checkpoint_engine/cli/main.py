@@ -26,7 +26,7 @@ from checkpoint_engine.version import __version__
 __all__ = ["app", "main"]
 
 _INTERRUPTED = 128 + signal.SIGINT
-"""As shells have it."""
+"""As shells have it after Ctrl-C; SIGTERM and SIGHUP are treated as that is."""
 
 app = typer.Typer(
     name="checkpoint-engine",

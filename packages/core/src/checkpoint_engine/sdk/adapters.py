@@ -24,7 +24,7 @@ def directory_of_adapters() -> OwnedDirectory:
 
 
 def copy_adapter(source: Path, target: Path) -> Path:
-    """Both files, of this user, so that nobody changes them any more.
+    """Both files, of this user, so that nobody changes them any more; if that fails, nothing is left in `target`.
 
     Raises:
         RefusedError: they are not there, or somebody else's.
@@ -32,14 +32,21 @@ def copy_adapter(source: Path, target: Path) -> Path:
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir()
     try:
-        for name in (WEIGHTS, CONFIG):
-            # What is no file, as a pipe, must not be waited for.
-            with os.fdopen(os.open(source / name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-                status = os.fstat(file.fileno())
-                if not stat.S_ISREG(status.st_mode) or status.st_uid not in (os.geteuid(), 0):
-                    raise RefusedError(_BAD, f"{source / name} is not a file of the user that serves")
-                with (target / name).open("wb") as copy:
-                    shutil.copyfileobj(file, copy, 1 << 24)
-    except OSError as error:
-        raise RefusedError(_BAD, f"{source} is no LoRA adapter that can be read here: {error}") from error
+        _copy(source, target)
+    except BaseException as error:
+        shutil.rmtree(target, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise RefusedError(_BAD, f"{source} is no LoRA adapter that can be read here: {error}") from error
+        raise
     return target
+
+
+def _copy(source: Path, target: Path) -> None:
+    for name in (WEIGHTS, CONFIG):
+        # What is no file, as a pipe, must not be waited for.
+        with os.fdopen(os.open(source / name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode) or status.st_uid not in (os.geteuid(), 0):
+                raise RefusedError(_BAD, f"{source / name} is not a file of the user that serves")
+            with (target / name).open("wb") as copy:
+                shutil.copyfileobj(file, copy, 1 << 24)

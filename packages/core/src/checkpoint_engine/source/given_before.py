@@ -72,14 +72,15 @@ def _described(given: NamedTensors, local: LocalTensors) -> list[_Given]:
     """What was given; nothing if some of it is no tensor, or lies here in several boxes."""
     if not any(map(is_distributed, set(map(type, given.values())))):
         return []  # plain tensors are looked through in no time
-    labels = {id(part): label for label, part in local.tensors.items()}
+    # By name, too: tied weights are one tensor under two.
+    labels = {(local.shards.get(label, (label,))[0], id(part)): label for label, part in local.tensors.items()}
     found: list[_Given] = []
     with torch.no_grad():
         for name, value in given.items():
             if not isinstance(value, torch.Tensor):
                 return []
             part, placements = _part_of(value)
-            label = labels.get(id(part), "")
+            label = labels.get((name, id(part)), "")
             if not label and part.numel():
                 return []
             found.append(_Given(name, weakref.ref(value), placements, part.shape, label))
