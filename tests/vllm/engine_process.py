@@ -278,9 +278,13 @@ class Engine:
         return {"found": formats.unreloadable(compat.target_model(self.worker), graphs=graphs)}
 
     def mock_kernels(self) -> dict[str, Any]:
-        """Engines started from now on have FP8 kernels, in plain torch."""
+        """Engines started from now on have FP8 kernels, in plain torch; says what vLLM itself lacks on this CPU."""
         importlib.import_module("mock_kernels")
-        return {}
+        there = {
+            "int4 weights": hasattr(torch.ops._C, "cpu_gemm_wna16"),
+            "FP8 caches": torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported(),
+        }
+        return {"missing": [kernel for kernel, has in there.items() if not has]}
 
     def load_plainly(self, checkpoint: str) -> dict[str, Any]:
         """What reloading was before vLLM had a way for it: the loader once more, over what the kernels made."""
