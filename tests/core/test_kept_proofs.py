@@ -7,6 +7,7 @@ import threading
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
+from unittest import mock
 
 import msgspec
 import pytest
@@ -16,6 +17,7 @@ from checkpoint_engine.contract.sink import TensorSpec, Update
 from checkpoint_engine.errors import WorkerError
 from checkpoint_engine.reference.engine import ModelSpec, ReferenceEngine, make_checkpoint
 from checkpoint_engine.reference.sink import ReferenceSink
+from checkpoint_engine.reload import kept_proofs
 from checkpoint_engine.reload import reloader as reloading
 from checkpoint_engine.reload.kept_proofs import KeptProofs, proof_files
 from checkpoint_engine.reload.plan import ReloadPlan, make_plan
@@ -184,3 +186,16 @@ def test_proofs_of_other_software_or_other_tensors_are_others(kept: Path) -> Non
     assert not proofs.has("plan", {**SPECS, "a": TensorSpec(torch.float16, (2, 3))})
     assert not KeptProofs({"engine": "reference", "torch": "2.1"}).has("plan", SPECS)
     assert not KeptProofs({"engine": "reference", "torch": "2.0"}, kept / "elsewhere").has("plan", SPECS)
+
+
+def test_one_plan_is_looked_for_under_many_digests_and_its_tensors_are_gone_through_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    proofs = KeptProofs({"engine": "reference"})
+    counted = mock.Mock(wraps=kept_proofs.fingerprint)
+    monkeypatch.setattr(kept_proofs, "fingerprint", counted)
+    assert not any(proofs.has(str(number), SPECS) for number in range(64))
+    assert counted.call_count == 1
+    proofs.keep("plan", {"a": SPECS["a"]})
+    assert not proofs.has("plan", SPECS)
+    assert counted.call_count == 3

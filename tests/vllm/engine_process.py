@@ -45,8 +45,9 @@ from checkpoint_engine.reload import parting
 from checkpoint_engine.sdk.testing import EngineUnderTest, run_checks
 from checkpoint_engine_vllm import compat, formats, loadplan, shadow
 from checkpoint_engine_vllm.adapters import without_adapters
+from checkpoint_engine_vllm.extension import state_of
 from checkpoint_engine_vllm.planned import PlannedReload
-from checkpoint_engine_vllm.sink import LENIENT, VllmSink
+from checkpoint_engine_vllm.sink import LENIENT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -81,7 +82,7 @@ class Engine:
             disable_log_stats=False,
             **options,
         )
-        self.adapter = VllmSink(self.worker)
+        self.adapter = state_of(self.worker).sink
         return {}
 
     def keep_proofs(self, where: str) -> dict[str, Any]:
@@ -145,6 +146,7 @@ class Engine:
         with ExitStack() as faults:
             faults.enter_context(mock.patch.dict(os.environ, {LENIENT: str(int(lenient))}))
             opened = faults.enter_context(watched_layers(at_once))
+            recording = faults.enter_context(mock.patch.object(loadplan, "_plan_anew", wraps=loadplan._plan_anew))
             for thing in without:
                 faults.enter_context(lacking(thing))
             if alter is not None:
@@ -170,6 +172,7 @@ class Engine:
                     "dirty": self.adapter.dirty,
                 }
         held = {"dirty": self.adapter.dirty, "version": self.adapter.version, "opened": max(opened, default=0)}
+        held["recorded"] = recording.call_count
         return {"error": None, **held, **self.adapter.life.parts(), "details": details}
 
     def native(

@@ -28,10 +28,11 @@ def kept(engine: Engine, tmp_path: Path) -> Iterator[Path]:
     engine("keep_proofs", where="off")
 
 
-def updated(engine: Engine, checkpoint: Path) -> str:
-    """How an update went."""
+def updated(engine: Engine, checkpoint: Path, recorded: int | None = None) -> str:
+    """How an update went, which recorded so many plans."""
     done = engine("update", checkpoint=checkpoint)
     assert done["error"] is None, done
+    assert recorded is None or done["recorded"] == recorded
     return done["details"]["reload"]
 
 
@@ -41,7 +42,7 @@ def test_a_second_process_goes_by_plan_from_its_first_update(
     one, other = checkpoints / "moe", checkpoints / "moe-b"
     expected = {each: cold(each.name) for each in (one, other)}
     engine("start", model=one, load_format="dummy")
-    assert updated(engine, other) == "proof"
+    assert updated(engine, other, recorded=1) == "proof"
     (file,) = kept.iterdir()
     file.unlink()
     engine("forget")
@@ -54,11 +55,11 @@ def test_a_second_process_goes_by_plan_from_its_first_update(
     fresh_engine("keep_proofs", where=kept)
     fresh_engine("start", model=other, load_format="dummy")  # wherever its checkpoint lies
     for checkpoint in (other, one, other):
-        assert updated(fresh_engine, checkpoint) == "plan"
+        assert updated(fresh_engine, checkpoint, recorded=0) == "plan", "it recorded its plan when it started"
         assert holds(fresh_engine, expected[checkpoint])
 
     fresh_engine("start", model=one, load_format="dummy", hf_overrides={"rope_theta": 20_000.0})
-    assert updated(fresh_engine, other) == "proof", "the same plan and the same tensors, of another configuration"
+    assert updated(fresh_engine, other, recorded=1) == "proof", "the same plan and tensors, of another configuration"
     assert len(list(kept.iterdir())) == 2
 
     file.write_bytes(file.read_bytes()[:-1] + b"?")

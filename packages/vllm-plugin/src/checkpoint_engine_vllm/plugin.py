@@ -8,7 +8,7 @@ import logging
 import os
 from typing import Any
 
-from checkpoint_engine_vllm import beside
+from checkpoint_engine_vllm import ahead, beside
 from checkpoint_engine_vllm.place import note_replicas
 from checkpoint_engine_vllm.transfer import backends
 
@@ -37,6 +37,7 @@ def register() -> None:
         logger.warning("this vLLM is unknown (%r): start it with --worker-extension-cls %s", error, WORKER_EXTENSION)
         return
     backends.register()
+    ahead.register()
     if os.environ.get(METAS_VARIABLE):
         importlib.import_module("checkpoint_engine_vllm.loader").register()
     if getattr(create, _MARK, False):
@@ -48,6 +49,7 @@ def register() -> None:
         _use_our_extension(config)
         _use_our_loader(config)
         note_replicas(config)
+        ahead.register()  # for an engine of this very process, which has imported all of vLLM by now
         return config
 
     setattr(create_engine_config, _MARK, True)

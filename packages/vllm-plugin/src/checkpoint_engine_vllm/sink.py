@@ -86,6 +86,23 @@ class VllmSink(EngineSink):
         self._part: Part | None = None
         self._aliases, self._ties = Aliases(None, torch.nn.Module()), Ties(None, torch.nn.Module())
 
+    def record_ahead(self) -> int:
+        """Records the plan for the tensors that engines of this kind got last, before they come; says of how many.
+
+        None are known where no proof is kept. An update that brings others records its own plan.
+
+        Raises:
+            WeightsRejectedError: this engine's loader does not know them.
+        """
+        kept = kept_proofs(self._worker)
+        tensors = None if kept is None else kept.last()
+        if not tensors:
+            return 0
+        with self.running():
+            model = compat.target_model(self._worker)
+            self._planner.plan(_SERVED, self._worker.vllm_config, self._worker.model_config, tensors, model)
+        return len(tensors)
+
     def running(self) -> AbstractContextManager[object]:
         """Makes vLLM's configuration the current one, as it is while vLLM loads by itself."""
         return compat.engine_context(self._worker)

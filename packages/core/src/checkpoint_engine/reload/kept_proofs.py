@@ -60,6 +60,8 @@ class KeptProofs:
         """
         self._serving = {"checkpoint-engine": __version__, **{name: str(value) for name, value in serving.items()}}
         self._directory = directory or proofs_directory()
+        self._fingerprint: tuple[Mapping[str, TensorSpec], str] | None = None
+        """Of the tensors that were asked for last: one plan may be looked for under many digests."""
         self._kind = hashlib.sha256(msgspec.msgpack.encode(sorted(self._serving.items()))).hexdigest()[:16]
 
     def has(self, plan: str, tensors: Mapping[str, TensorSpec]) -> bool:
@@ -111,7 +113,10 @@ class KeptProofs:
     def _file(self, plan: str, tensors: Mapping[str, TensorSpec]) -> Path | None:
         if self._directory is None:
             return None
-        key = hashlib.sha256(f"{plan}{fingerprint(tensors)}".encode()).hexdigest()
+        known = self._fingerprint
+        if known is None or known[0] is not tensors:
+            self._fingerprint = known = tensors, fingerprint(tensors)
+        key = hashlib.sha256(f"{plan}{known[1]}".encode()).hexdigest()
         return self._directory / f"{self._kind}-{key[:32]}{_SUFFIX}"
 
     def _read(self, file: Path) -> _KeptProof | None:
