@@ -47,7 +47,7 @@ from checkpoint_engine_vllm import compat, formats, loadplan, shadow
 from checkpoint_engine_vllm.adapters import without_adapters
 from checkpoint_engine_vllm.extension import state_of
 from checkpoint_engine_vllm.planned import PlannedReload
-from checkpoint_engine_vllm.sink import LENIENT
+from checkpoint_engine_vllm.sink import LENIENT, VllmSink
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -82,7 +82,7 @@ class Engine:
             disable_log_stats=False,
             **options,
         )
-        self.adapter = state_of(self.worker).sink
+        self.adapter = VllmSink(self.worker, state_of(self.worker).sink._planner)  # what the start has recorded
         return {}
 
     def keep_proofs(self, where: str) -> dict[str, Any]:
