@@ -9,14 +9,15 @@ import socket
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
-
-import httpx
 
 from checkpoint_engine import limits
 from checkpoint_engine.deadline import Deadline
 from checkpoint_engine.errors import DeadlineError, EngineRequestError, SettingError
+
+if TYPE_CHECKING:
+    import httpx
 
 __all__ = ["Endpoint", "NoEndpoint", "Reply", "shorten", "with_scheme"]
 
@@ -53,9 +54,7 @@ class Endpoint:
         key = os.environ.get(_API_KEY, "") if api_key is None else api_key
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._base_url, self._socket = _parse(address)
-        # Reading the authorities takes 20 ms, which httpx would spend on every request, and on those without TLS too.
-        secure = self._base_url.startswith("https:")
-        self._tls = httpx.create_ssl_context() if secure else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        self._tls = _tls_of(self._base_url)
 
     def send(
         self,
@@ -72,6 +71,8 @@ class Endpoint:
             EngineRequestError: nobody listens there, or the connection broke.
             DeadlineError: nothing took the connection within 5 s, or no answer came in time.
         """
+        import httpx  # noqa: PLC0415 - a quarter of a second, which a wrong word on the command line need not wait for
+
         request = f"{method} {path}"
         deadline.check(f"{request} to {self.address}")
         try:
@@ -191,6 +192,15 @@ def _parse(address: str) -> tuple[str, str | None]:
     if parts.scheme in ("http", "https") and parts.hostname:
         return address, None
     raise SettingError(f"{address!r} is no endpoint; use http://HOST:PORT or unix:/path/to.sock")
+
+
+def _tls_of(url: str) -> ssl.SSLContext:
+    """Reading the authorities takes 20 ms, which httpx would spend on every request, and on those without TLS too."""
+    if not url.startswith("https:"):
+        return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    import httpx  # noqa: PLC0415 - as above
+
+    return httpx.create_ssl_context()
 
 
 def _describe(error: Exception) -> str:

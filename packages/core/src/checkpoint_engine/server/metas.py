@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-
-import httpx
+from typing import TYPE_CHECKING
 
 from checkpoint_engine import limits
 from checkpoint_engine.catalog import Catalog
 from checkpoint_engine.deadline import Deadline
 from checkpoint_engine.errors import AccessRefusedError, CheckpointFormatError, DeadlineError, PeerError, SettingError
+
+if TYPE_CHECKING:
+    import httpx
 
 __all__ = ["parse_metas", "read_metas"]
 
@@ -70,6 +72,8 @@ def parse_metas(data: bytes, source: str) -> Catalog:
 
 
 def _fetch(url: str, token: str | None, timeout: float) -> bytes:
+    import httpx  # noqa: PLC0415 - see `Endpoint.send`
+
     deadline = Deadline(timeout)
     try:
         parsed = httpx.URL(url)
