@@ -15,9 +15,16 @@ from typing import Any
 
 import pytest
 
+from checkpoint_engine.cli.options import Engines
 from checkpoint_engine.client.auto import load_client
 from checkpoint_engine.deadline import Deadline
-from checkpoint_engine.errors import CheckpointEngineError, DeadlineError, EngineRequestError, MissingDependencyError
+from checkpoint_engine.errors import (
+    CheckpointEngineError,
+    DeadlineError,
+    EngineRequestError,
+    MissingDependencyError,
+    SettingError,
+)
 from checkpoint_engine_vllm import LlmClient, VllmClient, WorkerExtension, beside, compat, plugin
 from checkpoint_engine_vllm.extension import give_methods
 
@@ -133,10 +140,19 @@ def test_our_own_routes_are_the_best_way_in(vllm: StandIn) -> None:
     assert vllm.client.world_size() == 1
     vllm.asked.clear()
     vllm.update("wait")
-    names = ("pause", "reset_caches", "resume", "status", "update", "weight_version")
+    names = ("pause", "reset_caches", "resume", "status", "status", "update", "weight_version")
     assert sorted(vllm.asked) == ["/is_paused", *(f"{own}/{name}" for name in names)]
     vllm.client.verify_weights({"cpu:0": "h"}, version="v2", timeout=10)
     assert vllm.asked[-1] == f"{own}/verify"
+
+
+def test_without_development_mode_the_pause_of_somebody_else_is_seen(vllm: StandIn) -> None:
+    own = "/v1/checkpoint_engine"
+    vllm.with_routes(own, *(f"{own}/{name}" for name in ("pause", "resume", "reset_caches", "weight_version")))
+    vllm.routes[f"{own}/update"] = lambda _: results(OK)
+    vllm.routes[f"{own}/status"] = lambda _: (200, {"workers": [STATUS], "world_size": 1, "paused": True})
+    vllm.update("keep")
+    assert f"{own}/resume" not in vllm.asked
 
 
 def test_our_own_routes_say_why_they_refuse(vllm: StandIn) -> None:
@@ -283,6 +299,78 @@ def test_an_engine_that_tells_of_one_replica_alone_stays_paused_after_a_failure(
     with pytest.raises(EngineRequestError, match="what 1 of its 2 workers hold"):
         vllm.update()
     assert "/resume" not in vllm.asked
+
+
+def with_replicas(vllm: StandIn, *, behind_it: int = 2) -> StandIn:
+    """As vLLM with two replicas of experts answers, one of whose workers waits for the other in each step."""
+    status = {**STATUS, "in_step": 2, "replicas": behind_it}
+    vllm.with_rpc(checkpoint_engine_status=results(status), checkpoint_engine_update=results(OK))
+    vllm.with_routes("/pause", "/resume", *RESETS, "/update_weight_version")
+    vllm.routes["/is_paused"] = lambda _: (200, {"is_paused": paused(vllm)})
+    return vllm
+
+
+def paused(vllm: StandIn) -> bool:
+    stops = [path for path in vllm.asked if path.startswith("/pause") or path == "/resume"]
+    return bool(stops) and stops[-1] != "/resume"
+
+
+def test_replicas_that_step_together_are_not_updated_while_they_step(vllm: StandIn) -> None:
+    with pytest.raises(EngineRequestError, match=r"take each step together.*use pause mode keep.*still holds its old"):
+        with_replicas(vllm).update("none")
+    assert "checkpoint_engine_update" not in vllm.called
+    vllm.update("keep")
+    vllm.asked.append("/pause")  # by whoever drives this engine, as frameworks do
+    vllm.update("none")
+    assert vllm.called.count("checkpoint_engine_update") == 2
+    assert paused(vllm)
+
+
+def test_replicas_that_step_together_are_paused_while_they_are_compared(vllm: StandIn) -> None:
+    compared: list[bool] = []
+
+    def compare() -> None:
+        vllm.client.verify_weights({"cpu:0": "h"}, version="v2", timeout=10)
+
+    def note(found: dict[str, Any]) -> Callable[[Any], Answer]:
+        def answer(body: Any) -> Answer:
+            if body["method"] == "checkpoint_engine_status":
+                return vllm.methods["checkpoint_engine_status"]
+            compared.append(paused(vllm))
+            return results(found)
+
+        return answer
+
+    with_replicas(vllm).routes["/collective_rpc"] = note({**OK, "verified": True})
+    compare()
+    assert (compared, paused(vllm)) == ([True], False)
+    vllm.routes["/collective_rpc"] = note({**OK, "ok": False, "error": "WorkerError: broken"})
+    with pytest.raises(EngineRequestError, match="WorkerError: broken"):
+        compare()
+    assert (compared, paused(vllm)) == ([True, True], False)
+    vllm.asked.append("/pause")
+    with pytest.raises(EngineRequestError, match="WorkerError: broken"):
+        compare()
+    assert paused(vllm)
+
+
+def test_replicas_behind_several_endpoints_are_not_resumed_one_by_one(vllm: StandIn) -> None:
+    """VLLM would keep the one that is resumed from doing anything until the others are, too."""
+    with_replicas(vllm, behind_it=1).methods["checkpoint_engine_update"] = (500, "a worker is gone")
+    with pytest.raises(EngineRequestError, match=r"still holds its old weights.* could not be resumed: update again"):
+        vllm.update("keep")
+    assert paused(vllm)
+    vllm.methods["checkpoint_engine_update"] = results(OK)
+    vllm.update("keep")
+    assert not paused(vllm)
+
+
+def test_all_endpoints_whose_replicas_step_together_must_be_named(vllm: StandIn) -> None:
+    with_replicas(vllm, behind_it=1).routes["/get_world_size"] = lambda _: (200, {"world_size": 1})
+    here = vllm.client.endpoint.address
+    with pytest.raises(SettingError, match=r"behind 2 endpoints.*\(1 given\)"):
+        Engines("vllm", (here,)).knock(print)
+    Engines("vllm", (here, here)).knock(print)
 
 
 def test_a_comparison_does_not_pass_for_an_update(vllm: StandIn) -> None:

@@ -47,3 +47,5 @@ def test_each_worker_that_one_call_reaches_has_a_number_of_its_own(
     assert [(place.rank, place.world_size, place.replica) for place in places] == [
         (number, reached, number // 2) for number in range(reached)
     ]
+    together = 1 if dense else fields.get("data_parallel_size", 1)
+    assert {(place.replicas, place.in_step) for place in places} == {(reached // 2, together)}

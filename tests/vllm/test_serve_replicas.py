@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from tests.vllm.test_serve import Stream
+
 pytestmark = pytest.mark.endurance
 
 STATUS = "/v1/checkpoint_engine/status"
@@ -79,6 +81,44 @@ def test_every_replica_is_updated_checked_and_healed(
     differs = verify(checkpoints / b, server, *BOTH, **KEY)
     assert differs.returncode == 1, differs.stdout
     assert ["rank 0, different" in differs.stdout, "rank 1, different" in differs.stdout] == [False, True]
+    server.close()
+
+
+def test_replicas_of_experts_are_paused_to_be_updated_and_to_be_compared(
+    serve: Serve, update: Update, verify: Update, checkpoints: Path
+) -> None:
+    """They take each step together, also while only one of them has a request."""
+    a, b = "moe", "moe-b"
+    server = serve(
+        a,
+        *("--data-parallel-size", "2", "--worker-extension-cls", "gathering.GatheringExtension"),
+        PYTHONPATH=str(Path(__file__).parent),
+        VLLM_PLUGINS="checkpoint_engine",
+        VLLM_CPU_OMP_THREADS_BIND="0|1",
+    )
+    assert [(worker["replicas"], worker["in_step"]) for worker in server.get(STATUS)["workers"]] == [(2, 2)] * 2
+    cold = tokens_of_each(server)
+    assert cold[0] == cold[1]
+    server.rpc("checkpoint_engine_test_slow", 0.05)
+    running = Stream(server.endpoint, 3000)
+    running.wait_for(3)
+    refused = update(checkpoints / b, server, *BOTH, "--pause", "none", "--keep-caches")
+    assert (refused.returncode, "take each step together" in refused.stderr) == (1, True), refused.stderr
+    assert verify(checkpoints / a, server, *BOTH).returncode == 0
+    for name, *how in ((b,), (a, "--method", "direct"), (b,)):
+        done = update(checkpoints / name, server, *BOTH, *how, **TINY_BUCKETS)
+        assert done.returncode == 0, done.stderr
+    assert len(running.tokens) < 3000
+    server.rpc("checkpoint_engine_test_slow", 0)
+    running.join()
+    assert len(running.tokens) == 3000
+    assert verify(checkpoints / b, server, *BOTH).returncode == 0
+    for name in (b, a):
+        done = update(checkpoints / name, server, *BOTH)
+        assert done.returncode == 0, done.stderr
+        tokens = tokens_of_each(server)
+        assert tokens[0] == tokens[1]
+        assert (tokens == cold) is (name == a)
     server.close()
 
 

@@ -91,6 +91,7 @@ class WorkerState:
 
     def status(self) -> dict[str, Any]:
         """See `WorkerExtension.checkpoint_engine_status`."""
+        place = WorkerPlace.of(self._worker)
         return {
             "version": self.sink.version,
             "dirty": self.sink.dirty,
@@ -101,7 +102,9 @@ class WorkerState:
             "door": self._door,
             "error": self._error,
             "rank": int(self._worker.rank),
-            "replica": WorkerPlace.of(self._worker).replica,
+            "replica": place.replica,
+            "replicas": place.replicas,
+            "in_step": place.in_step,
             "vllm": compat.version(),
             "last_update": dict(self._details),
             "beside": str(getattr(self._worker, BESIDE, "")),

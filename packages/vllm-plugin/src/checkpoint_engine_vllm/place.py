@@ -23,6 +23,11 @@ class WorkerPlace:
     world_size: int
     replica: int = 0
     """Of which of the replicas it is one."""
+    replicas: int = 1
+    """How many of them there are."""
+    in_step: int = 1
+    """How many replicas, behind whichever server, take each step together: experts do, as what one of them has computed
+    goes to the others within the step."""
 
     @classmethod
     def of(cls, worker: Worker) -> Self:
@@ -30,7 +35,9 @@ class WorkerPlace:
         parallel = worker.vllm_config.parallel_config
         replicas, in_replica = _replicas(parallel), int(parallel.world_size)
         replica = int(getattr(parallel, "data_parallel_index", getattr(parallel, "data_parallel_rank", 0))) % replicas
-        return cls(replica * in_replica + int(worker.rank), replicas * in_replica, replica)
+        # vLLM tells a dense model's replica that it is alone.
+        in_step = int(getattr(parallel, "data_parallel_size", 1))
+        return cls(replica * in_replica + int(worker.rank), replicas * in_replica, replica, replicas, in_step)
 
 
 def workers_reached(parallel: Any) -> int:  # noqa: ANN401 - vLLM's own

@@ -94,8 +94,10 @@ class RoutesClient(CollectiveRpcClient):
         self._ask("resume", deadline)
 
     def is_paused(self, deadline: Deadline) -> bool:
-        """`GET /is_paused`; False where vLLM has no such route."""
+        """`GET /is_paused`, or where that is closed our own status, which asks the workers as well."""
         reply = self.endpoint.send("GET", "/is_paused", deadline)
+        if reply.status == _NOT_FOUND:
+            return bool(self._status(deadline).get("paused"))
         return reply.ok and '"is_paused":true' in reply.text.replace(" ", "")
 
     def reset_caches(self, deadline: Deadline) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,9 +11,10 @@ from pathlib import Path
 from checkpoint_engine import limits
 from checkpoint_engine.cli.common import DeviceKind, Pause
 from checkpoint_engine.client.auto import load_client
+from checkpoint_engine.client.engine_client import EngineClient, TellingClient
 from checkpoint_engine.contract.modes import Operation, WireMode, operation_of
 from checkpoint_engine.deadline import Deadline
-from checkpoint_engine.errors import DeadlineError, SettingError
+from checkpoint_engine.errors import DeadlineError, EngineRequestError, MissingDependencyError, SettingError
 from checkpoint_engine.transfer.methods import Method
 
 __all__ = ["Afterwards", "Engines", "Patience", "Requests", "TensorChoice", "Transfer", "path_text", "share_memory"]
@@ -65,8 +67,25 @@ class Engines:
             try:
                 client.wait_ready(Deadline(limits.QUICK_ANSWER))
                 self.check_workers(endpoint, client.world_size())
+                self._check_all_are_meant(client, Deadline(limits.QUICK_ANSWER))
             except DeadlineError as error:
                 say(f"{error}; it is waited for (--wait)")
+
+    def _check_all_are_meant(self, client: EngineClient, deadline: Deadline) -> None:
+        """Replicas of experts take each step together, so that one which is paused waits for all others to be.
+
+        Raises:
+            SettingError: some answer at endpoints that are not named.
+        """
+        if not isinstance(client, TellingClient):
+            return
+        with contextlib.suppress(EngineRequestError, MissingDependencyError):  # that it does not tell is said elsewhere
+            needed = max((-(-worker.in_step // worker.replicas) for worker in client.status(deadline)), default=1)
+            if needed > len(self.endpoints):
+                raise SettingError(
+                    f"the engines take each step together with replicas behind {needed} endpoints, and are paused only "
+                    f"together: repeat --endpoint for each of them ({len(self.endpoints)} given)"
+                )
 
     def check_workers(self, endpoint: str, found: int | None) -> None:
         """Tells whether an engine has as many workers as it should; None if it cannot tell.

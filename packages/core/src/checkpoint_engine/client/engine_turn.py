@@ -45,6 +45,8 @@ class EngineTurn:
         """Whether an update, not a person, has paused the engine and not resumed it: this one, or one before it."""
         self.paused_by_others = False
         """Whether somebody else had paused it when an update came last, which left it so."""
+        self.steps_elsewhere = False
+        """Whether replicas behind other endpoints take each step with it: it is resumed with them, or not at all."""
         self.pausing: float | None = None
         """When this update has paused it (of `time.perf_counter`)."""
 

@@ -87,7 +87,12 @@ class Settlement:
             self._turn.note_resume()
 
     def resume_quietly(self) -> bool:
-        """The same; returns whether that could be done."""
+        """The same after a failure; returns whether that could be done."""
+        if self._turn.paused and self._turn.steps_elsewhere:
+            logger.warning(
+                "%s stays paused: replicas behind other endpoints step with it", self._engine.endpoint.address
+            )
+            return False
         try:
             self.resume(Deadline(limits.SETTLE))
         except CheckpointEngineError as error:
@@ -111,6 +116,7 @@ class Settlement:
                 other data-parallel replicas than the first.
         """
         workers, expected = self._engine.status(deadline), self._engine.world_size()
+        self._turn.steps_elsewhere |= any(worker.steps_elsewhere for worker in workers)
         if expected is not None and 0 < len(workers) < expected:
             who = self._engine.endpoint.address
             raise EngineRequestError(f"{who} tells what {len(workers)} of its {expected} workers hold, not the others")

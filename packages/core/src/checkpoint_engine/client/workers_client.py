@@ -160,9 +160,13 @@ class WorkersClient:
 
     def _make_ready(self, order: WorkersOrder, turn: EngineTurn, deadline: Deadline) -> Future[None] | None:
         """Pauses it, if so ordered, and sees whether its workers hear; returns the dropping of caches that goes on."""
-        hearing = in_background(lambda: self._knock(deadline), "checkpoint-engine-knocks")
+        hearing = in_background(lambda: self._knock(turn, deadline), "checkpoint-engine-knocks")
         if not self.needs_pause(order.pause):
-            hearing.result()
+            if hearing.result() and not self.is_paused(deadline):
+                raise EngineRequestError(
+                    f"{self.endpoint.address} has replicas of experts, which take each step together: one that took "
+                    "weights within a step would keep the others from ending theirs; use pause mode keep, abort or wait"
+                )
             return None
         if self._while_it_lives(lambda: self._is_paused_by_somebody(turn, deadline)):
             turn.note_pause_of_others()
@@ -200,13 +204,37 @@ class WorkersClient:
         return said
 
     def verify_weights(self, handles: Mapping[str, str], *, version: str, timeout: float) -> None:
-        """Has every worker compare its weights with the checkpoint that `handles` offer; the engine is not paused.
+        """Has every worker compare its weights with the checkpoint that `handles` offer.
+
+        The engine is paused meanwhile only where its replicas take each step together.
 
         Raises:
             EngineRequestError: the engine refuses, or a worker failed; the message names the worker.
             DeadlineError: it does not answer in time.
         """
-        self._ask_all(WorkersOrder(handles, version, compare=True), Deadline(timeout))
+        order, deadline = WorkersOrder(handles, version, pause="keep", compare=True), Deadline(timeout)
+        turn = EngineTurn(self.endpoint.address)
+        if not self._knock(turn, deadline):
+            self._ask_all(order, deadline)
+            return
+        with turn.take(deadline):
+            if self.is_paused(deadline):  # whoever did that ends it
+                self._ask_all(order, deadline)
+            else:
+                self._compare_paused(order, turn, deadline)
+
+    def _compare_paused(self, order: WorkersOrder, turn: EngineTurn, deadline: Deadline) -> None:
+        turn.note_pause()
+        try:
+            self._while_it_lives(lambda: self.pause(order.pause, reset_caches=False, deadline=deadline))
+            self._while_it_lives(lambda: self._ask_all(order, deadline))
+        except (EngineRequestError, DeadlineError) as error:
+            if Settlement(self, turn).resume_quietly():
+                raise
+            raise type(error)(
+                f"{error}; it was paused to be compared, and may still be: update it, or resume it"
+            ) from error
+        Settlement(self, turn).resume(Deadline(limits.SETTLE))
 
     def settle_orphan(self, deadline: Deadline) -> str:
         """After the death of a sender: has the engine serve if its weights are whole; says what it holds now.
@@ -271,22 +299,24 @@ class WorkersClient:
             return False
         return False
 
-    def _knock(self, deadline: Deadline) -> None:
-        """Finds out whether its workers hear.
+    def _knock(self, turn: EngineTurn, deadline: Deadline) -> bool:
+        """Finds out whether its workers hear; returns whether replicas of it take each step together.
 
         Raises:
             EngineSilentError: they do not.
         """
         patience = Deadline(min(limits.HEAR, deadline.remaining))
         try:
-            self.status(patience)
+            workers = self.status(patience)
         except (DeadlineError, EngineRequestError) as error:
             if isinstance(error, DeadlineError) or patience.expired:
                 raise EngineSilentError(
                     f"{error}: is a worker stopped (SIGCONT continues it), busy with another update, or in a step that "
                     "takes longer (then pause the engine first)?"
                 ) from error
-            # What it cannot say does not matter here; whether it can be updated shows next.
+            return False  # what it cannot say does not matter here; whether it can be updated shows next
+        turn.steps_elsewhere = any(worker.steps_elsewhere for worker in workers)
+        return any(worker.in_step > 1 for worker in workers)
 
     def _converted(self, results: object, kind: type[_Converted]) -> _Converted:
         """What workers say, from its JSON."""

@@ -45,10 +45,20 @@ class WorkerStatus(msgspec.Struct, frozen=True):
     whole_version: str | None = None
     error: str = ""
     """Of the last update, if that failed."""
+    replicas: int = 1
+    """Data-parallel replicas that answer at the same endpoint."""
+    in_step: int = 1
+    """Replicas, of this endpoint and others, that take each step together: if one waits for weights within a step, the
+    others cannot end theirs."""
     door: str = ""
     """By which way the last one came in, in the engine's own words."""
     last_update: dict[str, str | int | float] = {}
     """Figures of the last update that succeeded, as `UpdateFigures` has them."""
+
+    @property
+    def steps_elsewhere(self) -> bool:
+        """Whether replicas behind other endpoints take each step with it."""
+        return self.in_step > self.replicas
 
 
 def name_of_update(handle: str) -> str:
