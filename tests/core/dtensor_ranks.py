@@ -66,6 +66,7 @@ def steps(mesh: DeviceMesh) -> dict[str, bool]:
     seen["as at first"] = right(given)
     given["rows"]._local_tensor = torch.zeros(4, 6)  # as FSDP does when it moves its parameters
     seen["moved"] = right(given)
+    seen["other objects"] = right({name: value.detach() for name, value in given.items()})  # as `state_dict` makes them
     return seen
 
 
