@@ -26,6 +26,8 @@ from tests.core.cluster import Cluster, Recorder
 
 SPEC = ModelSpec(experts=2)
 TP = 2
+ON_BOTH = ("norm.weight", ".gate.weight", ".inv_freq", ".steps", ".scale", ".odd_bytes", ".mask", ".half")
+"""How tensors end that each worker holds whole; of all others it has a part."""
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +72,11 @@ def test_equal_weights(engine: ReferenceProcess, checkpoints: Path) -> None:
     assert report["ok"] is True
     assert [worker["rank"] for worker in report["workers"]] == [0, 1]
     assert all(worker["different_tensors"] == 0 < worker["compared_tensors"] for worker in report["workers"])
+    (file,) = (checkpoints / "served").glob("*.safetensors")
+    tensors = load_file(file)
+    on_both = [tensor for name, tensor in tensors.items() if name.endswith(ON_BOTH)]
+    expected = sum(tensor.nbytes for tensor in (*tensors.values(), *on_both))
+    assert sum(worker["compared_bytes"] for worker in report["workers"]) == expected
 
 
 def test_one_other_bit_is_found_named_and_left_as_it_is(engine: ReferenceProcess, checkpoints: Path) -> None:

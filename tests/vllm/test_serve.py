@@ -66,7 +66,21 @@ def test_without_development_mode_and_beside_another_extension(
         assert (status["weight_version"], status["paused"], status["workers"][0]["version"]) == (name, False, name)
     assert verify(checkpoints / "moe", server, **key).returncode == 0
     assert server.http.post("/pause").status_code == 404
+    assert_told_by_metrics(server, updates=3)
     server.close()
+
+
+def assert_told_by_metrics(server: Any, *, updates: int) -> None:
+    """In vLLM's own `/metrics`: ours, and vLLM's own of weight updates; comparisons are in neither."""
+    lines = [line.rpartition(" ") for line in server.http.get("/metrics").text.splitlines() if line[:1] != "#"]
+    told = {name: float(value) for name, _, value in lines}
+    for phase in ("check", "load", "finish", "total"):
+        assert told[f'checkpoint_engine_update_seconds_count{{phase="{phase}"}}'] == updates
+    assert told['vllm:rl_weight_update_operation_duration_seconds_count{operation="update"}'] == updates
+    assert told["checkpoint_engine_update_bytes_total"] > updates * 1e6
+    assert told["checkpoint_engine_update_bytes_per_second"] > 0
+    assert told["checkpoint_engine_weights_dirty"] == 0
+    assert told['checkpoint_engine_weights_version_info{version="moe"}'] == 1
 
 
 @pytest.fixture(scope="module")

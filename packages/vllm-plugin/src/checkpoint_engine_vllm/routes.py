@@ -100,16 +100,13 @@ class Routes:
         }
 
     async def _update(self, body: _Body) -> object:
-        if not body.handles:
-            raise RefusedError(_BAD, "`handles` (device -> handle, as the parameter server gives them) is missing")
         with _measured("update"):
-            arguments = (body.handles, body.version, body.timeout)
-            results = await self._workers("checkpoint_engine_update", body.timeout, *arguments)
+            results = await self._take(body)
         _observe(results)
         return {"results": results}
 
     async def _verify(self, body: _Body) -> object:
-        return await self._update(body)
+        return {"results": await self._take(body)}
 
     async def _abort(self, body: _Body) -> object:
         del body
@@ -143,6 +140,12 @@ class Routes:
         return {"weight_version": body.version}
 
     # -- inside
+
+    async def _take(self, body: _Body) -> object:
+        if not body.handles:
+            raise RefusedError(_BAD, "`handles` (device -> handle, as the parameter server gives them) is missing")
+        arguments = (body.handles, body.version, body.timeout)
+        return await self._workers("checkpoint_engine_update", body.timeout, *arguments)
 
     @property
     def _engine(self) -> Any:  # noqa: ANN401 - vLLM's own
