@@ -1,8 +1,9 @@
-"""LoRA adapters of a serving SGLang with two workers, replaced out of memory."""
+"""LoRA adapters of a serving SGLang with two workers: replaced out of memory, and kept below a new base."""
 
 from __future__ import annotations
 
 import json
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from tests.sglang.sglang_server import PROMPTS, SHARED_MEMORY, Server, Stream
 pytestmark = pytest.mark.endurance
 
 Serve = Callable[..., Server]
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
 RANK = 4
 LAYERS = ("q_proj", "v_proj", "o_proj", "down_proj")
@@ -66,16 +68,32 @@ def kept_directories() -> list[Path]:
     return [each for home in SHARED_MEMORY.glob("checkpoint-engine-adapters-*") for each in home.glob("*/")]
 
 
-def test_adapters_are_replaced_by_all_workers_or_none(serve: Serve, checkpoints: Path, tmp_path: Path) -> None:
+def start(serve: Serve, model: str, *adapters: Path) -> Server:
+    server = serve(model, *OPTIONS, workers=2, extra_plugins="unpinned")
+    for directory in adapters:
+        body = {"lora_name": directory.name, "lora_path": str(directory)}
+        assert server.http.post("/load_lora_adapter", json=body).json()["success"]
+    return server
+
+
+def state(server: Server) -> dict[str, Any]:
+    """Tokens with and without each adapter, and the bits of all that the model holds."""
+    return {"checksums": server.checksums(), **{str(name): generated(server, name) for name in (None, "one", "two")}}
+
+
+def test_adapters_are_replaced_by_all_workers_or_none_and_outlast_their_base(
+    serve: Serve, update_command: Command, verify_command: Command, checkpoints: Path, tmp_path: Path
+) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     for seed, directory in enumerate((one, two)):
         make_adapter(checkpoints / "qwen3", directory, seed)
-    server = serve("qwen3", *OPTIONS, workers=2, extra_plugins="unpinned")
-    for directory in (one, two):
-        body = {"lora_name": directory.name, "lora_path": str(directory)}
-        assert server.http.post("/load_lora_adapter", json=body).json()["success"]
-    cold = {name: generated(server, name) for name in (None, "one", "two")}
-    assert len({str(tokens) for tokens in cold.values()}) == 3
+    fresh = start(serve, "qwen3-b", one, two)
+    states = {"qwen3-b": state(fresh)}
+    fresh.close()
+    server = start(serve, "qwen3", one, two)
+    states["qwen3"] = state(server)
+    cold = {name: states["qwen3"][str(name)] for name in (None, "one", "two")}
+    assert len({str(tokens) for each in states.values() for tokens in each.values()}) == 8
 
     for directory in (one, two, one):
         send(server, directory)
@@ -106,3 +124,17 @@ def test_adapters_are_replaced_by_all_workers_or_none(serve: Serve, checkpoints:
     while len(kept_directories()) > 1:
         assert time.monotonic() < end, "the old ones are not unloaded"
         time.sleep(0.2)
+
+    # A new base below them: by the loader with proof, by plan that is compared, by plan; directly; by the loader alone.
+    incomplete = update_command(checkpoints / "qwen3-b", server, "--engine", "sglang", "--ignore", "*.q_proj.weight")
+    assert (incomplete.returncode, "does not fill" in incomplete.stderr) == (1, True), incomplete.stderr
+    assert state(server) == states["qwen3"]
+    ways = ((), (), ("--reload", "plan"), ("--method", "direct"), ("--reload", "loader"))
+    for name, how in zip(("qwen3-b", "qwen3", "qwen3-b", "qwen3", "qwen3-b"), ways, strict=True):
+        done = update_command(checkpoints / name, server, "--engine", "sglang", *how)
+        assert done.returncode == 0, done.stderr
+        assert state(server) == states[name]
+    assert generated(server, "math") == states["qwen3-b"]["two"]
+    for name, code in (("qwen3-b", 0), ("qwen3", 1)):
+        assert verify_command(checkpoints / name, server, "--engine", "sglang").returncode == code
+    assert state(server) == states["qwen3-b"]

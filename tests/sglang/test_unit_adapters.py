@@ -10,9 +10,11 @@ from typing import Any
 
 import msgspec
 import pytest
+import torch
 
 from checkpoint_engine.sdk.access import RefusedError
 from checkpoint_engine_sglang import compat
+from checkpoint_engine_sglang.adapters import cannot_keep, without_adapters
 from checkpoint_engine_sglang.messages import unpack
 from checkpoint_engine_sglang.named_adapters import NamedAdapters
 
@@ -158,3 +160,42 @@ def test_what_is_refused(
             await Served(monkeypatch, tmp_path, **arguments).take("one", name)
 
     asyncio.run(ask())
+
+
+class Wrapper(torch.nn.Module):
+    """As SGLang's before a layer: it holds the layer's parameters as well."""
+
+    def __init__(self, base_layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.weight = base_layer.weight
+
+
+class ExpertsWrapper(Wrapper):
+    """That of experts."""
+
+
+@pytest.fixture
+def layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    module: Any = ModuleType("sglang.srt.lora.layers")
+    module.BaseLayerWithLoRA, module.FusedMoEWithLoRA = Wrapper, ExpertsWrapper
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+
+
+@pytest.mark.usefixtures("layers")
+def test_wrappers_stand_aside_while_weights_come() -> None:
+    inner = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False))
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), inner)
+    plain = [name for name, _ in model.named_modules()]
+    wrapper = Wrapper(inner[0])
+    inner[0] = wrapper
+    wrapped = [name for name, _ in model.named_modules()]
+    with without_adapters(model):
+        assert [name for name, _ in model.named_modules()] == plain
+        wrapper.base_layer.weight = torch.nn.Parameter(torch.ones(2, 2))
+    assert inner[0] is wrapper
+    assert wrapper.weight is wrapper.base_layer.weight
+    assert [name for name, _ in model.named_modules()] == wrapped != plain
+    assert cannot_keep(model) == ""
+    model.append(ExpertsWrapper(torch.nn.Linear(2, 2)))
+    assert "wrapped experts for LoRA (2)" in cannot_keep(model)

@@ -1,9 +1,15 @@
-"""LoRA adapters in a worker: loaded out of files that the front has copied, without a pickle."""
+"""LoRA adapters in a worker: loaded out of files that the front has copied, and kept while the base is updated.
+
+SGLang wraps layers once its first checkpoint is loaded. Wrappers give parameters other names than loaders know.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
+import sys
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +19,7 @@ from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariable
 
 from checkpoint_engine.sdk.adapters import CONFIG, WEIGHTS
 
-__all__ = ["adapter_reference", "forget_adapter", "load_adapter"]
+__all__ = ["adapter_reference", "cannot_keep", "forget_adapter", "load_adapter", "without_adapters"]
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +44,40 @@ def load_adapter(scheduler: Any, adapter: tuple[str, str, str, bool]) -> str:  #
     return "" if done.success else str(done.error_message or "SGLang does not take it")
 
 
+@contextlib.contextmanager
+def without_adapters(model: torch.nn.Module) -> Generator[None]:
+    """Has a model look as it did before SGLang wrapped its layers: the wrappers stand aside."""
+    wrapped = [
+        (parent, name, child)
+        for parent in model.modules()
+        if not isinstance(parent, _kinds())
+        for name, child in parent.named_children()
+        if isinstance(child, _kinds())
+    ]
+    for parent, name, wrapper in wrapped:
+        setattr(parent, name, wrapper.base_layer)
+    try:
+        yield
+    finally:
+        for parent, name, wrapper in wrapped:
+            setattr(parent, name, wrapper)
+            for own in ("weight", "bias"):  # of the layer, which they hold as well
+                if getattr(wrapper, own, None) is not None:
+                    setattr(wrapper, own, getattr(wrapper.base_layer, own))
+
+
+def cannot_keep(model: torch.nn.Module) -> str:
+    """Why adapters do not outlast an update of their base; empty if they do."""
+    kind = getattr(sys.modules.get("sglang.srt.lora.layers"), "FusedMoEWithLoRA", ())
+    wrapped = next((name for name, module in model.named_modules() if isinstance(module, kind)), None)
+    if wrapped is None:
+        return ""
+    return (
+        f"SGLang has wrapped experts for LoRA ({wrapped}), and their wrappers keep what they compute with: leave them "
+        "out of --lora-target-modules, or start the engine anew with this checkpoint"
+    )
+
+
 def forget_adapter(scheduler: Any, adapter: tuple[str, str, str, bool]) -> None:  # noqa: ANN401
     """Also what is left of one that did not load."""
     try:
@@ -47,3 +87,9 @@ def forget_adapter(scheduler: Any, adapter: tuple[str, str, str, bool]) -> None:
         return
     if not done.success:
         logger.error("the LoRA adapter %r is not unloaded: %s", adapter[1], done.error_message)
+
+
+def _kinds() -> tuple[type, ...]:
+    """The class of all wrappers; none where nothing was wrapped, for then nobody has imported it."""
+    found = getattr(sys.modules.get("sglang.srt.lora.layers"), "BaseLayerWithLoRA", None)
+    return () if found is None else (found,)

@@ -349,7 +349,7 @@ def processed_modules(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Mo
 def processing_of(module: torch.nn.Module) -> Any:  # noqa: ANN401
     """What processes a layer's weights after loading; None if nothing does."""
     method = getattr(module, "quant_method", None)
-    return method if processes_weights(method) and not _is_lora_wrapper(module) else None
+    return method if processes_weights(method) else None
 
 
 def processes_weights(held: object) -> bool:
@@ -414,13 +414,6 @@ def loader_of(model: torch.nn.Module) -> Callable[[Iterable[tuple[str, torch.Ten
 def forget_parameters(model: torch.nn.Module) -> None:
     """A few models keep a list of their parameters from their first load on."""
     vars(model).pop("_cached_params_dict", None)
-
-
-def _is_lora_wrapper(module: torch.nn.Module) -> bool:
-    """Whether a module only stands before the one that owns the weights."""
-    layers = _module("sglang.srt.lora.layers")
-    wrapper = getattr(layers, "BaseLayerWithLoRA", None)
-    return wrapper is not None and isinstance(module, wrapper)
 
 
 def is_reloading_by_itself(model: torch.nn.Module) -> bool:

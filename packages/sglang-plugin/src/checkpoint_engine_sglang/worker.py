@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import msgspec
 
 from checkpoint_engine.sdk import Details, WorkerError, pick_handle, receive_update
 from checkpoint_engine_sglang import compat
-from checkpoint_engine_sglang.adapters import forget_adapter, load_adapter
+from checkpoint_engine_sglang.adapters import cannot_keep, forget_adapter, load_adapter, without_adapters
 from checkpoint_engine_sglang.admission import Verdict
 from checkpoint_engine_sglang.agreement import Pending, WorkerGroup
 from checkpoint_engine_sglang.compat import Position, Runner
@@ -142,7 +143,7 @@ class WorkerSide:
         except WorkerError as error:
             return str(error), False
         for runner in self._runners:
-            reason = compat.cannot_update(self._manager, runner.model)
+            reason = compat.cannot_update(self._manager, runner.model) or cannot_keep(runner.model)
             if reason:
                 return reason, False
         if flush and compat.cannot_flush(self._manager):
@@ -188,7 +189,10 @@ class WorkerSide:
         workers = self.position.world_size * self.position.replicas
         handle = pick_handle(handles, self._device, self.position.overall, workers)
         self._device.synchronize()  # a forward pass on another stream may still read the weights
-        with giving_up(order.give_up) as cancel:
+        with ExitStack() as around:
+            for runner in self._runners:
+                around.enter_context(without_adapters(runner.model))
+            cancel = around.enter_context(giving_up(order.give_up))
             received = receive_update(handle, self._sink, self._device, timeout=order.timeout, cancel=cancel)
         if received.verified != (order.do == "verify"):
             raise WorkerError("the parameter server and this request do not mean the same: update or comparison")
