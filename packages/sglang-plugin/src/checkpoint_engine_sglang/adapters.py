@@ -68,8 +68,7 @@ def without_adapters(model: torch.nn.Module) -> Generator[None]:
 
 def cannot_keep(model: torch.nn.Module) -> str:
     """Why adapters do not outlast an update of their base; empty if they do."""
-    kind = getattr(sys.modules.get("sglang.srt.lora.layers"), "FusedMoEWithLoRA", ())
-    wrapped = next((name for name, module in model.named_modules() if isinstance(module, kind)), None)
+    wrapped = next((name for name, each in model.named_modules() if isinstance(each, _kinds("FusedMoEWithLoRA"))), None)
     if wrapped is None:
         return ""
     return (
@@ -89,7 +88,7 @@ def forget_adapter(scheduler: Any, adapter: tuple[str, str, str, bool]) -> None:
         logger.error("the LoRA adapter %r is not unloaded: %s", adapter[1], done.error_message)
 
 
-def _kinds() -> tuple[type, ...]:
-    """The class of all wrappers; none where nothing was wrapped, for then nobody has imported it."""
-    found = getattr(sys.modules.get("sglang.srt.lora.layers"), "BaseLayerWithLoRA", None)
+def _kinds(name: str = "BaseLayerWithLoRA") -> tuple[type[torch.nn.Module], ...]:
+    """A class of wrappers, by default that of all; none where nothing was wrapped, for then nobody has imported it."""
+    found = getattr(sys.modules.get("sglang.srt.lora.layers"), name, None)
     return () if found is None else (found,)
