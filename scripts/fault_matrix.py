@@ -10,6 +10,7 @@ import argparse
 import itertools
 import json
 import re
+import signal
 import sys
 import tempfile
 import time
@@ -33,6 +34,9 @@ def main() -> None:
     if options.table:
         sys.stdout.write(_table(_lines(options.results)))
         return
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # ignored in the background, also by whom a cell interrupts
     done = {line["cell"] for line in _lines(options.results)}
     until = time.monotonic() + options.seconds
     with tempfile.TemporaryDirectory(prefix="m-") as directory, pytest.MonkeyPatch.context() as patched:

@@ -1,4 +1,7 @@
-"""Random processes are killed or stopped at random times while two engines are updated again and again."""
+"""Random processes are killed or stopped at random times while two engines are updated again and again.
+
+Of which kind the engines are says a `Fleet`.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,15 @@ import subprocess
 import tempfile
 import threading
 import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
 from checkpoint_engine.client.rpc_client import ReferenceClient
+from checkpoint_engine.client.workers_client import WorkersClient
 from checkpoint_engine.deadline import Deadline
 from checkpoint_engine.reference.engine import ModelSpec, make_checkpoint
 from checkpoint_engine.reference.process import ReferenceProcess
@@ -26,10 +32,10 @@ from tests.core.p2p_processes import ENVIRONMENT
 ENGINES = 2
 VERSIONS = "abc"
 SPEC = ModelSpec(layers=4)
-LONGEST_ROUND = 4.5
-"""Seconds, about: an update without a fault is over by then, with the start of its processes."""
 LONGEST_STOP = 12.0
 PLAIN_SECONDS = 90.0
+SECONDS = float(os.environ.get("CHAOS_SECONDS", "600"))
+SEED = int(os.environ.get("CHAOS_SEED", str(time.time_ns() % 100_000)))
 
 
 @dataclass
@@ -47,41 +53,99 @@ class Round:
         return f"round {self.number}: {self.version} by {self.method}; {', '.join(self.did) or 'nothing'}: {self.said}"
 
 
-class _Engine:
-    """One that serves, with what is known of its processes."""
+class Engine(ABC):
+    """One that serves, or will soon, with what is known of its processes."""
 
-    def __init__(self) -> None:
-        self._process = ReferenceProcess(SPEC.to_json(), 1)
-        self.client = ReferenceClient(self._process.endpoint)
-        self.client.wait_ready(Deadline(START_SECONDS))
-        workers = self.client.endpoint.call("GET", "/pids", Deadline(10))["pids"]
-        self.pids = {"front": self._process.pid, "worker": int(workers[0])}
-        self.endpoint = self._process.endpoint
-        self.close = self._process.close
+    endpoint: str
+    client: WorkersClient
+    pids: dict[str, int]
+    started_with = ""
+    """The version that it holds before it is updated for the first time, if that can be compared."""
+
+    @abstractmethod
+    def wait(self) -> None:
+        """Until it serves; `client` and `pids` are there from then on."""
+
+    @abstractmethod
+    def holds(self, version: str) -> bool:
+        """Whether each worker holds, bit for bit, what a cold start of it holds."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Ends all of its processes, some of which may be dead."""
 
     @property
     def lives(self) -> bool:
         return all(map(lives, self.pids.values()))
 
-    def holds(self, directory: Path) -> bool:
-        """Whether each worker holds, byte for byte, what a cold start from these files holds."""
-        results = self.client.collective_rpc("verify", Deadline(30), [str(directory)])
+
+@dataclass(frozen=True)
+class Fleet:
+    """Engines of one kind, and what they are updated to."""
+
+    kind: str
+    versions: Mapping[str, Path]
+    start: Callable[[], Engine]
+    longest_round: float
+    """Seconds, about: an update without a fault is over by then, with the start of its processes."""
+
+
+def reference_fleet(directory: Path) -> Fleet:
+    versions = {name: directory / name for name in VERSIONS}
+    for seed, path in enumerate(versions.values(), start=1):
+        make_checkpoint(path, SPEC, seed, shards=ENGINES)
+    return Fleet("reference", versions, lambda: _ReferenceEngine(versions), longest_round=4.5)
+
+
+class _ReferenceEngine(Engine):
+    def __init__(self, versions: Mapping[str, Path]) -> None:
+        self._versions = versions
+        self._process = ReferenceProcess(SPEC.to_json(), 1)
+        self.endpoint = self._process.endpoint
+
+    def wait(self) -> None:
+        self.client = self._client = ReferenceClient(self.endpoint)
+        self.client.wait_ready(Deadline(START_SECONDS))
+        workers = self.client.endpoint.call("GET", "/pids", Deadline(10))["pids"]
+        self.pids = {"front": self._process.pid, "worker": int(workers[0])}
+
+    def holds(self, version: str) -> bool:
+        results = self._client.collective_rpc("verify", Deadline(30), [str(self._versions[version])])
         return all(result["ok"] for result in results)
+
+    def close(self) -> None:
+        self._process.close()
+
+
+def run_chaos(fleet: Fleet, directory: Path, patched: pytest.MonkeyPatch) -> None:
+    """For `CHAOS_SECONDS`, with the choices of `CHAOS_SEED`; whatever serves is whole, and all are alike in the end."""
+    chaos = Chaos(fleet, directory, patched, SEED)
+    until = time.monotonic() + SECONDS
+    try:
+        while time.monotonic() < until:
+            chaos.one_round()
+        chaos.settle()
+        assert chaos.left_behind() == []
+    finally:
+        print(
+            f"CHAOS_SEED={SEED}: {chaos.rounds} rounds in {SECONDS:g} s, {chaos.failed} of them failed; "
+            f"{chaos.started} engines started"
+        )
+        chaos.close()
 
 
 class Chaos:
     """The engines, and what is done to them and to who updates them; the same seed makes the same choices."""
 
-    def __init__(self, directory: Path, patched: pytest.MonkeyPatch, seed: int) -> None:
-        self._directory = directory
+    def __init__(self, fleet: Fleet, directory: Path, patched: pytest.MonkeyPatch, seed: int) -> None:
+        self._fleet = fleet
         self._random = random.Random(seed)
-        for number, name in enumerate(VERSIONS, start=1):
-            make_checkpoint(directory / name, SPEC, number, shards=ENGINES)
-        (directory / "t").mkdir()
-        patched.setattr(tempfile, "tempdir", str(directory / "t"))  # where it is seen whose turn an update is
-        self._environment = {**os.environ, **ENVIRONMENT, "TMPDIR": str(directory / "t"), "OMP_NUM_THREADS": "1"}
-        self._engines: list[_Engine] = []
-        self.rounds = self.failed = 0
+        self._temporary = directory / "t"
+        self._temporary.mkdir()
+        patched.setattr(tempfile, "tempdir", str(self._temporary))  # where it is seen whose turn an update is
+        self._environment = {**os.environ, **ENVIRONMENT, "TMPDIR": str(self._temporary), "OMP_NUM_THREADS": "1"}
+        self._engines: list[Engine] = []
+        self.rounds = self.failed = self.started = 0
 
     def close(self) -> None:
         for engine in self._engines:
@@ -91,7 +155,7 @@ class Chaos:
         """An update that something may happen to; whatever came of it, what serves is whole."""
         self._start_missing()
         self.rounds += 1
-        now = Round(self.rounds, self._random.choice(["broadcast", "direct"]), self._random.choice(VERSIONS))
+        now = Round(self.rounds, self._random.choice(["broadcast", "direct"]), self._any_version())
         with subprocess.Popen(
             self._command(now.version, now.method),
             stdout=subprocess.PIPE,
@@ -116,7 +180,7 @@ class Chaos:
     def settle(self) -> None:
         """Without any fault: one push, and every engine holds exactly that, and serves."""
         self._start_missing()
-        version = self._random.choice(VERSIONS)
+        version = self._any_version()
         pushed = subprocess.run(
             self._command(version, "broadcast"),
             capture_output=True,
@@ -128,18 +192,18 @@ class Chaos:
         assert pushed.returncode == 0, pushed.stderr
         for engine in self._engines:
             assert not engine.client.is_paused(Deadline(10))
-            assert engine.holds(self._directory / version)
+            assert engine.holds(version)
 
     def left_behind(self) -> list[str]:
         """In the directory for temporary files."""
         kept = ("checkpoint-engine-engines-", "checkpoint-engine-ranks-")
-        return [path.name for path in (self._directory / "t").iterdir() if not path.name.startswith(kept)]
+        return [path.name for path in self._temporary.iterdir() if not path.name.startswith(kept)]
 
     def _strike(self, launched: subprocess.Popen[str], now: Round) -> list[threading.Timer]:
         """Kills or stops one or two, at some time, or nobody; those that were stopped go on a while later."""
         resumed: list[threading.Timer] = []
         for _ in range(self._random.choice([0, 1, 1, 1, 2])):
-            time.sleep(self._random.uniform(0, LONGEST_ROUND))
+            time.sleep(self._random.uniform(0, self._fleet.longest_round))
             victims = self._victims(launched)
             name = self._random.choice(sorted(victims))
             number = self._random.choice([signal.SIGKILL, signal.SIGSTOP])
@@ -164,20 +228,27 @@ class Chaos:
             if engine.lives and not engine.client.is_paused(Deadline(BOUND)):
                 (state,) = engine.client.status(Deadline(BOUND))
                 assert not state.dirty, f"{now}: serves a mixture"
-                assert not state.version or engine.holds(self._directory / state.version), str(now)
+                version = state.version or engine.started_with
+                assert not version or engine.holds(version), f"{now}: does not hold {version}"
 
     def _start_missing(self) -> None:
         """As whoever runs engines does."""
         for engine in [engine for engine in self._engines if not engine.lives]:
             engine.close()
             self._engines.remove(engine)
-        while len(self._engines) < ENGINES:
-            self._engines.append(_Engine())
+        missing = [self._fleet.start() for _ in range(ENGINES - len(self._engines))]
+        self._engines += missing
+        self.started += len(missing)
+        for engine in missing:
+            engine.wait()
+
+    def _any_version(self) -> str:
+        return self._random.choice(sorted(self._fleet.versions))
 
     def _command(self, version: str, method: str) -> list[str]:
         endpoints = [word for engine in self._engines for word in ("--endpoint", engine.endpoint)]
-        options = ("--engine", "reference", *endpoints, "--device", "cpu", "--timeout", "60", "--wait", "15")
-        return command_line("update", self._directory / version, "--method", method, *options)
+        options = ("--engine", self._fleet.kind, *endpoints, "--device", "cpu", "--timeout", "60", "--wait", "15")
+        return command_line("update", self._fleet.versions[version], "--method", method, *options)
 
 
 def _send(pid: int, number: int) -> bool:

@@ -26,6 +26,7 @@ from checkpoint_engine.reference.engine import ModelSpec, make_checkpoint
 from checkpoint_engine.reference.process import ReferenceProcess
 from tests.commands import command_line
 from tests.core.p2p_processes import ENVIRONMENT
+from tests.processes import children_of
 from tests.waiting import within
 
 ROLES = ("rank 0", "rank 1", "worker 0", "worker 1", "front", "seed", "launcher")
@@ -372,13 +373,12 @@ class Matrix:
 def ranks_of(launcher: int) -> dict[str, int]:
     """Its ranks, by their environment."""
     found: dict[str, int] = {}
-    with contextlib.suppress(OSError):
-        children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text(encoding="ascii").split()
-        for child in children:
+    for child in children_of(launcher):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
             variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
             rank = next((each[5:].decode() for each in variables if each.startswith(b"RANK=")), None)
             if rank is not None:
-                found[f"rank {rank}"] = int(child)
+                found[f"rank {rank}"] = child
     return found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -29,6 +28,7 @@ from checkpoint_engine.reference.process import ReferenceProcess
 from tests.commands import command_line, run_command
 from tests.core import engines
 from tests.ports import free_port
+from tests.processes import children_of
 
 SPEC = ModelSpec(experts=2)
 SMALL_BUCKETS = {"PS_MAX_BUCKET_SIZE_GB": str(64 / (1 << 20))}  # 64 KiB: about ten buckets
@@ -245,16 +245,6 @@ def set_fault(engine: ReferenceProcess, name: str) -> None:
 
 
 # -- the command itself
-
-
-def children_of(pid: int) -> list[int]:
-    """Asked of every process: the kernel's own list of children may leave some out while they run."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it has ended meanwhile
-            parent = entry.read_text().rpartition(")")[2].split()[1]
-            found += [int(entry.parent.name)] if int(parent) == pid else []
-    return found
 
 
 def test_command_updates_and_saves_the_catalog(engine: ReferenceProcess, checkpoints: Path, tmp_path: Path) -> None:
