@@ -66,14 +66,14 @@ def main() -> None:
 def _table(lines: list[dict[str, Any]]) -> str:
     """Counts for each role and signal."""
     rows = ["| who, how | cells | tried | bounded | healed | all good | longest |", "|---|---|---|---|---|---|---|"]
-    for role, signal in itertools.product(ROLES, SIGNALS):
-        those = [line for line in lines if line["cell"].startswith(f"{role}, ") and f", {signal}, " in line["cell"]]
-        there = sum(cell.role == role and cell.signal == signal for cell in cells())
+    for role, how in itertools.product(ROLES, SIGNALS):
+        those = [line for line in lines if line["cell"].startswith(f"{role}, ") and f", {how}, " in line["cell"]]
+        there = sum(cell.role == role and cell.signal == how for cell in cells())
         counts = [sum(line[key] for line in those) for key in ("bounded", "healed")]
         good = sum(not line["problems"] for line in those)
         longest = max((line["seconds"] for line in those), default=0)
         rows.append(
-            f"| {role}, {signal} | {there} | {len(those)} | {counts[0]} | {counts[1]} | {good} | {longest:.0f} s |"
+            f"| {role}, {how} | {there} | {len(those)} | {counts[0]} | {counts[1]} | {good} | {longest:.0f} s |"
         )
     total = [sum(line[key] for line in lines) for key in ("bounded", "healed")]
     good = sum(not line["problems"] for line in lines)
