@@ -34,9 +34,8 @@ def main() -> None:
     if options.table:
         sys.stdout.write(_table(_lines(options.results)))
         return
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # ignored in the background, also by whom a cell interrupts
+    # In the background it is ignored, also by children that a cell interrupts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     done = {line["cell"] for line in _lines(options.results)}
     until = time.monotonic() + options.seconds
     with tempfile.TemporaryDirectory(prefix="m-") as directory, pytest.MonkeyPatch.context() as patched:

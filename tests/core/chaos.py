@@ -33,6 +33,8 @@ ENGINES = 2
 VERSIONS = "abc"
 SPEC = ModelSpec(layers=4)
 LONGEST_STOP = 12.0
+WAIT = 15.0
+"""Seconds for which a command looks for its engines: so long it goes on, too, if one dies before it was found."""
 PLAIN_SECONDS = 90.0
 SECONDS = float(os.environ.get("CHAOS_SECONDS", "600"))
 SEED = int(os.environ.get("CHAOS_SEED", str(time.time_ns() % 100_000)))
@@ -166,7 +168,7 @@ class Chaos:
         ) as launched:
             resumed = self._strike(launched, now)
             try:
-                _, now.said = launched.communicate(timeout=PLAIN_SECONDS if not now.did else LONGEST_STOP + BOUND)
+                _, now.said = launched.communicate(timeout=LONGEST_STOP + WAIT + BOUND if now.did else PLAIN_SECONDS)
             except subprocess.TimeoutExpired:
                 os.killpg(launched.pid, signal.SIGKILL)
                 pytest.fail(f"{now}: it never ended: {launched.communicate()}")
@@ -247,8 +249,9 @@ class Chaos:
 
     def _command(self, version: str, method: str) -> list[str]:
         endpoints = [word for engine in self._engines for word in ("--endpoint", engine.endpoint)]
-        options = ("--engine", self._fleet.kind, *endpoints, "--device", "cpu", "--timeout", "60", "--wait", "15")
-        return command_line("update", self._fleet.versions[version], "--method", method, *options)
+        options = ("--engine", self._fleet.kind, *endpoints, "--device", "cpu", "--timeout", "60")
+        source = self._fleet.versions[version]
+        return command_line("update", source, "--method", method, *options, "--wait", WAIT)
 
 
 def _send(pid: int, number: int) -> bool:
