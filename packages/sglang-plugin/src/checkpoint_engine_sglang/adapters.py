@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType] - of its paths
 
 from checkpoint_engine.sdk.adapters import CONFIG, WEIGHTS
+from checkpoint_engine_sglang.compat import named_modules
 
 __all__ = ["adapter_reference", "cannot_keep", "forget_adapter", "load_adapter", "without_adapters"]
 
@@ -68,7 +69,8 @@ def without_adapters(model: torch.nn.Module) -> Generator[None]:
 
 def cannot_keep(model: torch.nn.Module) -> str:
     """Why adapters do not outlast an update of their base; empty if they do."""
-    wrapped = next((name for name, each in model.named_modules() if isinstance(each, _kinds("FusedMoEWithLoRA"))), None)
+    experts = _kinds("FusedMoEWithLoRA")
+    wrapped = next((name for name, each in named_modules(model) if isinstance(each, experts)), None)
     if wrapped is None:
         return ""
     return (
