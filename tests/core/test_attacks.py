@@ -32,6 +32,8 @@ def test_the_attack_is_refused(
     try:
         runpy.run_path(str(script), run_name="__main__")
     except SystemExit as failure:
+        if str(failure).startswith("SKIPPED"):
+            pytest.skip(str(failure))
         pytest.fail(str(failure))
     assert capsys.readouterr().out.startswith(("refused within", "turned away"))
 
