@@ -47,7 +47,6 @@ def vllm_environment(**more: str) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("VLLM_", "PS_"))}
     return {
         **kept,
-        "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "0",
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_NO_USAGE_STATS": "1",
@@ -181,7 +180,7 @@ class Server:
         command = [
             *(bin_directory / "vllm", "serve", model, *where),
             *("--served-model-name", "tiny", "--max-model-len", "4096", "--max-num-seqs", "4", "--enforce-eager"),
-            *("--dtype", "bfloat16", "--gpu-memory-utilization", "0.2", *options),
+            *("--dtype", "bfloat16", "--kv-cache-memory-bytes", str(64 << 20), *options),
         ]
         env = vllm_environment(**{"VLLM_SERVER_DEV_MODE": "1", **environment})
         with log.open("w") as output:

@@ -56,6 +56,11 @@ PROMPTS = ["Hello, my name is", "The capital of France is", "The quick brown fox
 SCRATCH = torch.empty(8 << 20, dtype=torch.uint8)
 """Where every bucket lies in turn."""
 
+FREEZE = gc.freeze
+gc.freeze = gc.unfreeze = lambda: None
+"""vLLM thaws everything that was ever imported to look through it a dozen times between two engines: half the tests'
+time."""
+
 
 class Engine:
     """The engine that was started last, and its adapter. Methods are what `do` may ask for."""
@@ -104,6 +109,7 @@ class Engine:
             # vLLM keeps them for engines of the same process, of which there is only one elsewhere.
             rotary_embedding._ROPE_DICT.clear()
             gc.collect()
+        FREEZE()  # what is left will stay: the collections of the next start and stop need not go through it
         return {}
 
     def tokens(self, length: int = 16, adapter: str | None = None) -> dict[str, Any]:
