@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from tests.commands import run, run_command
+from tests.cores import cores
 from tests.environments import ROOT, python_of
 from tests.ports import free_port
-from tests.sglang.sglang_server import SHARED_MEMORY, Server
+from tests.sglang.sglang_server import Server
 
 HERE = Path(__file__).parent
 CHECKPOINTS = ("qwen3", "qwen3-b", "moe", "moe-b")
@@ -112,7 +113,7 @@ def serving(
         env = {
             **kept,
             "SGLANG_USE_CPU_ENGINE": "1",
-            "SGLANG_CPU_OMP_THREADS_BIND": "|".join(str(index % 2) for index in range(workers)),
+            "SGLANG_CPU_OMP_THREADS_BIND": cores(workers),
             "HF_HUB_OFFLINE": "1",
             "TRANSFORMERS_OFFLINE": "1",
             "SGLANG_PLUGINS": ",".join(loaded),
@@ -127,12 +128,11 @@ def serving(
             *("--mem-fraction-static", "0.1", "--max-total-tokens", "8192", "--sleep-on-idle", *options),
         ]
         log = directory / "log"
-        before = set(SHARED_MEMORY.glob("*sglang*"))
         with log.open("wb") as output:
             process = subprocess.Popen(
                 list(map(str, command)), stdout=output, stderr=output, env=env, start_new_session=True
             )
-        server = Server(f"http://127.0.0.1:{port}", process, log, directory / "fault.json", workers, before)
+        server = Server(f"http://127.0.0.1:{port}", process, log, directory / "fault.json", workers)
         servers.append(server)
         if until:
             server.wait(until)

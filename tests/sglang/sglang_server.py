@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 
 from tests.core.streams import TokenStream
+from tests.processes import remove_unmapped
 
 PROMPTS = ["Hello, my name is", "The capital of France is", "The quick brown fox"]
 START_SECONDS = 240
@@ -30,7 +31,6 @@ class Server:
     log: Path
     fault_file: Path
     workers: int
-    shared_memory_before: set[Path]
     http: httpx.Client = field(init=False)
 
     def __post_init__(self) -> None:
@@ -92,8 +92,7 @@ class Server:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(timeout=30)
-        for left in set(SHARED_MEMORY.glob("*sglang*")) - self.shared_memory_before:
-            left.unlink(missing_ok=True)
+        remove_unmapped(SHARED_MEMORY.glob("*sglang*"))
 
 
 class Stream(TokenStream):

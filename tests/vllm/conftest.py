@@ -16,8 +16,10 @@ import httpx
 import pytest
 
 from tests.commands import run_command
+from tests.cores import core
 from tests.environments import python_of
 from tests.ports import free_port
+from tests.processes import remove_unmapped
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -47,7 +49,7 @@ def vllm_environment(**more: str) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("VLLM_", "PS_"))}
     return {
         **kept,
-        "VLLM_CPU_OMP_THREADS_BIND": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": core(),
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
@@ -165,7 +167,6 @@ class Server:
         **environment: str,
     ) -> None:
         self._socket_path = socket_path
-        self._shared_memory_before = set(SHARED_MEMORY.glob("vllm_dist_*"))
         port = free_port()
         where = ["--uds", socket_path] if socket_path else ["--host", "127.0.0.1", "--port", str(port)]
         self.endpoint = f"unix:{socket_path}" if socket_path else f"http://127.0.0.1:{port}"
@@ -234,8 +235,7 @@ class Server:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait(timeout=30)
         # vLLM's CPU workers leave their shared memory behind, however they end.
-        for left in set(SHARED_MEMORY.glob("vllm_dist_*")) - self._shared_memory_before:
-            left.unlink(missing_ok=True)
+        remove_unmapped(SHARED_MEMORY.glob("vllm_dist_*"))
 
 
 def completion(prompt: str, length: int) -> dict[str, Any]:

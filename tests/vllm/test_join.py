@@ -20,6 +20,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.cores import cores
 from tests.p2p.hosts import Network, why_not
 from tests.p2p.seeding import ENVIRONMENT as HOSTS_ENVIRONMENT
 from tests.p2p.seeding import seeds
@@ -161,7 +162,7 @@ def test_two_workers_start_from_running_ones_and_read_the_checkpoint_once(
     shutil.copytree(checkpoints / "qwen3", model, ignore=shutil.ignore_patterns("*.safetensors*"))
     options = ("--tensor-parallel-size", "2", "--load-format", "checkpoint_engine")
     environment = ENVIRONMENT | {"CHECKPOINT_ENGINE_METAS": seed, "VLLM_LOGGING_LEVEL": "INFO"}
-    server = serve(model, *options, VLLM_CPU_OMP_THREADS_BIND="0|1", **environment)
+    server = serve(model, *options, VLLM_CPU_OMP_THREADS_BIND=cores(2), **environment)
     started_with = server.tokens()
     # Two workers round otherwise than one; what an update brings is what a cold start has (test_serve_tp2.py).
     done = update(checkpoints / "qwen3", server, "--tensor-parallel-size", "2")

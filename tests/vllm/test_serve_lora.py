@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from checkpoint_engine.errors import EngineRequestError
 from checkpoint_engine.server.adapters import send_adapter
 from checkpoint_engine_vllm import VllmClient
+from tests.cores import cores
 from tests.vllm.conftest import PROMPTS, completion
 
 pytestmark = pytest.mark.endurance
@@ -62,7 +63,7 @@ def test_adapters_of_two_workers(
     """Each server is the other's reference: one starts from A, one from B, each with both adapters of files."""
     monkeypatch.setenv("CHECKPOINT_ENGINE_API_KEY", "secret")
     environment = {
-        "VLLM_CPU_OMP_THREADS_BIND": "0|1",
+        "VLLM_CPU_OMP_THREADS_BIND": cores(2),
         "VLLM_PLUGINS": "checkpoint_engine",
         "VLLM_API_KEY": "secret",
         "VLLM_SERVER_DEV_MODE": "0",

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.cores import cores
 from tests.vllm.test_serve import Stream
 
 pytestmark = pytest.mark.endurance
@@ -45,7 +46,7 @@ def test_every_replica_is_updated_checked_and_healed(
         PYTHONPATH=str(Path(__file__).parent),
         VLLM_PLUGINS="checkpoint_engine",
         VLLM_API_KEY="secret",
-        VLLM_CPU_OMP_THREADS_BIND="0|1",
+        VLLM_CPU_OMP_THREADS_BIND=cores(2),
     )
     cold = tokens_of_each(server)
     assert cold[0] == cold[1]
@@ -94,7 +95,7 @@ def test_replicas_of_experts_are_paused_to_be_updated_and_to_be_compared(
         *("--data-parallel-size", "2", "--worker-extension-cls", "gathering.GatheringExtension"),
         PYTHONPATH=str(Path(__file__).parent),
         VLLM_PLUGINS="checkpoint_engine",
-        VLLM_CPU_OMP_THREADS_BIND="0|1",
+        VLLM_CPU_OMP_THREADS_BIND=cores(2),
     )
     assert [(worker["replicas"], worker["in_step"]) for worker in server.get(STATUS)["workers"]] == [(2, 2)] * 2
     cold = tokens_of_each(server)

@@ -12,6 +12,7 @@ import pytest
 
 from checkpoint_engine_vllm import VllmClient
 from tests.core.test_shards import tensors_of
+from tests.cores import cores
 from tests.ports import free_port
 from tests.rolling import Sender
 from tests.sharded import ShardingTrainer
@@ -20,7 +21,7 @@ DEALINGS = {"qwen3": ("rows", "columns", "uneven"), "moe": ("experts",)}
 """How a trainer's two ranks have cut the weights."""
 BOTH = ("--tensor-parallel-size", "2")
 # vLLM binds the workers to cores; `auto` wants a NUMA node for each.
-CORES = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+CORES = {"VLLM_CPU_OMP_THREADS_BIND": cores(2)}
 Serve = Callable[..., Any]
 Update = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -159,7 +160,7 @@ def test_weights_that_are_spread_otherwise(
     """Only weights are compared: vLLM's build for the CPU starts so, but answers no request."""
     two_workers = ("--tensor-parallel-size", "2")
     a, b = checkpoints / kind, checkpoints / f"{kind}-b"
-    server = serve(a, *option, VLLM_CPU_OMP_THREADS_BIND="0|1")
+    server = serve(a, *option, VLLM_CPU_OMP_THREADS_BIND=cores(2))
     for path, *way in ((b,), (a,), (b, "--method", "direct"), (a,)):
         done = update(path, server, *two_workers, *way)
         assert done.returncode == 0, done.stderr
