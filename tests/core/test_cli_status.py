@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
+import re
+import signal
 import socket
+import subprocess
+import termios
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from checkpoint_engine.cli.main import app
 from checkpoint_engine.client.endpoint import Endpoint
+from checkpoint_engine.client.rpc_client import ReferenceClient
 from checkpoint_engine.deadline import Deadline
 from checkpoint_engine.errors import EngineRequestError
-from checkpoint_engine.reference.engine import ModelSpec
+from checkpoint_engine.reference.engine import ModelSpec, make_checkpoint
 from checkpoint_engine.reference.process import ReferenceProcess
+from tests.commands import command_line
 from tests.ports import free_port
+from tests.rolling import Sender
 
 
 def test_engines_tell_what_they_hold_and_one_that_is_not_there_is_said_at_once() -> None:
@@ -55,3 +66,79 @@ def test_a_host_that_says_nothing_is_given_up_after_seconds_however_many_are_ask
 def test_an_address_needs_no_scheme(address: str) -> None:
     with pytest.raises(EngineRequestError, match="cannot ask"):
         Endpoint(address).send("GET", "/", Deadline(2))
+
+
+@contextmanager
+def watching(*arguments: object, **streams: int) -> Iterator[subprocess.Popen[str]]:
+    """`checkpoint-engine status --watch`."""
+    command = command_line("status", "--engine", "reference", "--watch", *arguments)
+    with subprocess.Popen(command, text=True, **streams) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def see(watch: subprocess.Popen[str], versions: list[str], error: str = "") -> None:
+    """Waits for a look that finds workers with these versions, or this error; each is one line of JSON."""
+    deadline = Deadline(60)
+    while True:
+        assert watch.stdout is not None
+        look = json.loads(watch.stdout.readline())
+        (found,) = look["endpoints"]
+        assert look["ok"] is bool(found["workers"]) is not bool(found["error"])
+        if [worker["version"] for worker in found["workers"]] == versions and error in found["error"]:
+            return
+        deadline.check(f"a look that finds {versions or error}")
+
+
+@pytest.mark.long
+def test_watching_follows_updates_and_an_engine_that_goes_away_and_comes_back(tmp_path: Path, short_path: Path) -> None:
+    uds = str(short_path / "engine.sock")
+    gone = f"cannot ask unix:{uds}"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with watching("--endpoint", f"unix:{uds}", "--json", **pipes) as watch:
+        see(watch, [], gone)
+        with ReferenceProcess(ModelSpec().to_json(), 1, uds=uds) as engine:
+            see(watch, [""])
+            with Sender(ReferenceClient(engine.endpoint)) as sender:
+                for seed, version in enumerate(("step-1", "step-2")):
+                    sender.hold(make_checkpoint(tmp_path / version, ModelSpec(), seed))
+                    sender.update(version, "broadcast")
+                    see(watch, [version])
+        see(watch, [], gone)
+        with ReferenceProcess(ModelSpec().to_json(), 1, uds=uds):
+            see(watch, [""])
+        watch.send_signal(signal.SIGINT)
+        rest, said = watch.communicate(timeout=30)
+    assert (watch.returncode, said) == (130, "")
+    assert all(json.loads(line)["endpoints"] for line in rest.splitlines())
+
+
+def test_ctrl_c_ends_watching_though_an_engine_hangs_and_leaves_the_terminal_as_it_was() -> None:
+    ours, theirs = pty.openpty()
+    with (
+        os.fdopen(ours, "rb", buffering=0) as screen,
+        os.fdopen(theirs, "wb", buffering=0) as terminal,
+        ReferenceProcess(ModelSpec().to_json(), 1) as engine,
+    ):
+        before, shown = termios.tcgetattr(terminal), b""
+        streams = dict.fromkeys(("stdin", "stdout", "stderr"), terminal.fileno())
+        with watching("--endpoint", engine.endpoint, "--timeout", 60, **streams) as watch:
+            while b"whole" not in shown:
+                shown += screen.read(4096)
+            os.kill(engine.pid, signal.SIGSTOP)
+            try:
+                time.sleep(3)  # it has asked again, and waits
+                watch.send_signal(signal.SIGINT)
+                assert watch.wait(10) == 130
+            finally:
+                os.kill(engine.pid, signal.SIGCONT)
+        assert termios.tcgetattr(terminal) == before
+        terminal.write(b"$ ")
+        while not shown.endswith(b"$ "):
+            shown += screen.read(4096)
+    colours = re.findall(rb"\x1b\[[\d;]*m", shown)
+    assert len(colours) == shown.count(b"\x1b")  # no other order to the terminal, such as to hide the cursor
+    assert colours[-1] == b"\x1b[0m"
+    assert shown.endswith(b"\r\n$ ")  # where a line begins

@@ -1,7 +1,7 @@
 """`checkpoint-engine status`: what do serving engines hold, and how did it get there?"""
 
 import time
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Annotated
 
 import msgspec
@@ -10,6 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from checkpoint_engine.background import in_background
 from checkpoint_engine.cli.common import Json, Verbose, output, print_json
 from checkpoint_engine.client.auto import load_client
 from checkpoint_engine.client.plugins import telling_client
@@ -41,7 +42,9 @@ def status(
         typer.Option(help="HOST:PORT, a URL or unix:/path/to.sock. Repeat it for several.", show_default=False),
     ],
     engine: Annotated[str, typer.Option(help="vllm, sglang or any other with a plugin; auto asks.")] = "auto",
-    watch: Annotated[bool, typer.Option("--watch", help="Ask again every two seconds, until Ctrl-C.")] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Ask again every two seconds, until Ctrl-C; with --json a line each time.")
+    ] = False,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for an engine to answer.")] = 10.0,
     json: Json = False,
     verbose_: Verbose = False,
@@ -49,14 +52,14 @@ def status(
     """Tell what serving engines hold: version, whole or mixed weights, and how the last update got there.
 
     Exit code 0: all workers of each engine hold the same whole weights. 1: they do not, or an engine does not tell.
+    130: Ctrl-C.
 
     \b
     checkpoint-engine status --endpoint localhost:8000 --endpoint localhost:8001
     """
     del verbose_
     while True:
-        with ThreadPoolExecutor(len(endpoint)) as pool:
-            asked = [pool.submit(_ask, each, engine, timeout) for each in endpoint]
+        asked = [in_background(partial(_ask, each, engine, timeout), "checkpoint-engine-ask") for each in endpoint]
         found = [each.result() for each in asked]
         if json:
             print_json({"ok": all(each.ok for each in found), "endpoints": found})
