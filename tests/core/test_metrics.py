@@ -42,7 +42,8 @@ def test_only_the_version_held_is_a_label(registry: CollectorRegistry) -> None:
 def test_a_failure_is_counted_by_class_and_phase_and_says_what_is_held(registry: CollectorRegistry) -> None:
     metrics = UpdateMetrics(registry)
     failed = {"ok": False, "dirty": True, "phase": "load", "error": "LinkError: it broke", "version": "old"}
-    metrics.observe([REPORT, failed])
+    told = {**failed, "error": "SenderAbortedError: another failed", "phase": "finish"}
+    metrics.observe([REPORT, told, failed, told])
     labels = {"kind": "LinkError", "phase": "load"}
     assert registry.get_sample_value(f"{NAME}update_failures_total", labels) == 1
     assert registry.get_sample_value(f"{NAME}weights_dirty") == 1

@@ -27,6 +27,7 @@ __all__ = [
     "PeerError",
     "PeerMovedError",
     "RankError",
+    "SenderAbortedError",
     "SettingError",
     "TensorTooLargeError",
     "UnsupportedTensorError",
@@ -142,6 +143,10 @@ class WorkerError(CheckpointEngineError, RuntimeError):
 
 class WorkerSilentError(WorkerError):
     """An engine worker's process is stopped: it neither takes an update nor says anything."""
+
+
+class SenderAbortedError(WorkerError):
+    """The parameter server told a worker to give the update up: somebody else failed before it, or wanted it so."""
 
 
 class RankError(CheckpointEngineError, RuntimeError):

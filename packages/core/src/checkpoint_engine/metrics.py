@@ -10,7 +10,7 @@ from typing import Any
 
 from checkpoint_engine.contract.failure import Failure
 from checkpoint_engine.contract.figures import UpdateFigures
-from checkpoint_engine.errors import MissingDependencyError
+from checkpoint_engine.errors import MissingDependencyError, SenderAbortedError
 
 __all__ = ["UpdateMetrics", "engine_metrics"]
 
@@ -76,11 +76,15 @@ class UpdateMetrics:
 
         Seconds and bytes are those of the worker that took longest, and most.
         """
-        failed = [(number, report) for number, report in enumerate(reports) if not report.get("ok", True)]
-        if failed or not reports:
-            for number, report in failed[:1]:
-                said = Failure.of_worker(number, str(report.get("phase", "")), str(report.get("error", "")))
-                self.failed(said.error, said.phase.value, dirty=any(bool(each.get("dirty")) for each in reports))
+        failures = [
+            Failure.of_worker(number, str(report.get("phase", "")), str(report.get("error", "")))
+            for number, report in enumerate(reports)
+            if not report.get("ok", True)
+        ]
+        if failures:
+            first = min(failures, key=lambda each: each.error == SenderAbortedError.__name__)
+            self.failed(first.error, first.phase.value, dirty=any(bool(each.get("dirty")) for each in reports))
+        if failures or not reports:
             return
         figures = [UpdateFigures.from_details(report) for report in reports]
         seconds = {step: max(float(getattr(each, f"{step}_seconds")) for each in figures) for step in _STEPS}

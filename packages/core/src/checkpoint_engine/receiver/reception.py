@@ -23,7 +23,14 @@ from checkpoint_engine.deadline import Cancel, Deadline
 from checkpoint_engine.device import Device, Mapped
 from checkpoint_engine.device.memory import Memory
 from checkpoint_engine.device.segments import MappedSegments, Part
-from checkpoint_engine.errors import CheckpointEngineError, LinkClosedError, LinkError, LinkRefusedError, WorkerError
+from checkpoint_engine.errors import (
+    CheckpointEngineError,
+    LinkClosedError,
+    LinkError,
+    LinkRefusedError,
+    SenderAbortedError,
+    WorkerError,
+)
 from checkpoint_engine.link.channel import ReceiverChannel, connect
 from checkpoint_engine.link.messages import (
     PROTOCOL,
@@ -53,7 +60,7 @@ from checkpoint_engine.version import __version__
 _LONGEST_TRACEBACK = 20_000
 """Characters."""
 
-__all__ = ["Received", "SenderAbortedError", "pick_handle", "receive_update"]
+__all__ = ["Received", "pick_handle", "receive_update"]
 
 
 @dataclass(frozen=True)
@@ -363,10 +370,6 @@ class _Deliveries:
             if delivery.stays:
                 self._known[key] = delivery
         return delivery
-
-
-class SenderAbortedError(WorkerError):
-    """The parameter server told this worker to give the update up."""
 
 
 def _is_overwritten(staging: Mapped, load: Load) -> bool:
