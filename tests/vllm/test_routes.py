@@ -10,6 +10,7 @@ import anyio
 import httpx
 import pytest
 from fastapi import FastAPI
+from prometheus_client import REGISTRY
 
 from checkpoint_engine_vllm.routes import PREFIX, Routes
 
@@ -136,6 +137,18 @@ def test_the_workers_of_all_replicas_answer(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(asking.engine, "engine_core", core, raising=False)
     workers = asking.send("GET", STATUS).json()["workers"]
     assert workers == [{"replica": replica, "worker": worker} for replica in ("first", "second") for worker in (0, 1)]
+
+
+def test_an_update_of_which_no_worker_tells_is_counted_as_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failures(kind: str) -> float:
+        labels = {"kind": kind, "phase": "update"}
+        return REGISTRY.get_sample_value("checkpoint_engine_update_failures_total", labels) or 0.0
+
+    asking, before = Asking(monkeypatch), failures("RuntimeError")
+    assert asking.post("update", handles={"cpu:0": "h"}, version="broken")[0] == 500
+    assert failures("RuntimeError") == before + 1
+    assert asking.post("update", version="without handles")[0] == 400  # nobody was asked
+    assert (failures("RuntimeError"), failures("RefusedError")) == (before + 1, 0)
 
 
 def test_what_they_refuse(monkeypatch: pytest.MonkeyPatch) -> None:

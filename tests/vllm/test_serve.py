@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -44,7 +45,7 @@ def test_from_dummy_weights_to_a_to_b_and_back(
 
 
 def test_without_development_mode_and_beside_another_extension(
-    serve: Serve, update: Update, verify: Update, cold: Cold, checkpoints: Path
+    serve: Serve, update: Update, verify: Update, cold: Cold, checkpoints: Path, tmp_path: Path
 ) -> None:
     expected = {name: cold(name)["tokens"] for name in ("moe", "moe-b")}
     server = serve(
@@ -67,16 +68,32 @@ def test_without_development_mode_and_beside_another_extension(
     assert verify(checkpoints / "moe", server, **key).returncode == 0
     assert server.http.post("/pause").status_code == 404
     assert_told_by_metrics(server, updates=3)
+    incomplete = renamed(checkpoints / "moe-b", tmp_path / "incomplete", {"model.norm.weight": None})
+    assert update(incomplete, server, **key).returncode == 1
+    assert_told_by_metrics(server, updates=3, rejected=1)
     server.close()
 
 
-def assert_told_by_metrics(server: Any, *, updates: int) -> None:
-    """In vLLM's own `/metrics`: ours, and vLLM's own of weight updates; comparisons are in neither."""
+def metrics_of(server: Any) -> dict[str, float]:
+    """VLLM's own `/metrics`."""
     lines = [line.rpartition(" ") for line in server.http.get("/metrics").text.splitlines() if line[:1] != "#"]
-    told = {name: float(value) for name, _, value in lines}
+    return {name: float(value) for name, _, value in lines}
+
+
+def failures_in(told: dict[str, float]) -> dict[str, float]:
+    """Failed updates by class of error."""
+    labelled = re.compile(r'checkpoint_engine_update_failures_total\{kind="(\w+)",phase="update"\}')
+    found = ((labelled.fullmatch(name), value) for name, value in told.items())
+    return {match[1]: value for match, value in found if match}
+
+
+def assert_told_by_metrics(server: Any, *, updates: int, rejected: int = 0) -> None:
+    """Ours, and vLLM's own of weight updates, failed ones too; comparisons are in neither."""
+    told = metrics_of(server)
+    assert failures_in(told) == ({"WeightsRejectedError": rejected} if rejected else {})
     for phase in ("check", "load", "finish", "total"):
         assert told[f'checkpoint_engine_update_seconds_count{{phase="{phase}"}}'] == updates
-    assert told['vllm:rl_weight_update_operation_duration_seconds_count{operation="update"}'] == updates
+    assert told['vllm:rl_weight_update_operation_duration_seconds_count{operation="update"}'] == updates + rejected
     assert told["checkpoint_engine_update_bytes_total"] > updates * 1e6
     assert told["checkpoint_engine_update_bytes_per_second"] > 0
     assert told["checkpoint_engine_weights_dirty"] == 0

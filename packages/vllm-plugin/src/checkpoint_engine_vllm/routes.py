@@ -11,7 +11,7 @@ import contextlib
 import importlib
 import logging
 from argparse import Namespace
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Generator
 from contextlib import AbstractContextManager
 from typing import Any, cast
 
@@ -100,7 +100,7 @@ class Routes:
         }
 
     async def _update(self, body: _Body) -> object:
-        with _measured("update"):
+        with _measured("update"), _counted():
             results = await self._take(body)
         _observe(results)
         return {"results": results}
@@ -189,6 +189,20 @@ def _observe(results: object) -> None:
     metrics = None if any(report.get("verified") for report in reports) else engine_metrics()
     if metrics is not None:
         metrics.observe(reports)
+
+
+@contextlib.contextmanager
+def _counted() -> Generator[None]:
+    """An update of which no worker tells, as when the engine has died or is late, counts as a failure, too."""
+    try:
+        yield
+    except RefusedError:  # nobody was asked
+        raise
+    except Exception as error:
+        metrics = engine_metrics()
+        if metrics is not None:
+            metrics.failed(type(error).__name__, "update")
+        raise
 
 
 def _measured(operation: str) -> AbstractContextManager[None]:
