@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -117,6 +118,21 @@ class Cluster:
                 method=method,
                 in_place=in_place,
                 timeout=timedelta(seconds=TIMEOUT),
+            )
+        )
+
+    def publish_files(self, shares: Sequence[Sequence[Path]], version: str, method: str = Method.DIRECT) -> None:
+        """The same of files."""
+        check(
+            self.on_all(
+                lambda server: server.publish(
+                    {},
+                    self.asker(server.rank),
+                    files=shares[server.rank],
+                    version=version,
+                    method=method,
+                    timeout=timedelta(seconds=TIMEOUT),
+                )
             )
         )
 

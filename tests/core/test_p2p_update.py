@@ -101,6 +101,18 @@ def test_what_is_shared_with_others_is_read_by_these_ranks_too(clusters: Cluster
 
 
 @needs_mooncake
+def test_a_loop_that_shares_its_memory_is_joined_after_every_step(clusters: Clusters) -> None:
+    """Other bytes in the same places: those who join would be refused by what was said of the step before."""
+    loop, joiner = clusters(2), clusters(1)
+    for step in range(3):
+        tensors = tensors_of(step)
+        shares = [dict(list(tensors.items())[rank::2]) for rank in range(2)]
+        loop.publish(shares, f"step-{step}", "direct", in_place=False)
+        check(join(joiner, [catalog(loop, "published")], "published"))
+        assert_delivered(joiner, range(1), tensors)
+
+
+@needs_mooncake
 @pytest.mark.usefixtures("unshared")
 def test_whatever_is_best_for_some_ranks_is_p2p(clusters: Clusters) -> None:
     """A direct update would copy by a plan of reads, out of segments that this is no plan of."""

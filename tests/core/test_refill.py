@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from checkpoint_engine.catalog import TensorEntry
 from checkpoint_engine.errors import (
     CheckpointEngineError,
+    CheckpointFormatError,
     CheckpointStateError,
     DuplicateTensorError,
     UnsupportedTensorError,
@@ -24,8 +28,8 @@ from checkpoint_engine.receiver.reception import receive_update
 from checkpoint_engine.reference.checkpoint import make_checkpoint
 from checkpoint_engine.reference.engine import ReferenceEngine
 from checkpoint_engine.server.parameter_server import ParameterServer
-from checkpoint_engine.source import copying, refill
-from checkpoint_engine.source.copying import FillPiece
+from checkpoint_engine.source import copying, filling, refill
+from checkpoint_engine.source.filling import FillPiece
 from checkpoint_engine.source.segment import Segment
 from checkpoint_engine.source.shards import NamedTensors, TensorShard
 from checkpoint_engine.transfer.methods import Method
@@ -42,6 +46,7 @@ COUNT = 12
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PS_MAX_BUCKET_SIZE_GB", str(4 / (1 << 20)))  # 4 KiB: a tensor
     monkeypatch.setattr(copying, "_CHUNK", 4096)
+    monkeypatch.setattr(filling, "_CHUNK", 4096)
 
 
 def weights() -> dict[str, torch.Tensor]:
@@ -60,13 +65,14 @@ def held_back(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int], None
     """Has something be called before each piece of a refill, with its number."""
 
     def hold(before: Callable[[int], None]) -> None:
-        def pieces(*arguments: Any) -> list[FillPiece]:
-            def late(number: int, piece: FillPiece) -> FillPiece:
-                return FillPiece(piece.start, piece.end, lambda: (before(number), piece.run())[1], piece.from_device)
+        def late(number: int, piece: FillPiece) -> FillPiece:
+            return FillPiece(piece.start, piece.end, lambda: (before(number), piece.run())[1], piece.from_device)
 
-            return [late(number, piece) for number, piece in enumerate(copying.pieces_into(*arguments))]
+        def all_late(pieces: Callable[..., Iterable[FillPiece]], *arguments: Any) -> list[FillPiece]:
+            return [late(number, piece) for number, piece in enumerate(pieces(*arguments))]
 
-        monkeypatch.setattr(refill, "pieces_into", pieces)
+        for name, pieces in (("pieces_into", copying.pieces_into), ("pieces_of_files", filling.pieces_of_files)):
+            monkeypatch.setattr(refill, name, partial(all_late, pieces))
 
     return hold
 
@@ -113,6 +119,81 @@ def test_the_first_tensors_are_loaded_before_the_last_ones_have_come(
     expected = train(tensors, 1)
     publish(cluster, tensors, "step-1", method)
     assert_holds(cluster, expected)
+    cluster.close()
+
+
+def files_of(tensors: Mapping[str, torch.Tensor], directory: Path, size: int) -> list[list[Path]]:
+    """For each rank one, with what is its; written anew, as trainers do, or over what was there before."""
+    directory.mkdir(exist_ok=True)
+    shares = [[directory / f"{rank}.safetensors"] for rank in range(size)]
+    for rank, (path,) in enumerate(shares):
+        save_file(dict(list(tensors.items())[rank::size]), path)
+    return shares
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("method", ["direct", "broadcast", "auto"])
+def test_a_file_is_sent_while_it_is_read(
+    held_back: Callable[[Callable[[int], None]], None], tmp_path: Path, method: Method, size: int
+) -> None:
+    cluster, tensors = Cluster(size), weights()
+    loaded = [threading.Event() for _ in range(size)]
+    held: list[int] = []
+
+    def before(number: int) -> None:
+        if number == COUNT // size - 1:
+            held.append(number)
+            check([] if all(event.wait(TIMEOUT / 2) for event in loaded) else [CheckpointEngineError("too late")])
+
+    for recorder, event in zip(cluster.recorders, loaded, strict=True):
+        recorder.on_load = event.set
+    for step in range(3):
+        for event in loaded:
+            event.clear()
+        expected = train(tensors, step)
+        cluster.publish_files(files_of(tensors, tmp_path / str(step), size), f"step-{step}", method)
+        assert_holds(cluster, expected)
+        held_back(before)
+    assert len(held) == 2 * size
+    cluster.close()
+
+
+def test_a_file_that_is_written_to_while_it_is_read_fails_the_step_and_the_next_one_heals(
+    held_back: Callable[[Callable[[int], None]], None], tmp_path: Path
+) -> None:
+    cluster, tensors = Cluster(1), weights()
+    cluster.publish_files(files_of(tensors, tmp_path, 1), "step-0")
+    expected = train(tensors, 1)
+    ((file,),) = files = files_of(tensors, tmp_path, 1)
+
+    def write(number: int) -> None:
+        if number == COUNT - 1:
+            file.write_bytes(file.read_bytes()[:-4])
+
+    held_back(write)
+    with pytest.raises(UpdateError, match=rf"'step-1' failed in phase 'load': {file} "):
+        cluster.publish_files(files, "step-1")
+    held_back(lambda _: None)
+    cluster.publish_files(files_of(tensors, tmp_path, 1), "step-2")
+    assert_holds(cluster, expected)
+    cluster.close()
+
+
+def test_files_of_every_kind_take_turns(tmp_path: Path) -> None:
+    """On a disk or in memory, whole or broken, of other shapes, beside tensors, with checksums."""
+    cluster, tensors = Cluster(1), weights()
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as memory:
+        for step, directory in enumerate([tmp_path, Path(memory), Path(memory), tmp_path, tmp_path]):
+            expected = train(tensors, step)
+            cluster.publish_files(files_of(tensors, directory / str(step), 1), f"step-{step}")
+            assert_holds(cluster, expected)
+        ((broken,),) = files_of(tensors, tmp_path / "broken", 1)
+        broken.write_bytes(broken.read_bytes()[:-4])
+        with pytest.raises(CheckpointFormatError, match=str(broken)):
+            cluster.publish_files([[broken]], "broken")
+        other = {"of another shape": torch.ones(5), **dict(list(tensors.items())[1:])}
+        cluster.publish_files(files_of(other, tmp_path, 1), "other")
+        assert_holds(cluster, other)
     cluster.close()
 
 

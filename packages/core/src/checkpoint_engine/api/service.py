@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -107,15 +107,12 @@ class Service:
         """One step: these files in place of what had this name here, gathered, and brought to the engines."""
         order, files = self._checked(body), self._allowed(body)
         version = body.version or name
-        with self._alone(f"a step of {name!r}"):
+        with self._alone(f"a step of {name!r}"), ExitStack() as until_sent:
             with self._under_way(name, version, "register"):
-                if name in self._server.checkpoints:  # its memory stays, for these
-                    self._server.unregister_checkpoint(name)
-                self._server.register_checkpoint(
-                    name, files=files, use_shared_memory_pool=True, opener=self._files.open
-                )
+                step = self._server.refreshed(name, files=files, opener=self._files.open)
+                gather = until_sent.enter_context(step)
             with self._under_way(name, version, "gather"):
-                self._server.gather_metas(name, timeout=timedelta(seconds=body.timeout))
+                gather(timedelta(seconds=body.timeout))
             return self._run(name, body, order)
 
     def _checked(self, body: bodies.UpdateBody) -> _Admitted:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -190,7 +191,7 @@ class ParameterServer:
             opener: How files are opened, by path and flags; it may raise `AccessRefusedError`.
             checksum: Whether every update compares checksums of all tensors in this rank's host memory with those that
                 they had when they were registered, before and after their bytes are sent; a flipped bit is refused by
-                the tensor's name. `CHECKPOINT_ENGINE_CHECKSUM` if None. `publish` never does.
+                the tensor's name. `CHECKPOINT_ENGINE_CHECKSUM` if None. `publish` never does of tensors.
             remove_files: Once the checkpoint is unregistered, remove those of `files` that were used where they lie, so
                 that their memory is free. Without it no file is ever removed.
 
@@ -484,6 +485,7 @@ class ParameterServer:
         req_func: RequestFunction,
         *,
         version: str,
+        files: Files = (),
         name: str = "published",
         in_place: bool = True,
         timeout: timedelta = timedelta(minutes=10),
@@ -498,12 +500,13 @@ class ParameterServer:
 
         All ranks call it together, each with the tensors that it has. What is alike in successive steps is done once:
         the same tensors again, or others of the same names, shapes and dtypes, are not gathered anew, and workers go
-        on with what they have mapped and planned.
+        on with what they have mapped and planned. What is copied or read is sent while the rest still comes.
 
         Args:
             named_tensors: On the device or the CPU; whole, or what this rank has of them, as in `register_checkpoint`.
             req_func: As in `update`.
             version: What the engines shall call this step's weights.
+            files: safetensors files beside tensors or instead of them, as in `register_checkpoint`.
             name: What to call the checkpoint on these ranks; loops that publish different models use different names.
             in_place: Leave tensors where they are, as far as workers can map them there. They must stay as they are
                 until this returns. Otherwise, or where they cannot, they are copied to pooled host memory first.
@@ -519,18 +522,11 @@ class ParameterServer:
         Raises:
             CheckpointEngineError: as `register_checkpoint`, `gather_metas` and `update`.
         """
-        share = self._sharing.settings.share
         loop, in_place = name, in_place and not rollback
         if rollback and self._steps_of(loop, timeout) % 2:
             name = f"{loop}, the other step"
-        changed = self._store.refresh(
-            name, named_tensors, tensors_stay=in_place, at_once=not share, farewell=self._part_with
-        )
-        try:
-            if self._anywhere(changed or not self._gathered.has(name), timeout):
-                self.gather_metas(name, timeout=timeout)
-            else:  # the same tensors, with other bytes
-                self._compare_copies(self.catalog(name), self._store.get(name), timeout)
+        with self.refreshed(name, named_tensors, files=files, in_place=in_place) as gather:
+            gather(timeout)
             self.update(
                 name,
                 req_func,
@@ -544,8 +540,65 @@ class ParameterServer:
                 only=only,
             )
             self._steps[loop] = self._steps.get(loop, 0) + 1
+
+    @contextlib.contextmanager
+    def refreshed(
+        self,
+        name: str,
+        named_tensors: NamedTensors | None = None,
+        *,
+        files: Files = (),
+        in_place: bool = False,
+        opener: Opener = os.open,
+    ) -> Generator[Callable[[timedelta], None]]:
+        """For an update within it: `publish` in parts. Gives what gathers, if that has to be done anew on any rank.
+
+        What had this name before is replaced. Of the same names, shapes and dtypes in host memory the new bytes may
+        still be on their way, at the latest until this ends.
+
+        Args:
+            name: Under which it is registered, and is to be updated.
+            named_tensors: As in `publish`.
+            files: As in `publish`.
+            in_place: As in `publish`.
+            opener: How files are opened, as in `register_checkpoint`.
+
+        Raises:
+            CheckpointEngineError: as `register_checkpoint`; what gathers raises as `gather_metas`.
+        """
+        changed = self._refresh(name, named_tensors or {}, files, in_place, opener)
+
+        def gather(timeout: timedelta) -> None:
+            if self._anywhere(changed or not self._gathered.has(name), timeout):
+                self.gather_metas(name, timeout=timeout)
+            else:  # the same places, with other bytes
+                self._compare_copies(self.catalog(name), self._store.get(name), timeout)
+
+        try:
+            yield gather
         finally:
             self._store.settle(name)
+
+    def _refresh(self, name: str, tensors: NamedTensors, files: Files, in_place: bool, opener: Opener) -> bool:  # noqa: FBT001
+        """Whether others need to hear of it: of other places, or of other bytes where they are told what those are."""
+        if files and self._settings.checksum:
+            if name in self._store.names():
+                self.unregister_checkpoint(name)
+            self.register_checkpoint(
+                name, files=files, named_tensors=tensors, in_place=in_place, use_shared_memory_pool=True, opener=opener
+            )
+            return True
+        share = self._sharing.settings.share
+        changed = self._store.refresh(
+            name,
+            tensors,
+            files=files,
+            opener=opener,
+            tensors_stay=in_place,
+            at_once=not share,
+            farewell=self._part_with,
+        )
+        return changed or share
 
     def _steps_of(self, loop: str, timeout: timedelta) -> int:
         """How many steps of a loop have succeeded; a rank to which the last one failed late hears of it here."""

@@ -13,10 +13,10 @@ import torch
 from checkpoint_engine.catalog import TensorEntry
 from checkpoint_engine.device import type_of
 from checkpoint_engine.dtypes import torch_dtype
-from checkpoint_engine.source.filling import Placement, Work, run_all
+from checkpoint_engine.source.filling import FillPiece, Placement, run_all
 from checkpoint_engine.source.segment import Segment
 
-__all__ = ["FillPiece", "Stretch", "comes_from_a_device", "copy_into", "pieces_into", "stretches_of"]
+__all__ = ["Stretch", "comes_from_a_device", "copy_into", "pieces_into", "stretches_of"]
 
 _CHUNK = 32 << 20
 """Bytes that one thread copies in one go."""
@@ -32,17 +32,6 @@ class Stretch:
     last: int
     start: int
     end: int
-
-
-@dataclass(frozen=True)
-class FillPiece:
-    """A stretch of a segment, and what brings its bytes there."""
-
-    start: int
-    end: int
-    run: Work
-    from_device: bool
-    """Whether a device writes it; the others need a processor."""
 
 
 def comes_from_a_device(tensor: torch.Tensor) -> bool:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from checkpoint_engine.catalog import SegmentEntry, TensorEntry
@@ -19,12 +20,15 @@ from checkpoint_engine.source.segment import LARGEST_SEGMENT, Segment
 
 __all__ = [
     "SEGMENT_TARGET",
+    "FileRange",
+    "FillPiece",
     "Filled",
     "NewSegments",
     "Placement",
     "SegmentSource",
     "Work",
     "assign_segments",
+    "pieces_of_files",
     "read_into",
     "run_all",
     "touch_all",
@@ -49,6 +53,19 @@ _MOST_PIECES = 1024  # IOV_MAX
 _MOST_THREADS = 16
 
 Work = Callable[[], None]
+FileRange = tuple[SafetensorsFile, int]
+"""A file, and the byte of it at which a tensor begins."""
+
+
+@dataclass(frozen=True)
+class FillPiece:
+    """A stretch of a segment, and what brings its bytes there."""
+
+    start: int
+    end: int
+    run: Work
+    from_device: bool = False
+    """Whether a device writes it; the others need a processor."""
 
 
 @dataclass(frozen=True)
@@ -130,8 +147,8 @@ def assign_segments(tensors: Sequence[TensorEntry], source: SegmentSource) -> It
         first += len(placed)
 
 
-def read_into(pool: ThreadPoolExecutor, placement: Placement, sources: Sequence[tuple[SafetensorsFile, int]]) -> None:
-    """Reads each placed tensor from a file, where it begins at the given byte.
+def read_into(pool: ThreadPoolExecutor, placement: Placement, sources: Sequence[FileRange]) -> None:
+    """Reads each placed tensor.
 
     Raises:
         CheckpointFormatError: a file is gone, cannot be read, or changed meanwhile.
@@ -140,8 +157,16 @@ def read_into(pool: ThreadPoolExecutor, placement: Placement, sources: Sequence[
     with contextlib.ExitStack() as opened:
         files = {file.path: file for file, _ in sources}
         descriptors = {path: opened.enter_context(file.open()) for path, file in files.items()}
-        reads = _reads(placement, [(file, descriptors[file.path], start) for file, start in sources])
-        run_all(pool, (read.run for read in reads))
+        reads = _reads(placement.segment, placement.tensors, sources)
+        run_all(pool, (partial(read.run, descriptors[read.file.path]) for read in reads))
+
+
+def pieces_of_files(
+    segment: Segment, tensors: Sequence[TensorEntry], sources: Sequence[FileRange]
+) -> Iterator[FillPiece]:
+    """What is to be read, in order; all pieces may be read at once, each raises as `read_into` does."""
+    for read in _reads(segment, tensors, sources):
+        yield FillPiece(read.pieces[0][0], read.pieces[-1][1], read.run_alone)
 
 
 def touch_all(pool: ThreadPoolExecutor, placement: Placement) -> None:
@@ -193,7 +218,6 @@ class _Read:
 
     segment: Segment
     file: SafetensorsFile
-    descriptor: int
     start: int
     nbytes: int
     pieces: list[tuple[int, int]]
@@ -211,18 +235,22 @@ class _Read:
         self.nbytes += nbytes
         return True
 
-    def run(self) -> None:
+    def run_alone(self) -> None:
+        with self.file.open() as descriptor:
+            self.run(descriptor)
+
+    def run(self, descriptor: int) -> None:
         self.segment.touch(self.pieces[0][0], self.pieces[-1][1])
         buffers = [self.segment.buffer(start, end) for start, end in self.pieces]
         position, end = self.start, self.start + self.nbytes
         while position < end:
             try:
-                got = os.preadv(self.descriptor, buffers, position)
+                got = os.preadv(descriptor, buffers, position)
             except OSError as error:
                 raise CheckpointFormatError(f"cannot read {self.file.path}: {error.strerror}") from error
             if got == 0:
                 raise CheckpointFormatError(
-                    f"{self.file.path} was truncated to {os.fstat(self.descriptor).st_size} bytes while it was being "
+                    f"{self.file.path} was truncated to {os.fstat(descriptor).st_size} bytes while it was being "
                     f"read, {end} and more are needed"
                 )
             position += got
@@ -237,14 +265,13 @@ def _rest(buffers: list[memoryview], done: int) -> list[memoryview]:
     return []
 
 
-def _reads(placement: Placement, sources: Sequence[tuple[SafetensorsFile, int, int]]) -> list[_Read]:
+def _reads(segment: Segment, tensors: Sequence[TensorEntry], sources: Sequence[FileRange]) -> list[_Read]:
     reads: list[_Read] = []
-    for tensor, (file, descriptor, start) in zip(placement.tensors, sources, strict=True):
+    for tensor, (file, start) in zip(tensors, sources, strict=True):
         for done in range(0, tensor.nbytes, _CHUNK):
             nbytes = min(_CHUNK, tensor.nbytes - done)
             target = tensor.offset + done
-            if reads and reads[-1].descriptor == descriptor and reads[-1].take(start + done, target, nbytes):
+            if reads and reads[-1].file is file and reads[-1].take(start + done, target, nbytes):
                 continue
-            piece = [(target, target + nbytes)]
-            reads.append(_Read(placement.segment, file, descriptor, start + done, nbytes, piece))
+            reads.append(_Read(segment, file, start + done, nbytes, [(target, target + nbytes)]))
     return reads

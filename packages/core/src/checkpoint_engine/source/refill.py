@@ -6,20 +6,23 @@ import bisect
 import contextlib
 import itertools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as LateError
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
+from checkpoint_engine.catalog import TensorEntry
 from checkpoint_engine.errors import CheckpointStateError
 from checkpoint_engine.host.numa import taking_turns
-from checkpoint_engine.source.copying import FillPiece, pieces_into
-from checkpoint_engine.source.filling import workers
+from checkpoint_engine.source.copying import pieces_into
+from checkpoint_engine.source.filling import FileRange, FillPiece, pieces_of_files, workers
 from checkpoint_engine.source.refill_plan import RefillPlan
 from checkpoint_engine.source.segment import Segment
 
-__all__ = ["Refill"]
+__all__ = ["NewFiles", "NewTensors", "Refill"]
 
 _DOWNLOADERS = 2
 """While one waits for its bytes, the other has told the device of the next: the bus never idles."""
@@ -29,32 +32,50 @@ _Listener = Callable[[int], None]
 """Takes how many bytes are there, counted from the first of the first segment as if they lay end to end."""
 
 
+@dataclass(frozen=True)
+class NewTensors:
+    """New values in memory, as the plan gave them; they stay as they are until all are copied."""
+
+    plan: RefillPlan
+    values: Sequence[torch.Tensor]
+
+    def pieces(self, segments: Sequence[Segment]) -> Iterator[list[FillPiece]]:
+        """What brings them, for each segment."""
+        stretches = self.plan.stretches(self.values)
+        for segment, mine, tensors, values in zip(
+            segments, stretches, *_by_segment(self.plan, self.values), strict=True
+        ):
+            yield list(pieces_into(segment, tensors, values, mine))
+
+
+@dataclass(frozen=True)
+class NewFiles:
+    """New values in files, as the plan gave them; a file that is written to before all is read is refused by name."""
+
+    plan: RefillPlan
+    ranges: Sequence[FileRange]
+
+    def pieces(self, segments: Sequence[Segment]) -> Iterator[list[FillPiece]]:
+        """What reads them, for each segment."""
+        for segment, tensors, ranges in zip(segments, *_by_segment(self.plan, self.ranges), strict=True):
+            yield list(pieces_of_files(segment, tensors, ranges))
+
+
 class Refill:
     """Copies that run by themselves, in the order in which an update sends what they bring."""
 
-    def __init__(self, plan: RefillPlan, segments: Sequence[Segment], sources: Sequence[torch.Tensor]) -> None:
-        """Starts.
-
-        Args:
-            plan: Of these segments.
-            segments: Pinned, and touched.
-            sources: The new values, as the plan gave them; they stay as they are meanwhile.
-        """
-        self.plan = plan
-        self.sources: Sequence[torch.Tensor] | None = sources
-        """As given; None once nothing comes from them any more, since their owner does not wait for us."""
+    def __init__(self, new: NewTensors | NewFiles, segments: Sequence[Segment]) -> None:
+        """Starts to bring it into the plan's segments, which are pinned and touched."""
+        self.plan = new.plan
+        self.sources = new.values if isinstance(new, NewTensors) else None
+        """Tensors as given; None once nothing comes from them any more, since their owner does not wait for us."""
         self._starts = [0, *itertools.accumulate(segment.nbytes for segment in segments)]
         """Where each segment begins, as if they lay end to end; and where the last one ends."""
         self._ends: list[int] = []
         """Where each piece ends, counted like that; ascending."""
         pieces: list[FillPiece] = []
-        first = 0
-        for number, (segment, stretches) in enumerate(zip(segments, plan.stretches(sources), strict=True)):
-            tensors = plan.entries[number].tensors
-            mine = sources[first : first + len(tensors)]
-            first += len(tensors)
-            found = list(pieces_into(segment, tensors, mine, stretches))
-            self._ends += [self._starts[number] + piece.end for piece in found]
+        for start, found in zip(self._starts, new.pieces(segments), strict=False):
+            self._ends += [start + piece.end for piece in found]
             pieces += found
         self._pools = (ThreadPoolExecutor(_DOWNLOADERS, "checkpoint-engine-host", taking_turns()), workers())
         downloads, copies = self._pools
@@ -141,3 +162,13 @@ class Refill:
     def _last(self) -> tuple[int, int]:
         """Beyond all of it."""
         return len(self._starts) - 1, 0
+
+
+_T = TypeVar("_T")
+
+
+def _by_segment(plan: RefillPlan, values: Sequence[_T]) -> tuple[list[tuple[TensorEntry, ...]], list[Sequence[_T]]]:
+    """The tensors of each segment, and what of `values` is theirs."""
+    tensors = [entry.tensors for entry in plan.entries]
+    ends = list(itertools.accumulate(map(len, tensors)))
+    return tensors, [values[end - len(mine) : end] for mine, end in zip(tensors, ends, strict=True)]

@@ -8,11 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from checkpoint_engine.catalog import SegmentEntry
+from checkpoint_engine.catalog import SegmentEntry, TensorEntry
 from checkpoint_engine.device import type_of
 from checkpoint_engine.dtypes import torch_dtype
 from checkpoint_engine.source.copying import Stretch, comes_from_a_device, stretches_of
-from checkpoint_engine.source.loader import require_carriable
+from checkpoint_engine.source.filling import FileRange
+from checkpoint_engine.source.loader import Selection, require_carriable
 
 __all__ = ["RefillPlan"]
 
@@ -53,6 +54,16 @@ class RefillPlan:
             type_of(device).synchronize(device)
         return found
 
+    def ranges(self, selections: Sequence[Selection]) -> list[FileRange] | None:
+        """Where in these files each tensor begins, in the order of their places; None if they are others."""
+        found = {tensor.label: (one.file, tensor) for one in selections for tensor in one.tensors}
+        if found.keys() != self._placed.keys():
+            return None
+        placed = (tensor for entry in self.entries for tensor in entry.tensors)
+        if any(not _is_alike(tensor, found[tensor.label][1]) for tensor in placed):
+            return None
+        return [(file, file.data_start + tensor.offset) for file, tensor in map(found.__getitem__, self._names)]
+
     def stretches(self, sources: Sequence[torch.Tensor]) -> list[tuple[Stretch, ...]]:
         """Of each segment, for these tensors."""
         from_devices = all(map(comes_from_a_device, sources))
@@ -70,6 +81,10 @@ class RefillPlan:
         require_carriable(tensors)
         self._seen, self._addresses = [weakref.ref(tensor) for tensor in found], _addresses(found)
         self._devices = frozenset(tensor.device for tensor in found)
+
+
+def _is_alike(tensor: TensorEntry, other: TensorEntry) -> bool:
+    return (tensor.dtype, tensor.shape) == (other.dtype, other.shape)
 
 
 def _addresses(tensors: Sequence[torch.Tensor]) -> list[int]:

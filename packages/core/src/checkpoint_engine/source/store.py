@@ -8,7 +8,7 @@ import os
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from checkpoint_engine.source.filling import Filled, NewSegments, SegmentSource
 from checkpoint_engine.source.given_before import GivenBefore
 from checkpoint_engine.source.loader import Files, Selection, iterate_files, iterate_tensors, require_carriable, select
 from checkpoint_engine.source.pool import SegmentPool
-from checkpoint_engine.source.refill import Refill
+from checkpoint_engine.source.refill import NewFiles, NewTensors, Refill
 from checkpoint_engine.source.refill_plan import RefillPlan
 from checkpoint_engine.source.safetensors_file import Opener
 from checkpoint_engine.source.segment import Segment
@@ -114,21 +114,26 @@ class Registered:
         """Whether it consists of these very tensors, where they are."""
         return all(isinstance(segment, DeviceSegment) and segment.holds(tensors) for segment in self.segments)
 
-    def refilled(self, tensors: Mapping[str, torch.Tensor]) -> Callable[[], Registered] | None:
+    def refilled(
+        self, tensors: Mapping[str, torch.Tensor], selections: Sequence[Selection]
+    ) -> Callable[[], Registered] | None:
         """What starts to fill it with these where it lies; None if it cannot be: they are others, or it is not ours.
 
         Raises:
             UnsupportedTensorError: one of them cannot be carried at all.
         """
-        if not self.pooled or self.is_of_others or self.files_in_place:
+        if not self.pooled or self.is_of_others or self.files_in_place or (tensors and selections):
             return None
         if self.check_bytes is not None:  # what describes it has checksums of the bytes that are there
             return None
         plan = self.refill.plan if self.refill is not None else RefillPlan(self.entries)
-        sources = plan.sources(tensors)
-        if sources is None:
-            return None
-        return lambda: replace(self, refill=Refill(plan, self.host_segments, sources))
+        if selections:
+            ranges = plan.ranges(selections)
+            new = None if ranges is None else NewFiles(plan, ranges)
+        else:
+            values = plan.sources(tensors)
+            new = None if values is None else NewTensors(plan, values)
+        return None if new is None else lambda: replace(self, refill=Refill(new, self.host_segments))
 
     def settle(self) -> None:
         """Nothing is written to it any more."""
@@ -229,31 +234,34 @@ class CheckpointStore:
         name: str,
         tensors: NamedTensors,
         *,
+        files: Files = (),
+        opener: Opener = os.open,
         tensors_stay: bool,
         at_once: bool = False,
         farewell: Farewell,
     ) -> bool:
-        """Registers tensors under a name that may have others; returns whether they lie where those did not.
+        """Registers tensors or files under a name that may have others; returns whether they lie where those did not.
 
         Tensors that stay where they are, and are the very ones that are registered, cost nothing. Others of the same
         names, dtypes and shapes take the places of those that are registered; with `at_once` they may still be on their
-        way when this returns, and stay as they are until all are there. `farewell` is told before the memory of others
-        goes.
+        way when this returns, and they and their files stay as they are until all are there. `farewell` is told before
+        the memory of others goes.
 
         Raises:
             CheckpointStateError: what is registered under the name is in use.
             CheckpointEngineError: as `register`; nothing is registered under the name then.
         """
         local, before = self._given[name].local_tensors(tensors), self._registered.get(name)
+        selections = select(files, opener)
         if before is not None:
             alike = before.shards == local.shards
-            if alike and tensors_stay and before.is_exactly(local.tensors):
+            if alike and tensors_stay and not selections and before.is_exactly(local.tensors):
                 return False
-            if alike and at_once and (refilled := before.refilled(local.tensors)) is not None:
+            if alike and at_once and (refilled := before.refilled(local.tensors, selections)) is not None:
                 self._refill(before, refilled, farewell)
                 return False
             self.unregister(name, farewell=lambda: farewell(name, stays=not before.is_of_others))
-        after = self._register(name, local, list, in_place=False, pool=True, tensors_stay=tensors_stay)
+        after = self._register(name, local, lambda: selections, in_place=True, pool=True, tensors_stay=tensors_stay)
         return before is None or before.entries != after.entries
 
     def _refill(self, before: Registered, refilled: Callable[[], Registered], farewell: Farewell) -> None:
