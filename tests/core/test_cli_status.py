@@ -37,6 +37,7 @@ def test_engines_tell_what_they_hold_and_one_that_is_not_there_is_said_at_once()
         (found,) = json.loads(there.stdout)["endpoints"]
         assert (there.exit_code, found["endpoint"], len(found["workers"])) == (0, where, 2)
         assert [worker["dirty"] for worker in found["workers"]] == [False, False]
+        assert found["paused"] is False
         nowhere = f"localhost:{free_port()}"
         begun = time.monotonic()
         both = CliRunner().invoke(app, ["status", "--endpoint", where, "--endpoint", nowhere, "--timeout", "60"])
@@ -45,6 +46,12 @@ def test_engines_tell_what_they_hold_and_one_that_is_not_there_is_said_at_once()
         assert "whole" in both.stdout
         assert "unknown" in both.stdout
         assert "refused" in both.stdout
+        assert "paused" not in both.stdout
+        ReferenceClient(engine.endpoint).pause(
+            "keep", reset_caches=False, deadline=Deadline(5)
+        )  # and nobody resumes it
+        left = CliRunner().invoke(app, ["status", "--endpoint", where])
+        assert (left.exit_code, left.stdout.count("paused")) == (0, 1)
 
 
 def test_a_host_that_says_nothing_is_given_up_after_seconds_however_many_are_asked() -> None:

@@ -26,6 +26,8 @@ class EndpointStatus(msgspec.Struct, frozen=True):
 
     endpoint: str
     workers: list[WorkerStatus] = []
+    paused: bool = False
+    """Whether it runs no requests until somebody, or a complete update, resumes it."""
     error: str = ""
     """Why nothing was."""
 
@@ -49,7 +51,7 @@ def status(
     json: Json = False,
     verbose_: Verbose = False,
 ) -> None:
-    """Tell what serving engines hold: version, whole or mixed weights, and how the last update got there.
+    """Tell what serving engines hold: version, whole or mixed weights, whether they are paused, and the last update.
 
     Exit code 0: all workers of each engine hold the same whole weights. 1: they do not, or an engine does not tell.
     130: Ctrl-C.
@@ -72,8 +74,8 @@ def status(
 
 def _ask(endpoint: str, engine: str, timeout: float) -> EndpointStatus:
     try:
-        client = telling_client(load_client(engine)(endpoint, timeout=timeout))
-        return EndpointStatus(endpoint, client.status(Deadline(timeout)))
+        client, deadline = telling_client(load_client(engine)(endpoint, timeout=timeout)), Deadline(timeout)
+        return EndpointStatus(endpoint, client.status(deadline), client.is_paused(deadline))
     except CheckpointEngineError as error:
         return EndpointStatus(endpoint, error=f"{type(error).__name__}: {error}")
 
@@ -87,9 +89,13 @@ def _table(found: list[EndpointStatus]) -> Table:
             table.add_row(each.endpoint, "", "", Text("unknown", style="bold red"), each.error)
         for number, worker in enumerate(each.workers):
             table.add_row(
-                "" if number else each.endpoint, str(number), _version(worker), _weights(worker), _last(worker)
+                "" if number else _where(each), str(number), _version(worker), _weights(worker), _last(worker)
             )
     return table
+
+
+def _where(each: EndpointStatus) -> Text:
+    return Text(each.endpoint).append("\npaused" if each.paused else "", style="yellow")
 
 
 def _version(worker: WorkerStatus) -> str:

@@ -87,6 +87,14 @@ class ClientDelegate(ABC):
         """
         return telling_client(self.chosen(deadline)).status(deadline)
 
+    def is_paused(self, deadline: Deadline) -> bool:
+        """See `WorkersClient.is_paused`.
+
+        Raises:
+            MissingDependencyError: the plugin of the engine that answers cannot do this.
+        """
+        return telling_client(self.chosen(deadline)).is_paused(deadline)
+
     def settle_orphan(self, deadline: Deadline) -> str:
         """See `WorkersClient.settle_orphan`.
 

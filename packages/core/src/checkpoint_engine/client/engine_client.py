@@ -80,10 +80,14 @@ class AdapterClient(Protocol):
 
 @runtime_checkable
 class TellingClient(Protocol):
-    """A client whose engine tells what its workers hold."""
+    """A client whose engine tells what its workers hold, and whether it runs requests."""
 
     def status(self, deadline: Deadline) -> list[WorkerStatus]:
         """See `WorkersClient.status`."""
+        ...
+
+    def is_paused(self, deadline: Deadline) -> bool:
+        """See `WorkersClient.is_paused`."""
         ...
 
 
