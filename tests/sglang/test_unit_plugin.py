@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from checkpoint_engine import owned_directory
 from checkpoint_engine.client.auto import AutoClient
 from checkpoint_engine.deadline import Deadline
 from checkpoint_engine.errors import DeadlineError, EngineRequestError, SettingError
 from checkpoint_engine_sglang import SGLangClient, compat, installation, routes
 from checkpoint_engine_sglang.gate import GateMiddleware, ServingGate
+from checkpoint_engine_sglang.giving_up import GiveUpFile
 from checkpoint_engine_sglang.installation import Hook
 from checkpoint_engine_sglang.messages import Order, Report, failures_in, pack, unpack
 from checkpoint_engine_sglang.plugin import check_settings
@@ -85,6 +90,19 @@ def test_what_travels_in_a_request() -> None:
     same = [Report(rank, ok=rank == 1, phase="update", error="x") for rank in range(3)]
     assert failures_in(same) == "worker 0, 2 failed in update: x"
     assert failures_in([Report(0)]) == ""
+
+
+def test_what_a_killed_server_left_goes_with_the_next_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    order = GiveUpFile()
+    kind = order.path.parent.name.rpartition("-")[0]
+    order.close()
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(owned_directory, "_swept", set())  # as in the next process
+    (tmp_path / f"{kind}-left").mkdir()
+    order = GiveUpFile()
+    assert list(tmp_path.iterdir()) == [order.path.parent]
+    order.close()
 
 
 def test_places_that_are_not_there() -> None:
@@ -188,6 +206,18 @@ def test_the_client_leaves_waiting_to_sglang(engine: Callable[..., SGLangClient]
     assert not [line for line in asked if "generation" in line]
     (sent,) = [json.loads(line.partition(" ")[2]) for line in asked if line.startswith(routes.UPDATE)]
     assert sent["wait_for_requests"] is True
+
+
+@pytest.mark.parametrize("ok", [True, False])
+def test_the_client_leaves_a_pause_alone_that_somebody_else_made(engine: Callable[..., SGLangClient], ok: bool) -> None:
+    """As whoever pauses all engines, updates them in turn, and then has all of them go on."""
+    asked: list[str] = []
+    done = {"results": [{"rank": 0, "ok": ok, "phase": "update", "error": "it broke"}]}
+    paused = {**STATUS, "paused": True}
+    client = engine({**QUIET, routes.STATUS: (200, paused), routes.UPDATE: (200 if ok else 500, done)}, asked)
+    with contextlib.nullcontext() if ok else pytest.raises(EngineRequestError, match="as somebody else had it"):
+        update(client)
+    assert not any(line.startswith("/continue_generation") for line in asked)
 
 
 @pytest.mark.parametrize("dirty", [True, False])

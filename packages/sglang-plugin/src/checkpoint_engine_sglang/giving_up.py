@@ -6,13 +6,13 @@ where a file appears; workers of other hosts give up because the parameter serve
 
 from __future__ import annotations
 
-import tempfile
 import threading
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
 from checkpoint_engine.sdk import Cancel, WorkerError
+from checkpoint_engine.sdk.directories import OwnedDirectory
 
 __all__ = ["GiveUpFile", "giving_up"]
 
@@ -23,8 +23,8 @@ class GiveUpFile:
     """The front's end, for one order; the file's name is nobody else's."""
 
     def __init__(self) -> None:
-        self._directory = tempfile.TemporaryDirectory(prefix="checkpoint-engine-")
-        self.path = Path(self._directory.name) / "give-up"
+        self._directory = OwnedDirectory("order")
+        self.path = self._directory.path / "give-up"
 
     def appear(self) -> None:
         """Tells the workers."""
@@ -32,7 +32,7 @@ class GiveUpFile:
 
     def close(self) -> None:
         """Once the order is over."""
-        self._directory.cleanup()
+        self._directory.close()
 
 
 @contextmanager
