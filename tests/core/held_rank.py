@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import time
 from pathlib import Path
@@ -14,6 +15,8 @@ from checkpoint_engine.transfer.report import Progress
 _PHASE = Phase(os.environ["HELD_PHASE"])
 _DIRECTORY = Path(os.environ["HELD_DIRECTORY"])
 _RANKS = os.environ["HELD_RANKS"].split(",")
+_HANGS = "HELD_HANGS" in os.environ
+"""Whether nothing else of the process runs meanwhile either, as in a library call that keeps Python's lock."""
 _SECONDS = 60.0
 
 
@@ -24,6 +27,8 @@ def hold(phase: Phase) -> None:
     if phase is not _PHASE or name not in _RANKS or mark.exists():
         return
     mark.touch()
+    if _HANGS:
+        ctypes.PyDLL(None).usleep(int(_SECONDS * 1e6))
     until = time.monotonic() + _SECONDS
     while not (_DIRECTORY / "go").exists() and time.monotonic() < until:
         time.sleep(0.01)

@@ -198,6 +198,16 @@ def test_what_was_opened_is_what_is_checked(root: Path, tmp_path: Path) -> None:
         ps.register_checkpoint("a", files=[checked], opener=access.open)
 
 
+@pytest.mark.parametrize("route", ["checkpoints/a/files", "checkpoints/a/publish"])
+def test_files_that_are_asked_for_over_http_are_checked_as_they_are_opened(
+    route: str, client: httpx.Client, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_file({"secret": torch.ones(4)}, tmp_path / "x.safetensors")
+    monkeypatch.setattr(FileAccess, "check", lambda *_: tmp_path / "x.safetensors")  # as one that was deceived
+    answer = client.post(f"/v1/{route}", json={"files": [f"{root}/x.safetensors"]})
+    assert (answer.status_code, answer.json()["error"]) == (403, "AccessRefusedError"), answer.text
+
+
 def test_descriptors_are_not_lost_by_refusals(root: Path, tmp_path: Path) -> None:
     (tmp_path / "x").write_text("x")
     descriptors = Path("/proc/self/fd")

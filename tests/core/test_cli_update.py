@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
@@ -16,7 +19,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from checkpoint_engine import limits
 from checkpoint_engine.catalog import Catalog
+from checkpoint_engine.cli import ranks as ranks_module
 from checkpoint_engine.cli.messages import Job, Logged, Progressed
 from checkpoint_engine.cli.options import Engines, Patience, TensorChoice
 from checkpoint_engine.cli.ranks import Ranks
@@ -29,6 +34,7 @@ from tests.commands import command_line, run_command
 from tests.core import engines
 from tests.ports import free_port
 from tests.processes import children_of
+from tests.waiting import within
 
 SPEC = ModelSpec(experts=2)
 SMALL_BUCKETS = {"PS_MAX_BUCKET_SIZE_GB": str(64 / (1 << 20))}  # 64 KiB: about ten buckets
@@ -207,6 +213,50 @@ def test_a_rank_that_is_killed_is_named_and_ends_the_others(
     assert paused or dirty_workers == {False}
     ranks.run(job(engine, checkpoints / "b"), ignore)
     assert_holds(engine, checkpoints / "b")
+
+
+def test_an_engine_that_was_only_paused_serves_again_when_its_rank_is_stopped(
+    checkpoints: Path, short_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What a lost rank leaves shall go; and it is there that the command sees who has paused the engine.
+    monkeypatch.setattr(tempfile, "tempdir", str(short_path))
+    with (
+        ReferenceProcess(SPEC.to_json(), TP, fault="hang") as engine,  # its front passes no update on to the workers
+        Ranks(TP, device="cpu", environment={"TMPDIR": str(short_path)}) as mine,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        client = ReferenceClient(engine.endpoint)
+
+        def stop_rank_0() -> float:
+            assert within(60, lambda: is_paused(client))
+            os.kill(mine.pids[0], signal.SIGSTOP)
+            return time.monotonic()
+
+        stopped = pool.submit(stop_rank_0)
+        with pytest.raises(RankError) as caught:
+            mine.run(job(engine, checkpoints / "b"), ignore)
+        assert time.monotonic() - stopped.result() < 20
+        said = str(caught.value)
+        assert re.search(rf"rank 0 \(pid {mine.pids[0]}\) (was stopped|gave no sign).* in phase '\w+'", said), said
+        assert f"{engine.endpoint}: its weights are whole (those of its start), and it serves them" in said
+        assert not is_paused(client)
+
+
+@pytest.mark.long
+def test_a_rank_that_hangs_is_named_and_not_the_one_that_waits_for_it(
+    engine: ReferenceProcess, checkpoints: Path, short_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ReferenceClient(engine.endpoint).wait_ready(Deadline(60))
+    monkeypatch.setattr(ranks_module, "_RANK_MODULE", "tests.core.held_rank")
+    held = {"PHASE": "introduce", "RANKS": "1", "HANGS": "", "DIRECTORY": str(short_path)}
+    environment = {f"HELD_{what}": value for what, value in held.items()}
+    environment |= {"TMPDIR": str(short_path), "PYTHONPATH": str(Path(__file__).parents[2])}
+    with Ranks(TP, device="cpu", environment=environment) as mine, ThreadPoolExecutor(1) as pool:
+        hanging = pool.submit(lambda: within(60, (short_path / "held-1").exists) and time.monotonic())
+        with pytest.raises(RankError, match=rf"^rank 1 \(pid {mine.pids[1]}\) .* in phase '\w+'"):
+            mine.run(job(engine, checkpoints / "a"), ignore)
+        assert hanging.result()
+        assert time.monotonic() - hanging.result() < limits.HUNG + 10
 
 
 def test_of_an_engine_that_nobody_has_asked_yet_it_is_said(

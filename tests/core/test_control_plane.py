@@ -143,6 +143,27 @@ def test_a_secret_that_others_can_read_is_refused(monkeypatch: pytest.MonkeyPatc
         connect_ranks(0, 2, "127.0.0.1", free_port())
 
 
+def test_rank_0_listens_on_the_address_that_was_given_and_on_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    port = free_port()
+
+    def listens(address: str) -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex((address, port)) == 0
+
+    zero = connect_ranks(0, 2, "127.0.0.2", port)  # ranks of one host need none
+    assert not any(map(listens, ("127.0.0.1", "127.0.0.2")))
+    zero.close()
+    for variable, value in {
+        SECRET: "of several hosts, as it seems",
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "1",
+    }.items():
+        monkeypatch.setenv(variable, value)
+    zero = connect_ranks(0, 2, "127.0.0.2", port)
+    assert list(map(listens, ("127.0.0.1", "127.0.0.2"))) == [False, True]
+    zero.close()
+
+
 def test_ranks_with_different_secrets_never_meet(monkeypatch: pytest.MonkeyPatch) -> None:
     port = free_port()
     monkeypatch.setenv(SECRET, "of one run, and of no other")

@@ -71,6 +71,21 @@ def test_the_next_start_takes_away_what_a_killed_owner_left_and_nothing_else(tmp
     killed.communicate()
 
 
+@pytest.mark.thorough
+def test_links_of_killed_ranks_go_with_the_next_link(short_path: Path) -> None:
+    code = (
+        "import os, signal; from checkpoint_engine.link.channel import Listener;"
+        "open_one = Listener(); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    left: list[set[str]] = []
+    for _ in range(2):
+        environment = {**os.environ, "TMPDIR": str(short_path)}
+        subprocess.run([sys.executable, "-c", code], check=False, timeout=60, env=environment)
+        left.append({path.name for path in short_path.iterdir()})
+    assert [len(names) for names in left] == [1, 1]
+    assert not left[0] & left[1]
+
+
 def test_another_users_directory_is_left_alone(tmp_path: Path) -> None:
     if os.geteuid():
         pytest.skip("only root can give a directory away")
