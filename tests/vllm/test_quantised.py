@@ -181,7 +181,15 @@ def test_an_update_that_breaks_off_leaves_the_old_weights_or_is_healed(
     assert holds(engine, expected[b])
 
 
-@pytest.mark.parametrize("kind", ["fp8block", "fp8moe", "int8", "wna16"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param("fp8block", marks=pytest.mark.endurance),
+        "fp8moe",
+        pytest.param("int8", marks=pytest.mark.endurance),
+        "wna16",
+    ],
+)
 def test_direct(
     serve: Callable[..., Any],
     update: Callable[..., subprocess.CompletedProcess[str]],
