@@ -17,7 +17,7 @@ test:  # the tests, and those that take longer
 engines:  # real vLLM and real SGLang on the CPU; makes their environments first
 	scripts/make_vllm_env.sh
 	scripts/make_sglang_env.sh
-	uv run pytest tests/vllm tests/patches -m vllm
+	uv run pytest -n 2 tests/vllm tests/patches -m "vllm and not endurance"
 	uv run pytest -n 2 tests/sglang -m "sglang and not endurance"
 
 docs:  # the site, in build/site; a link that leads nowhere is an error
