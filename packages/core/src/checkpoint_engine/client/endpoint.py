@@ -134,7 +134,7 @@ class Endpoint:
         if self._socket is None:
             return
         with socket.socket(socket.AF_UNIX) as probe:
-            probe.settimeout(deadline.remaining or None)
+            probe.settimeout(max(deadline.remaining, 0.001))  # 0 would not wait at all
             try:
                 probe.connect(self._socket)
             except OSError as error:
