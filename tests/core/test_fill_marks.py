@@ -16,7 +16,7 @@ from checkpoint_engine.errors import CheckpointEngineError, RankError
 from checkpoint_engine.planning.buckets import Bucket
 from checkpoint_engine.source import copying, refill
 from checkpoint_engine.source.copying import FillPiece
-from checkpoint_engine.source.refill import Refill
+from checkpoint_engine.source.refill import NewTensors, Refill
 from checkpoint_engine.source.refill_plan import RefillPlan
 from checkpoint_engine.source.segment import Segment
 from checkpoint_engine.transfer.exports import export_segments
@@ -50,9 +50,8 @@ class Filling:
 
         monkeypatch.setattr(copying, "_CHUNK", PIECE)
         monkeypatch.setattr(refill, "pieces_into", pieces)
-        self.refill = Refill(
-            RefillPlan(entries), self.segments, [torch.ones(PIECE, dtype=torch.uint8) for _ in self.may_come]
-        )
+        values = [torch.ones(PIECE, dtype=torch.uint8) for _ in self.may_come]
+        self.refill = Refill(NewTensors(RefillPlan(entries), values), self.segments)
 
     def _held(self, piece: FillPiece, gate: threading.Event) -> FillPiece:
         def run() -> None:

@@ -181,7 +181,7 @@ class Server:
         command = [
             *(bin_directory / "vllm", "serve", model, *where),
             *("--served-model-name", "tiny", "--max-model-len", "4096", "--max-num-seqs", "4", "--enforce-eager"),
-            *("--dtype", "bfloat16", "--kv-cache-memory-bytes", str(64 << 20), *options),
+            *("--dtype", "bfloat16", "--kv-cache-memory-bytes", str(512 << 20), *options),
         ]
         env = vllm_environment(**{"VLLM_SERVER_DEV_MODE": "1", **environment})
         with log.open("w") as output:
