@@ -15,7 +15,7 @@ from checkpoint_engine.deadline import Cancel
 from checkpoint_engine.errors import CheckpointEngineError, RankError
 from checkpoint_engine.planning.buckets import Bucket
 from checkpoint_engine.source import copying, refill
-from checkpoint_engine.source.copying import FillPiece
+from checkpoint_engine.source.filling import FillPiece
 from checkpoint_engine.source.refill import NewTensors, Refill
 from checkpoint_engine.source.refill_plan import RefillPlan
 from checkpoint_engine.source.segment import Segment

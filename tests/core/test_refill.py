@@ -179,21 +179,32 @@ def test_a_file_that_is_written_to_while_it_is_read_fails_the_step_and_the_next_
     cluster.close()
 
 
-def test_files_of_every_kind_take_turns(tmp_path: Path) -> None:
-    """On a disk or in memory, whole or broken, of other shapes, beside tensors, with checksums."""
+@pytest.mark.parametrize("checksum", ["", "1"])
+def test_files_of_every_kind_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checksum: str) -> None:
+    """On a disk or in memory, whole or broken, of other shapes, beside tensors."""
+    if checksum:
+        monkeypatch.setenv("CHECKPOINT_ENGINE_CHECKSUM", checksum)
     cluster, tensors = Cluster(1), weights()
     with tempfile.TemporaryDirectory(dir="/dev/shm") as memory:
         for step, directory in enumerate([tmp_path, Path(memory), Path(memory), tmp_path, tmp_path]):
             expected = train(tensors, step)
-            cluster.publish_files(files_of(tensors, directory / str(step), 1), f"step-{step}")
+            cluster.publish_files(files_of(tensors, directory / str(step), 1), f"step-{step}", "auto")
             assert_holds(cluster, expected)
         ((broken,),) = files_of(tensors, tmp_path / "broken", 1)
         broken.write_bytes(broken.read_bytes()[:-4])
         with pytest.raises(CheckpointFormatError, match=str(broken)):
             cluster.publish_files([[broken]], "broken")
         other = {"of another shape": torch.ones(5), **dict(list(tensors.items())[1:])}
-        cluster.publish_files(files_of(other, tmp_path, 1), "other")
+        (files,) = files_of(other, tmp_path, 1)
+        cluster.publish_files([files], "other")
         assert_holds(cluster, other)
+        beside = {"beside": torch.arange(7)}
+        for step in range(2):
+            beside["beside"] += 1
+            (server,) = cluster.servers
+            server.publish(beside, cluster.asker(0), files=files, version=f"both-{step}", in_place=False)
+            assert_holds(cluster, other | beside)
+            assert all((tensor.checksum is not None) is bool(checksum) for tensor in server.catalog().tensors())
     cluster.close()
 
 

@@ -514,7 +514,8 @@ class ParameterServer:
             method: As in `update`.
             reload: As in `update`.
             rollback: Keep the last step that succeeded in host memory, beside this one's: should a step leave engines
-                with a mixture, they get it back. Takes that memory twice, and nothing is left in place for it.
+                with a mixture, they get it back. Takes that memory twice, and no tensor is left in place for it;
+                files in shared memory are, and must stay as they are for it.
             workers: As in `update`.
             trace: As in `update`.
             only: As in `update`; `["*"]` where these tensors are a part of the model, and all of that comes.

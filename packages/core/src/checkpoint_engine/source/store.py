@@ -249,7 +249,7 @@ class CheckpointStore:
 
         Raises:
             CheckpointStateError: what is registered under the name is in use.
-            CheckpointEngineError: as `register`; nothing is registered under the name then.
+            CheckpointEngineError: as `register`; what was registered stays if a header is broken, else nothing is.
         """
         local, before = self._given[name].local_tensors(tensors), self._registered.get(name)
         selections = select(files, opener)
